@@ -1,0 +1,108 @@
+"""One attention call, as the model made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from regard.maps import AttentionMap
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The arguments of one call of scaled_dot_product_attention, and where in the model and in the text it stands.
+
+    Tensors are (batch, heads, tokens, head_dim). ``path`` is the path of the module that made the call, ``layer`` the
+    number of this call among those of a pass, ``pass_index`` the number of the pass. ``query_start`` and ``key_start`` are
+    the positions of the first query and the first key in the text: in a decode step the one query stands at its end.
+    ``token_ids`` (batch, tokens so far) are those of the text that the queries stand in, where the model was given any,
+    ``token_mask`` (batch, queries) tells real queries from padding, where the user said.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    path: str = ""
+    layer: int = 0
+    pass_index: int = 0
+    query_start: int = 0
+    key_start: int = 0
+    token_ids: Tensor | None = None
+    token_mask: Tensor | None = None
+
+    def map(self) -> AttentionMap:
+        """The call's attention matrix, detached from the model's gradients."""
+        query, key, mask = self.query.detach(), self.key.detach(), self.attn_mask
+        if torch.is_autocast_enabled(query.device.type):  # what the operator itself would do to its inputs
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key = query.to(dtype), key.to(dtype)
+        mask = None if mask is None else mask.detach()
+        return AttentionMap(query, key, mask, self.is_causal, self.scale, self.enable_gqa)
+
+    def heads(self, index: list[int]) -> AttentionCall:
+        """The same call with these query heads alone, each with a key and value head of its own."""
+        shared = self.query.shape[1] // self.key.shape[1]
+        key_heads = [head // shared for head in index]
+        mask = self.attn_mask
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+            mask = mask[:, index]
+        return replace(
+            self,
+            query=self.query[:, index],
+            key=self.key[:, key_heads],
+            value=self.value[:, [head * self.value.shape[1] // self.query.shape[1] for head in index]],
+            attn_mask=mask,
+            enable_gqa=False,
+        )
+
+
+def normalize(call: AttentionCall, module: Module | None) -> AttentionCall:
+    """Bring a call of any shape that SDPA takes to four dimensions and a plain mask."""
+    call = _unpack_grouped_heads(_spell_out_causal_bias(call), module)
+    if call.query.ndim == 4:
+        return call
+    reshape: Callable[[Tensor], Tensor]
+    mask = call.attn_mask
+    if call.query.ndim < 4:  # (tokens, dim) or (batch, tokens, dim): one head
+        reshape = lambda tensor: tensor.unsqueeze(-3)[(None,) * (4 - tensor.ndim - 1)]  # noqa: E731
+        mask = mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
+    else:
+        lead = call.query.shape[:-3]
+        reshape = lambda tensor: tensor.expand(*lead, *tensor.shape[-3:]).flatten(0, -4)  # noqa: E731
+        mask = reshape(mask) if mask is not None and mask.ndim > 4 else mask
+    query, key, value = (reshape(tensor) for tensor in (call.query, call.key, call.value))
+    return replace(call, query=query, key=key, value=value, attn_mask=mask)
+
+
+def _spell_out_causal_bias(call: AttentionCall) -> AttentionCall:
+    bias = call.attn_mask
+    if not isinstance(bias, CausalBias):
+        return call
+    if bias.variant == CausalVariant.UPPER_LEFT or bias.seq_len_q == bias.seq_len_kv:
+        return replace(call, attn_mask=None, is_causal=True)
+    shape = (bias.seq_len_q, bias.seq_len_kv)
+    triangle = torch.ones(shape, dtype=torch.bool, device=call.query.device).tril(shape[1] - shape[0])
+    return replace(call, attn_mask=triangle)
+
+
+def _unpack_grouped_heads(call: AttentionCall, module: Module | None) -> AttentionCall:
+    """Undo a packing of transformers: at a masked decode step it passes the query heads of a group as if tokens."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+    batch, rows, tokens, width = call.query.shape[-4:] if call.query.ndim == 4 else (0, 0, 0, 0)
+    if groups == 1 or tokens != groups or rows * groups != heads or call.key.shape[1] != rows:
+        return call
+    mask = call.attn_mask
+    if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], heads, 1, -1)
+    return replace(call, query=call.query.reshape(batch, heads, 1, width), attn_mask=mask, enable_gqa=True)

@@ -1,0 +1,35 @@
+"""The reference kernel: the whole matrix, in float64, as the definition has it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regard.maps._request import Answer, Request
+from regard.maps._scores import Scores
+
+
+def evaluate(scores: Scores, request: Request) -> Answer:
+    """Answer the request from the stored N×M matrix."""
+    *_, queries, keys = scores.shape
+    device = scores.query.device
+    logits = scores.logits(torch.arange(queries, device=device), torch.arange(keys, device=device), torch.float64)
+    logsumexp = torch.logsumexp(logits, dim=-1)
+    matrix = probabilities(logits)
+    forward = transposed = received = entropy = None
+    if request.values is not None:
+        values = request.values.double()
+        forward = (matrix @ values.repeat_interleave(matrix.shape[1] // values.shape[1], dim=1)).to(request.dtype)
+    if request.weights is not None:
+        transposed = (matrix.transpose(-1, -2) @ request.weights.double()).to(request.dtype)
+    if request.received is not None:
+        received = (matrix * request.received.double().unsqueeze(-1)).sum(dim=-2).to(request.dtype)
+    if request.entropy:
+        entropy = torch.special.entr(matrix).sum(dim=-1).to(request.dtype)
+    return Answer(logsumexp.to(request.dtype), forward, transposed, received, entropy)
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension; a row of −inf alone gives zeros."""
+    hidden = logits.isneginf().all(dim=-1, keepdim=True)
+    return torch.softmax(logits.masked_fill(hidden, 0.0), dim=-1).masked_fill(hidden, 0.0)

@@ -1,0 +1,91 @@
+"""Questions about one matrix, collected so that one pass of a kernel answers them together."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from regard.maps._request import Request
+from regard.maps._scores import Scores
+from regard.maps._select import KernelName, evaluate
+
+
+@dataclass(frozen=True)
+class Question:
+    """A product asked of the matrix; ``side`` names the field of the request that its columns become a part of."""
+
+    side: Literal["values", "weights", "received", "entropy"]
+    columns: Tensor | None = None
+    native: bool = False  # good enough in the inputs' own half precision, as plain attention is
+
+
+class Pass:
+    """Collects questions by key and answers all of them when the first answer is taken."""
+
+    def __init__(self, scores: Scores, kernel: KernelName) -> None:
+        self.scores = scores
+        self.kernel = kernel
+        self._questions: dict[Hashable, Question] = {}
+        self._answers: dict[Hashable, Tensor] = {}
+
+    def ask(self, key: Hashable, question: Question) -> None:
+        """Add a question, unless it was asked before."""
+        if key not in self._answers:
+            self._questions.setdefault(key, question)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a question waits for its answer."""
+        return bool(self._questions)
+
+    def knows(self, key: Hashable) -> bool:
+        """Whether the question was asked."""
+        return key in self._questions or key in self._answers
+
+    def take(self, key: Hashable) -> Tensor:
+        """The answer, which is forgotten; but for the log-sum-exp, which is small and often wanted again."""
+        if key not in self._answers or (self.scores.requires_grad and not self._answers[key].requires_grad):
+            self._run()
+        keep = key == "logsumexp" and not self._answers[key].requires_grad
+        return self._answers[key] if keep else self._answers.pop(key)
+
+    def _run(self) -> None:
+        questions, self._questions = self._questions, {}
+        native = bool(questions) and all(question.native for question in questions.values())
+        half_is_fast = native and self.kernel in ("auto", "fused") and self.scores.query.is_cuda
+        request = Request(
+            dtype=self.scores.query.dtype if half_is_fast else self.scores.dtype,
+            values=_join([q.columns for q in questions.values() if q.side == "values"], self.scores),
+            weights=_join([q.columns for q in questions.values() if q.side == "weights"], self.scores),
+            received=next((q.columns for q in questions.values() if q.side == "received"), None),
+            entropy="entropy" in questions,
+        )
+        answer = evaluate(self.scores, request, self.kernel)
+        self._answers["logsumexp"] = answer.logsumexp
+        if answer.entropy is not None:
+            self._answers["entropy"] = answer.entropy
+        if answer.received is not None:
+            self._answers["received"] = answer.received
+        self._answers |= _part(answer.forward, questions, "values") | _part(answer.transposed, questions, "weights")
+
+
+def _join(columns: list[Tensor | None], scores: Scores) -> Tensor | None:
+    """Side by side; where some come with query heads, those of key heads are repeated to match."""
+    tensors = [tensor for tensor in columns if tensor is not None]
+    if len(tensors) < 2:
+        return tensors[0] if tensors else None
+    heads = max(tensor.shape[1] for tensor in tensors)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return torch.cat([t.repeat_interleave(heads // t.shape[1], dim=1).to(dtype) for t in tensors], dim=-1)
+
+
+def _part(product: Tensor | None, questions: dict[Hashable, Question], side: str) -> dict[Hashable, Tensor]:
+    """Give each question of this side its columns of the product."""
+    asked = {key: q.columns.shape[-1] for key, q in questions.items() if q.side == side and q.columns is not None}
+    if product is None:
+        return {}
+    return dict(zip(asked, product.split(list(asked.values()), dim=-1), strict=True))

@@ -1,0 +1,382 @@
+"""The attention matrix of one call as a linear operator that is never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from regard.maps import _columns, _dense, _tiled
+from regard.maps._columns import Segment, Segments
+from regard.maps._pass import Pass, Question
+from regard.maps._scores import Scores, make_scores
+from regard.maps._select import KernelName, check_kernel
+
+_DENSE_LIMIT = 2**28
+_ENTRIES_AT_ONCE = 2**24
+
+
+class TopK(NamedTuple):
+    """The largest entries of each row, ``shares`` (B, Hq, N, k), and their keys, ``keys`` (long, −1 where none)."""
+
+    shares: Tensor
+    keys: Tensor
+
+
+class AttentionMap:
+    """``P = softmax(scale · Q Kᵀ + mask)`` of one attention call, as an operator that is never stored.
+
+    Semantics are those of ``torch.nn.functional.scaled_dot_product_attention``. A row that may see no key is all zeros,
+    with log-sum-exp −inf and entropy 0. Statistics come in float32 (float64 for float64 inputs); logits too large for
+    float32 to tell their probabilities apart are evaluated in float64. ``@``, ``.T @``, `logsumexp`, `entropy`,
+    `received`, `mass`, `pool`, `at`, `rows` and `tile` are differentiable in query, key, an additive mask and the tensor
+    they multiply; `topk`, `max` and `mean_distance` are not, and say so in their result, which never requires a gradient.
+
+    Args:
+        query: (B, Hq, N, D), of float16, bfloat16, float32 or float64.
+        key: (B, Hk, M, D); with ``enable_gqa`` Hk may be a divisor of Hq.
+        attn_mask: boolean (True: visible) or additive, broadcastable to (B, Hq, N, M).
+        is_causal: query i sees the keys j ≤ i.
+        scale: factor of the logits; 1/√D by default.
+        enable_gqa: let neighbouring query heads share a key head.
+        kernel: "auto", or one of "fused" (PyTorch's operators), "tiled" (any device) and "dense" (the float64 reference).
+
+    Raises:
+        ValueError, TypeError: inputs that SDPA would refuse, empty ones, and NaN or infinity in query or key.
+
+    Example:
+        >>> import torch
+        >>> q, k, v = torch.randn(3, 1, 4, 1000, 32)
+        >>> A = AttentionMap(q, k, is_causal=True)
+        >>> A.shape
+        (1, 4, 1000, 1000)
+        >>> (A @ v).shape, A.entropy().shape, A.received().shape
+        (torch.Size([1, 4, 1000, 32]), torch.Size([1, 4, 1000]), torch.Size([1, 4, 1000]))
+        >>> bool(torch.allclose(A.received().sum(-1), torch.tensor(1000.0)))
+        True
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        *,
+        kernel: KernelName = "auto",
+    ) -> None:
+        check_kernel(kernel)
+        self._bind(make_scores(query, key, attn_mask, is_causal, scale, enable_gqa), kernel)
+        _ = self._scores.limit  # refuses NaN and infinity here, where the caller can see what it passed
+
+    def _bind(self, scores: Scores, kernel: KernelName) -> None:
+        self._scores = scores
+        self._pass = Pass(scores, kernel)
+        self._arguments: list[object] = []  # announced ones are known by identity, so they must live on
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, Hq, N, M)."""
+        return self._scores.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the statistics."""
+        return torch.promote_types(self._scores.query.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the statistics are."""
+        return self._scores.query.device
+
+    @property
+    def T(self) -> TransposedMap:  # noqa: N802 - the field's name for it
+        """The transposed operator: ``A.T @ W``."""
+        return TransposedMap(self)
+
+    def __repr__(self) -> str:
+        return f"AttentionMap(shape={self.shape}, dtype={self._scores.query.dtype}, kernel={self._pass.kernel!r})"
+
+    def heads(self, index: list[int]) -> AttentionMap:
+        """The map of these query heads alone.
+
+        >>> import torch
+        >>> q, k = torch.randn(2, 1, 8, 10, 16)
+        >>> AttentionMap(q, k).heads([0, 5]).shape
+        (1, 2, 10, 10)
+        """
+        chosen = _columns.positions(index, self.shape[1], "heads", "heads").tolist()
+        view = object.__new__(AttentionMap)
+        view._bind(self._scores.heads(chosen), self._pass.kernel)
+        return view
+
+    # --- products -----------------------------------------------------------------------------------------------------
+
+    def __matmul__(self, values: Tensor) -> Tensor:
+        """``P V``: (B, Hq, N, Dv), in V's dtype, from V (B, Hk or Hq, M, Dv); V's batch and heads may be 1."""
+        self._ask_product(values)
+        return self._pass.take(("product", id(values))).to(values.dtype)
+
+    def logsumexp(self) -> Tensor:
+        """``L_i = log Σ_j exp s_ij``: (B, Hq, N), natural logarithm; −inf for a row that sees no key."""
+        return self._pass.take("logsumexp").to(self.dtype)
+
+    def entropy(self) -> Tensor:
+        """``H_i = −Σ_j P_ij log P_ij``: (B, Hq, N), in nats, from 0 (one key) to log M (all alike)."""
+        self._ask_entropy()
+        return self._pass.take("entropy").to(self.dtype)
+
+    def received(self, weights: Tensor | None = None) -> Tensor:
+        """What each key receives, ``Σ_i w_i P_ij``: (B, Hq, M), from weights (B|1, Hq|1, N) over queries, ones by default."""
+        if weights is None:
+            self._ask_received()
+            return self._pass.take("received").to(self.dtype)
+        self._ask_received(weights)
+        return self._pass.take(("received", id(weights))).squeeze(-1).to(self.dtype)
+
+    def mass(self, segments: Segments) -> Tensor:
+        """The attention that each query gives to sets of keys: (B, Hq, N, S).
+
+        A segment is a position, several, a slice, or a boolean mask (M,) or (B, M).
+
+        >>> import torch
+        >>> q, k = torch.randn(2, 1, 2, 50, 16)
+        >>> A = AttentionMap(q, k, is_causal=True)
+        >>> mass = A.mass({"sink": [0], "rest": slice(1, None)})
+        >>> bool(torch.allclose(mass.sum(-1), torch.ones(1, 2, 50)))
+        True
+        """
+        self._ask_mass(segments)
+        return self._pass.take(("mass", id(segments))).to(self.dtype)
+
+    def pool(self, n: int, m: int) -> Tensor:
+        """The matrix summed over an n×m grid of blocks: (B, Hq, n, m); token t of N falls into block ⌊t·n/N⌋."""
+        *_, queries, keys = self.shape
+        if not (1 <= n <= queries and 1 <= m <= keys):
+            raise ValueError(f"pool({n}, {m}) of a {queries}×{keys} matrix: blocks must number 1 to {queries} and 1 to {keys}")
+        return self.block_sums(_blocks(queries, n, self.device), _blocks(keys, m, self.device))
+
+    def block_sums(self, row_blocks: Tensor, column_blocks: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Sums over any blocks: (B, Hq, n, m), from the block's number for each query (N,) and each key (M,).
+
+        ``counts`` (B|1, N), boolean, tells which queries count; all by default.
+        """
+        rows, columns = int(row_blocks.max()) + 1, int(column_blocks.max()) + 1
+        per_row = self @ torch.nn.functional.one_hot(column_blocks, columns).to(self.dtype)[None, None]
+        if counts is not None:
+            per_row = per_row * counts.to(self.device)[:, None, :, None]
+        return per_row.new_zeros(*per_row.shape[:2], rows, columns).index_add(2, row_blocks, per_row)
+
+    def viewers(self, weights: Tensor | None = None) -> Tensor:
+        """The number of queries that may see each key, or the sum of their weights (B|1, 1, N): (B|1, Hq|1, M)."""
+        *_, queries, keys = self.shape
+        if weights is None:
+            weights = torch.ones(1, 1, queries, device=self.device)
+        weights = weights.to(self.dtype)
+        if self._scores.is_causal:
+            later = weights.flip(-1).cumsum(-1).flip(-1)
+            return torch.nn.functional.pad(later, (0, keys - queries))
+        if self._scores.mask is None:
+            return weights.sum(dim=-1, keepdim=True).expand(*weights.shape[:2], keys)
+        visible = self._scores.visible().expand(-1, -1, queries, keys)
+        return torch.cat([(weights.unsqueeze(2) @ head.to(self.dtype)).squeeze(2) for head in visible.split(1, dim=1)], dim=1)
+
+    def expect(self, question: str, *arguments: object) -> None:
+        """Announce a question, so that one pass over the matrix answers all that were announced before the first answer.
+
+        ``question`` is "entropy", "received", "mass" or "product"; the arguments are those of the method asked later (for
+        "product" the right-hand side of ``A @ V``), the same objects.
+
+        >>> import torch
+        >>> q, k = torch.randn(2, 1, 2, 50, 16)
+        >>> A = AttentionMap(q, k, is_causal=True)
+        >>> A.expect("entropy"); A.expect("received")
+        >>> entropy, received = A.entropy(), A.received()  # one pass, not two
+        """
+        ask: dict[str, Callable[..., None]] = {
+            "entropy": self._ask_entropy,
+            "received": self._ask_received,
+            "mass": self._ask_mass,
+            "product": self._ask_product,
+        }
+        if question not in ask:
+            raise ValueError(f"expect() knows {', '.join(ask)}; got {question!r}")
+        ask[question](*arguments)
+
+    def rides_along(self, values: Tensor) -> bool:
+        """Whether ``A @ values`` can join the announced questions and still be exact in the values' own precision."""
+        return self._pass.pending and values.dtype == self._scores.query.dtype == self._scores.dtype
+
+    # --- entries ------------------------------------------------------------------------------------------------------
+
+    def at(self, targets: Tensor) -> Tensor:
+        """Chosen entries ``P[i, targets[i]]``: (B, Hq, N), from targets (N,) or (B, N) long; −1 for none gives 0.
+
+        >>> import torch
+        >>> q, k = torch.randn(2, 1, 2, 50, 16)
+        >>> previous_token = AttentionMap(q, k, is_causal=True).at(torch.arange(50) - 1)
+        """
+        batch, heads, queries, keys = self.shape
+        if targets.is_floating_point() or targets.shape not in ((queries,), (1, queries), (batch, queries)):
+            raise ValueError(
+                f"targets must be positions of shape ({queries},) or ({batch}, {queries}), "
+                f"got {targets.dtype} {tuple(targets.shape)}"
+            )
+        targets = targets.to(self.device).reshape(-1, queries).expand(batch, queries)
+        if bool((targets >= keys).any()) or bool((targets < -1).any()):
+            raise IndexError(f"targets go from {int(targets.min())} to {int(targets.max())}; keys from 0 to {keys - 1}")
+        logsumexp = self.logsumexp().to(self._scores.dtype)
+        shares = torch.exp(self._scores.entries(targets) - logsumexp.masked_fill(logsumexp.isneginf(), 0.0))
+        return shares.to(self.dtype)
+
+    def rows(self, index: Segment) -> Tensor:
+        """Whole rows of P: (B, Hq, len(index), M)."""
+        return self.tile(index, slice(None))
+
+    def tile(self, rows: Segment, columns: Segment) -> Tensor:
+        """A block of P: (B, Hq, len(rows), len(columns)); costs len(rows)·M, holds the block and a few rows at a time."""
+        batch, heads, queries, keys = self.shape
+        row_index = _columns.positions(rows, queries, "rows", "queries").to(self.device)
+        column_index = _columns.positions(columns, keys, "columns", "keys").to(self.device)
+        at_once = max(1, _ENTRIES_AT_ONCE // (batch * heads * keys))
+        return torch.cat([self._some_rows(part, column_index) for part in row_index.split(at_once)], dim=2)
+
+    def _some_rows(self, rows: Tensor, columns: Tensor) -> Tensor:
+        every = torch.arange(self.shape[3], device=self.device)
+        matrix = _dense.probabilities(self._scores.logits(rows, every, self._scores.dtype))
+        return (matrix if len(columns) == len(every) else matrix[..., columns]).to(self.dtype)
+
+    def dense(self, force: bool = False) -> Tensor:
+        """The whole matrix (B, Hq, N, M); refused above 2²⁸ entries (1 GiB in float32) unless forced."""
+        entries = torch.Size(self.shape).numel()
+        if entries > _DENSE_LIMIT and not force:
+            size = entries * torch.finfo(self.dtype).bits / 8 / 2**30
+            raise ValueError(
+                f"a matrix of shape {self.shape} takes {size:.1f} GiB; ask for statistics, rows or pool instead, "
+                "or pass force=True"
+            )
+        return self.tile(slice(None), slice(None))
+
+    # --- orderings and distances --------------------------------------------------------------------------------------
+
+    def topk(self, k: int) -> TopK:
+        """The k largest entries of each row and their keys, (B, Hq, N, k) each; not differentiable.
+
+        Where a row sees fewer than k keys, the rest has share 0 and key −1.
+        """
+        batch, heads, queries, keys = self.shape
+        if not 1 <= k <= keys:
+            raise ValueError(f"topk({k}) of {keys} keys: k must be from 1 to {keys}")
+        shares = torch.zeros(batch, heads, queries, k, dtype=self.dtype, device=self.device)
+        index = torch.full(shares.shape, -1, dtype=torch.long, device=self.device)
+        for strip, matrix in _tiled.softmax_strips(self._scores):
+            best = matrix.topk(min(k, strip.columns), dim=-1)
+            strip.of_queries(shares)[..., : strip.columns].copy_(best.values)
+            strip.of_queries(index)[..., : strip.columns].copy_(best.indices.masked_fill(best.values == 0, -1))
+        return TopK(shares, index)
+
+    def max(self) -> Tensor:
+        """The largest entry of each row: (B, Hq, N); not differentiable."""
+        return self.topk(1).shares.squeeze(-1)
+
+    def mean_distance(self, query_start: int = 0, key_start: int = 0) -> Tensor:
+        """``Σ_j P_ij |i − j|``: (B, Hq, N), in tokens; not differentiable.
+
+        ``query_start`` and ``key_start`` are the positions of the first query and the first key in their text, for calls
+        that see a part of it (a decode step has one query, at its end).
+        """
+        batch, heads, queries, keys = self.shape
+        result = torch.empty(batch, heads, queries, dtype=self.dtype, device=self.device)
+        key_positions = torch.arange(keys, device=self.device) + key_start
+        query_positions = torch.arange(queries, device=self.device) + query_start
+        for strip, matrix in _tiled.softmax_strips(self._scores):
+            distance = (query_positions[strip.rows, None] - key_positions[: strip.columns]).abs()
+            strip.of_queries(result).copy_(matrix.mul_(distance).sum(dim=-1))
+        return result
+
+    # --- the pass -----------------------------------------------------------------------------------------------------
+
+    def _ask_entropy(self) -> None:
+        self._pass.ask("entropy", Question("entropy"))
+
+    def _ask_product(self, values: Tensor) -> None:
+        batch, heads, _, keys = self.shape
+        key_heads = self._scores.key.shape[1]
+        if values.ndim != 4 or values.shape[0] not in (1, batch) or values.shape[1] not in (1, key_heads, heads):
+            fits = False
+        else:
+            fits = values.shape[2] == keys
+        if not fits:
+            raise ValueError(
+                f"A @ V needs V of shape ({batch}, {key_heads} or {heads}, {keys}, width), got {tuple(values.shape)}"
+            )
+        columns = values.expand(batch, heads if values.shape[1] == heads else key_heads, -1, -1)
+        native = values.dtype == self._scores.query.dtype
+        self._announce("product", values, Question("values", columns, native))
+
+    def _ask_mass(self, segments: Segments) -> None:
+        if not self._pass.knows(("mass", id(segments))):
+            batch, _, _, keys = self.shape
+            columns = _columns.indicator_columns(segments, keys, batch, self.device)
+            columns = columns.expand(batch, self._scores.key.shape[1], -1, -1)
+            self._announce("mass", segments, Question("values", columns))
+
+    def _ask_received(self, weights: Tensor | None = None) -> None:
+        batch, heads, queries, _ = self.shape
+        if weights is None:
+            column = torch.ones((), dtype=self.dtype, device=self.device).expand(batch, heads, queries)
+            self._pass.ask("received", Question("received", column))
+        else:
+            column = self._weight_column(weights, (batch, heads, queries))
+            self._announce("received", weights, Question("weights", column.unsqueeze(-1)))
+
+    def _weight_column(self, weights: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        batch, heads, queries = shape
+        sizes = tuple(weights.shape)
+        if len(sizes) != 3 or sizes[0] not in (1, batch) or sizes[1] not in (1, heads) or sizes[2] != queries:
+            raise ValueError(f"received() needs weights of shape ({batch} or 1, {heads} or 1, {queries}), got {sizes}")
+        return weights.to(self.device, self.dtype).expand(shape)
+
+    def _announce(self, name: str, argument: object, question: Question) -> None:
+        self._arguments.append(argument)
+        self._pass.ask((name, id(argument)), question)
+
+
+class TransposedMap:
+    """``Pᵀ`` of a map: ``A.T @ W`` is (B, Hq, M, Dw), in W's dtype, from W broadcastable to (B, Hq, N, Dw).
+
+    >>> import torch
+    >>> q, k = torch.randn(2, 1, 2, 50, 16)
+    >>> A = AttentionMap(q, k)
+    >>> (A.T @ torch.ones(1, 1, 50, 3)).shape
+    torch.Size([1, 2, 50, 3])
+    """
+
+    def __init__(self, attention: AttentionMap) -> None:
+        self.T = attention
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, Hq, M, N)."""
+        batch, heads, queries, keys = self.T.shape
+        return batch, heads, keys, queries
+
+    def __matmul__(self, weights: Tensor) -> Tensor:
+        """``Pᵀ W``."""
+        batch, heads, queries, _ = self.T.shape
+        wanted = (batch, heads, queries)
+        if weights.ndim != 4 or any(size not in (1, full) for size, full in zip(weights.shape, wanted, strict=False)):
+            raise ValueError(f"A.T @ W needs W broadcastable to {(*wanted, 'width')}, got {tuple(weights.shape)}")
+        columns = weights.expand(*wanted, -1)
+        answers = self.T._pass
+        answers.ask(("transposed", id(weights)), Question("weights", columns))
+        return answers.take(("transposed", id(weights))).to(weights.dtype)
+
+
+def _blocks(length: int, number: int, device: torch.device) -> Tensor:
+    """The block, of ``number`` nearly equal ones, that each of ``length`` tokens falls into."""
+    return torch.arange(length, device=device) * number // length

@@ -1,0 +1,32 @@
+"""Statistics, one file each, and the recording that they fill."""
+
+from regard.watch.at import At
+from regard.watch.entropy import Entropy
+from regard.watch.mass import Mass
+from regard.watch.mean_distance import MeanDistance
+from regard.watch.pooled import Pooled
+from regard.watch.received import Received
+from regard.watch.recording import Recording, load
+from regard.watch.rows import Rows
+from regard.watch.sinks import Sinks
+from regard.watch.statistic import Statistic
+from regard.watch.topk import TopK
+from regard.watch.value_norm import ValueNorm
+from regard.watch.watch import watch
+
+__all__ = [
+    "At",
+    "Entropy",
+    "Mass",
+    "MeanDistance",
+    "Pooled",
+    "Received",
+    "Recording",
+    "Rows",
+    "Sinks",
+    "Statistic",
+    "TopK",
+    "ValueNorm",
+    "load",
+    "watch",
+]

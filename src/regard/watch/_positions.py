@@ -1,0 +1,29 @@
+"""Selections of absolute positions, resolved for the part of a text that one call sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Positions = int | slice | list[int] | range | Tensor
+
+
+def selected(positions: Positions | None, start: int, length: int) -> Tensor:
+    """(length,) boolean: which of the tokens start … start + length − 1 the positions name.
+
+    Negative positions count from the end of the text as far as it is known at this call.
+    """
+    end = start + length
+    if positions is None:
+        return torch.ones(length, dtype=torch.bool)
+    whole = torch.zeros(end, dtype=torch.bool)
+    if isinstance(positions, slice):
+        whole[positions] = True
+    elif isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        known = positions[:end]
+        whole[: len(known)] = known.cpu()
+    else:
+        index = torch.as_tensor(list(positions) if isinstance(positions, range) else positions).long().reshape(-1)
+        index = torch.where(index < 0, index + end, index)
+        whole[index[(index >= 0) & (index < end)]] = True
+    return whole[start:]

@@ -1,0 +1,95 @@
+"""One text as one layer sees it: the calls of its passes, joined on a common axis of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy
+import torch
+from torch import Tensor
+
+from regard.calls import AttentionCall
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was measured at one call, and where its queries and keys begin."""
+
+    query_start: int
+    key_start: int
+    queries: int
+    keys: int
+    heads: list[int]
+    measured: Mapping[str, Tensor]
+
+
+@dataclass
+class Sequence:
+    """The parts of one text, in order. ``generate`` adds one for the prompt and one for each step."""
+
+    parts: list[Part] = field(default_factory=list)
+    token_ids: Tensor | None = None
+    end: int = 0
+    keys: int = 0
+    batch: int = 0
+    _last_key: Tensor | None = None
+
+    def place(self, call: AttentionCall, past: int | None) -> tuple[bool, int, int]:
+        """Whether a call goes on with this text, and the positions of its first query and key.
+
+        ``past`` is the number of tokens in the model's cache before the call, None if the model did not tell.
+        """
+        batch, _, queries, _ = call.query.shape
+        keys = call.key.shape[2]
+        if past is None:
+            continues = self.end > 0 and keys == self.keys + queries
+        else:
+            continues = past > 0 and past == self.end
+        continues = continues and batch == self.batch
+        start = self.end if continues else past or 0
+        # Cross-attention and preallocated caches have the same keys at every step; a sliding window drops the first.
+        fixed = continues and self._last_key is not None and torch.equal(self._last_key, call.key[..., -1, :])
+        key_start = max(start + queries - keys, 0) if start and not fixed else 0
+        return continues, start, key_start
+
+    def extend(self, call: AttentionCall, token_ids: Tensor | None) -> None:
+        """Take note of a call that goes on with this text."""
+        self.batch, _, queries, _ = call.query.shape
+        self.keys = call.key.shape[2]
+        self.end = call.query_start + queries
+        self._last_key = call.key[..., -1, :].detach().clone()
+        if token_ids is not None and self.token_ids is not None:
+            token_ids = torch.cat([self.token_ids, token_ids], dim=1)
+        self.token_ids = token_ids
+
+    def join(self, variable: str, dims: tuple[str, ...], rows: list[Tensor | None]) -> numpy.ndarray:
+        """One array (batch, heads, *dims) of all parts: put one after another along queries, or else added up.
+
+        ``rows`` names for each part the batch rows to take, None for all; a row of −1 gives NaN.
+        """
+        arrays = [_choose(part.measured[variable], row) for part, row in zip(self.parts, rows, strict=True)]
+        ends = {
+            "query": max(part.query_start + part.queries for part in self.parts),
+            "key": max(part.key_start + part.keys for part in self.parts),
+        }
+        shape = [max(array.shape[axis] for array in arrays) for axis in range(arrays[0].ndim)]
+        for axis, dim in enumerate(dims, start=2):
+            shape[axis] = ends.get(dim, shape[axis])
+        joined = numpy.full(shape, numpy.nan, dtype=arrays[0].dtype)
+        for part, array in zip(self.parts, arrays, strict=True):
+            starts = {"query": part.query_start, "key": part.key_start}
+            first = [0, 0, *(starts.get(dim, 0) for dim in dims)]
+            place = joined[tuple(slice(a, a + size) for a, size in zip(first, array.shape, strict=True))]
+            both = numpy.where(numpy.isnan(place), array, place + numpy.nan_to_num(array))
+            place[...] = array if "query" in dims else both
+        return joined
+
+
+def _choose(tensor: Tensor, rows: Tensor | None) -> numpy.ndarray:
+    array: numpy.ndarray = tensor.numpy()
+    if rows is None:
+        return array
+    chosen = array[rows.clamp(min=0).numpy()].astype(array.dtype)
+    chosen[(rows < 0).numpy()] = numpy.nan
+    return chosen

@@ -1,0 +1,118 @@
+"""Attention to one chosen key per query: the previous token, the token itself, an induction target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from regard.calls import AttentionCall
+from regard.maps import AttentionMap
+from regard.watch.statistic import Statistic
+
+Target = int | str | Tensor
+_OFFSETS = {"previous": -1, "own": 0, "next": 1}
+
+
+class At(Statistic):
+    """``P[i, target(i)]``: ``at(layer, batch, head, query, target)``; NaN where a query has no target.
+
+    Args:
+        targets: names, or names with what they mean: an offset to the query's position, a tensor (tokens,) or
+            (batch, tokens) of key positions by query position (−1 for none), or one of the known names: "previous" (−1),
+            "own" (0), "next" (+1) and "induction": the token after the last earlier occurrence of the query's own token,
+            from the token ids that the model was given.
+        token_ids: (batch, tokens), for "induction" in a model that is not given ``input_ids``.
+        name: of the variable.
+
+    Raises:
+        ValueError: "induction" without token ids.
+
+    The induction target is that of C. Olsson et al. (2022), In-context Learning and Induction Heads.
+
+    >>> import torch, regard
+    >>> layer = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    >>> x = torch.randn(1, 5, 16)
+    >>> with torch.no_grad(), regard.watch(layer, regard.At("previous", "own", two_back=-2)) as seen:
+    ...     _ = layer(x, x, x)
+    >>> seen.dataset().target.values.tolist()
+    ['previous', 'own', 'two_back']
+    """
+
+    dims = ("query", "target")
+
+    def __init__(
+        self,
+        *names: str,
+        targets: Mapping[str, Target] | None = None,
+        token_ids: Tensor | None = None,
+        name: str = "at",
+        **more: Target,
+    ) -> None:
+        self.targets: dict[str, Target] = {known: known for known in names} | dict(targets or {}) | more
+        self.token_ids = token_ids
+        self.name = name
+        known = (*_OFFSETS, "induction")
+        for target in self.targets.values():
+            if isinstance(target, str) and target not in known:
+                raise ValueError(f"At knows the targets {', '.join(known)}, got {target!r}; or pass an offset")
+        if not self.targets:
+            raise ValueError('At needs a target, such as At("previous") or At(two_back=-2)')
+
+    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
+        """(B, H, N, targets)."""
+        shares = []
+        for target in self.targets.values():
+            keys = self._keys(target, call) - call.key_start
+            keys = keys.masked_fill((keys < 0) | (keys >= attention.shape[3]), -1)
+            share = attention.at(keys)
+            shares.append(share.masked_fill((keys < 0).reshape(-1, 1, keys.shape[-1]), torch.nan))
+        return torch.stack(shares, dim=-1)
+
+    def coordinates(self) -> Mapping[str, Sequence[object]]:
+        """The targets' names."""
+        return {"target": list(self.targets)}
+
+    def _keys(self, target: Target, call: AttentionCall) -> Tensor:
+        """The key position that each query of the call has for its target, (N,) or (B, N); before the text for none."""
+        start, queries = call.query_start, call.query.shape[2]
+        if isinstance(target, str) and target == "induction":
+            ids = self._ids(call)
+            target = torch.full((start + queries,), -1) if ids is None else induction_targets(ids)
+        if isinstance(target, Tensor):
+            keys = target[..., start : start + queries].to(call.query.device)
+            keys = functional.pad(keys, (0, queries - keys.shape[-1]), value=-1)
+            return keys.masked_fill(keys < 0, call.key_start - 1)
+        offset = _OFFSETS[target] if isinstance(target, str) else target
+        return torch.arange(start, start + queries, device=call.query.device) + offset
+
+    def _ids(self, call: AttentionCall) -> Tensor | None:
+        """Ids of the tokens up to the call's last query; None where its queries are not the tokens (image patches, say)."""
+        batch, end = call.query.shape[0], call.query_start + call.query.shape[2]
+        if self.token_ids is not None:
+            ids = self.token_ids.reshape(-1, self.token_ids.shape[-1])[:, :end]
+        elif call.token_ids is not None:
+            ids = call.token_ids
+        else:
+            raise ValueError(
+                'At("induction") needs token ids, and the model was given no input_ids; pass At(..., token_ids=ids)'
+            )
+        return ids if ids.shape[1] == end and ids.shape[0] in (1, batch) else None
+
+
+def induction_targets(ids: Tensor) -> Tensor:
+    """For each token the position after its last earlier occurrence, −1 where it occurs for the first time.
+
+    >>> import torch
+    >>> induction_targets(torch.tensor([[5, 7, 5, 9, 7, 5]]))
+    tensor([[-1, -1,  1, -1,  2,  3]])
+    """
+    # Sorted by token and, within it, by position, each occurrence stands right behind the one before it.
+    order = torch.argsort(ids, dim=1, stable=True)
+    in_order = ids.gather(1, order)
+    targets = torch.full_like(order, -1)
+    same = in_order[:, 1:] == in_order[:, :-1]
+    targets[:, 1:] = torch.where(same, order[:, :-1] + 1, -1)
+    return torch.empty_like(order).scatter_(1, order, targets)

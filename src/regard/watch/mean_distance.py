@@ -1,0 +1,28 @@
+"""How far each query looks."""
+
+from torch import Tensor
+
+from regard.calls import AttentionCall
+from regard.maps import AttentionMap
+from regard.watch.statistic import Statistic
+
+
+class MeanDistance(Statistic):
+    """``Σ_j P_ij |i − j|``, in tokens: ``mean_distance(layer, batch, head, query)``.
+
+    >>> import torch, regard
+    >>> layer = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    >>> x = torch.randn(1, 5, 16)
+    >>> with torch.no_grad(), regard.watch(layer, regard.MeanDistance()) as seen:
+    ...     _ = layer(x, x, x)
+    >>> bool((seen.dataset().mean_distance <= 4).all())
+    True
+    """
+
+    name = "mean_distance"
+    dims = ("query",)
+    units = "tokens"
+
+    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
+        """(B, H, N)."""
+        return attention.mean_distance(call.query_start, call.key_start)

@@ -1,0 +1,144 @@
+"""What a watch has seen, as one labelled dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy
+import xarray
+from torch import Tensor
+
+from regard.maps import AttentionMap
+from regard.watch._sequence import Sequence
+from regard.watch.statistic import Statistic
+
+if TYPE_CHECKING:
+    from regard.view import Plot
+
+_ENGINE = "h5netcdf"
+
+
+class Recording:
+    """The measurements of one ``regard.watch`` block: the ``seen`` of ``with regard.watch(…) as seen``.
+
+    Attributes:
+        layers: the attention calls that were seen, by the path of the module that made them, in order.
+        maps: with ``keep_maps=True`` the attention maps of each layer, a list with one for each of its calls.
+        token_ids: (batch, tokens) that the model was given and, in ``generate``, went on with; None if there were none.
+    """
+
+    def __init__(self, statistics: Items[Statistic]) -> None:
+        self.layers: list[str] = []
+        self.maps: dict[str, list[AttentionMap]] = {}
+        self.token_ids: Tensor | None = None
+        self._statistics = statistics
+        self._sequences: dict[str, list[Sequence]] = {}
+
+    def dataset(
+        self, tokens: Items[str] | Items[Items[str]] | None = None, beam_indices: Tensor | None = None
+    ) -> xarray.Dataset:
+        """Everything measured: variables over (layer, batch, head, …), NaN where layers differ in length or heads.
+
+        ``layer`` holds module paths. If the block held several independent passes, the first dimension is ``pass``.
+
+        Args:
+            tokens: the text's tokens, or one list for each batch row; they become the coordinates ``query_token`` and
+                ``key_token``.
+            beam_indices: what ``generate`` returns of that name under beam search. Without it a batch row is a beam's
+                slot, which changes hands between steps; with it, one of the sequences returned.
+        """
+        parts = [
+            statistic.finish(self._variables(statistic, beam_indices)) for statistic in self._statistics if self._sequences
+        ]
+        dataset = xarray.merge(parts, join="outer", compat="no_conflicts") if parts else xarray.Dataset()
+        if "pass" in dataset.dims and dataset.sizes["pass"] == 1:
+            dataset = dataset.isel({"pass": 0}, drop=True)
+        return dataset if tokens is None else _with_tokens(dataset, tokens)
+
+    def save(self, path: str | Path, tokens: Items[str] | Items[Items[str]] | None = None) -> None:
+        """Write the dataset to one netCDF file, which ``regard.load`` and xarray read."""
+        self.dataset(tokens).to_netcdf(path, engine=_ENGINE)
+
+    @cached_property
+    def plot(self) -> Plot:
+        """Pictures of the dataset: ``plot.heads(statistic)``, ``plot.tokens()``, ``plot.map(layer, head)``."""
+        from regard.view import Plot
+
+        return Plot(self.dataset())
+
+    def _variables(self, statistic: Statistic, beam_indices: Tensor | None) -> xarray.Dataset:
+        variables = {
+            name: self._variable(name, dims, statistic, beam_indices) for name, dims in statistic.dimensions().items()
+        }
+        return xarray.Dataset(variables)
+
+    def _variable(
+        self, name: str, dims: tuple[str, ...], statistic: Statistic, beam_indices: Tensor | None
+    ) -> xarray.DataArray:
+        slots = max(part.measured[name].shape[0] for parts in self._sequences.values() for s in parts for part in s.parts)
+        joined = {
+            layer: [s.join(name, dims, _rows(s, name, beam_indices, slots)) for s in sequences]
+            for layer, sequences in self._sequences.items()
+        }
+        heads = {layer: sequences[0].parts[0].heads for layer, sequences in self._sequences.items()}
+        arrays = [array for sequences in joined.values() for array in sequences]
+        sizes = [max(array.shape[axis] for array in arrays) for axis in range(arrays[0].ndim)]
+        every_head = sorted({head for index in heads.values() for head in index})
+        passes = max(len(sequences) for sequences in joined.values())
+        full = numpy.full((passes, len(joined), sizes[0], len(every_head), *sizes[2:]), numpy.nan, dtype=arrays[0].dtype)
+        for number, (layer, sequences) in enumerate(joined.items()):
+            columns = [every_head.index(head) for head in heads[layer]]
+            for index, array in enumerate(sequences):
+                inner = tuple(slice(size) for size in array.shape[2:])
+                for column, values in zip(columns, array.swapaxes(0, 1), strict=True):
+                    full[(index, number, slice(array.shape[0]), column, *inner)] = values
+        coordinates: dict[str, object] = {"layer": list(joined), "head": every_head, "batch": range(sizes[0])}
+        coordinates |= {dim: range(size) for dim, size in zip(dims, sizes[2:], strict=True)}
+        coordinates |= {dim: labels for dim, labels in statistic.coordinates().items() if dim in dims}
+        labels = {dim: list(cast("Items[object]", values)) for dim, values in coordinates.items()}
+        return xarray.DataArray(
+            full, labels, ("pass", "layer", "batch", "head", *dims), name, attrs={"units": statistic.units}
+        )
+
+
+def load(path: str | Path) -> xarray.Dataset:
+    """Read a dataset that ``Recording.save`` or ``regard look --save`` wrote."""
+    return xarray.load_dataset(path, engine=_ENGINE)
+
+
+def _rows(sequence: Sequence, name: str, beam_indices: Tensor | None, slots: int) -> list[Tensor | None]:
+    """For each part the batch rows that make up the sequences returned by a beam search."""
+    if beam_indices is None:
+        return [None] * len(sequence.parts)
+    beam_indices = beam_indices.cpu()
+    rows: list[Tensor | None] = []
+    for step, part in enumerate(sequence.parts):
+        if step >= beam_indices.shape[1]:
+            raise ValueError(
+                f"beam_indices has {beam_indices.shape[1]} steps, but {len(sequence.parts)} were seen; pass those of "
+                "the one generate() call in the block"
+            )
+        own = part.measured[name].shape[0]  # an encoder runs once for all beams of a text
+        slot = beam_indices[:, step]
+        rows.append(slot.where(slot < 0, slot // (slots // own)))
+    return rows
+
+
+def _with_tokens(dataset: xarray.Dataset, tokens: Items[str] | Items[Items[str]]) -> xarray.Dataset:
+    rows = [cast("list[str]", list(tokens))] if isinstance(tokens[0], str) else [list(row) for row in tokens]
+    batch = dataset.sizes["batch"]
+    if len(rows) not in (1, batch):
+        raise ValueError(f"tokens has {len(rows)} rows, the dataset a batch of {batch}")
+    longest = max(len(row) for row in rows)
+    for dim in ("query", "key"):
+        if dim not in dataset.sizes:
+            continue
+        size = dataset.sizes[dim]
+        if longest > size:
+            raise ValueError(f"tokens has {longest} tokens, the dataset {size} positions along {dim!r}")
+        padded = [[*row, *[""] * (size - len(row))] for row in rows] * (batch if len(rows) == 1 else 1)
+        dataset = dataset.assign_coords({f"{dim}_token": (("batch", dim), numpy.array(padded, dtype=object))})
+    return dataset

@@ -1,0 +1,58 @@
+"""The base of all statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import xarray
+from torch import Tensor
+
+from regard.calls import AttentionCall
+from regard.maps import AttentionMap
+
+
+class Statistic:
+    """Something read from the attention map of every watched call.
+
+    A subclass sets ``name`` and ``dims`` and overrides `measure`. Dimensions after batch and head are free; two names have
+    a meaning: values along "query" are put one after another as ``generate`` adds tokens, and values without it are summed
+    up over its steps, those along "key" key by key. A query that ``token_mask`` calls padding becomes NaN.
+
+    Example:
+        >>> import torch, regard
+        >>> class Confidence(regard.Statistic):
+        ...     "The largest share that each query gives to one key."
+        ...     name, dims = "confidence", ("query",)
+        ...     def measure(self, attention, call):
+        ...         return attention.max()
+        >>> layer = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
+        >>> x = torch.randn(1, 5, 16)
+        >>> with torch.no_grad(), regard.watch(layer, Confidence()) as seen:
+        ...     _ = layer(x, x, x)
+        >>> dict(seen.dataset().confidence.sizes)
+        {'layer': 1, 'batch': 1, 'head': 2, 'query': 5}
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    units: ClassVar[str] = "share of attention"
+
+    def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
+        """Announce with ``attention.expect(…)`` what `measure` will ask, to share one pass. Optional."""
+
+    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor | Mapping[str, Tensor]:
+        """The value, (batch, heads, *dims), or several by name."""
+        raise NotImplementedError(f"{type(self).__name__} must override measure()")
+
+    def coordinates(self) -> Mapping[str, Sequence[object]]:
+        """Labels of the dimensions that are the statistic's own."""
+        return {}
+
+    def dimensions(self) -> Mapping[str, tuple[str, ...]]:
+        """The dimensions of each variable that `measure` returns."""
+        return {self.name: self.dims}
+
+    def finish(self, variables: xarray.Dataset) -> xarray.Dataset:
+        """Last computations, once all steps are joined: from the variables measured to those reported."""
+        return variables

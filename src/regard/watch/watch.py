@@ -1,0 +1,273 @@
+"""Watching a model's attention while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from regard.calls import AttentionCall, ModuleStack, listen, normalize
+from regard.maps import AttentionMap
+from regard.watch._cache import CacheWatch
+from regard.watch._no_call import explain_no_call
+from regard.watch._selection import Heads, Layers, Selection
+from regard.watch._sequence import Part, Sequence
+from regard.watch.recording import Recording
+from regard.watch.statistic import Statistic
+
+
+class watch:  # noqa: N801 - a context manager, named as what one writes
+    """Read statistics from every attention call of a model, while it runs as it always does.
+
+    The model is not changed, and everything is restored on exit. Blocks may be nested, and several models may run in
+    them. ``generate`` is one text: its prompt and its steps are joined on one axis of queries. Gradient checkpointing,
+    autocast and inference mode work; a compiled model runs uncompiled inside the block.
+
+    Args:
+        model: an ``nn.Module`` whose attention goes through ``scaled_dot_product_attention`` or ``nn.MultiheadAttention``,
+            as transformers' does with ``attn_implementation="sdpa"``; or None for every call made in the block.
+        statistics: what to read, such as ``regard.Entropy()``.
+        layers: the number of an attention call in order, a glob on the path of the module that makes it, or several.
+        heads: the number of a query head, several, or a mapping from layers to heads.
+        token_mask: (batch, tokens), nonzero for real tokens, as a tokenizer's ``attention_mask``. Padded queries become
+            NaN and count in no sum. Tokens that ``generate`` adds are real.
+        keep_maps: keep each call's `AttentionMap` (and with it its query and key) in ``seen.maps``.
+        share: let the statistics of a float32 model ride in the model's own attention call, which is faster and changes
+            its output by rounding (about 1e-6); False leaves each bit as it was. In half precision, or where gradients
+            are wanted, it is left as it was in any case.
+
+    Raises:
+        RuntimeError: at the end of a block in which no attention call was seen, naming the implementation used.
+        IndexError, ValueError: layers or heads that do not exist, statistics of the same name, NaN in queries or keys.
+
+    Example:
+        >>> import torch, regard
+        >>> encoder = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+        >>> with torch.no_grad(), regard.watch(encoder, regard.Entropy(), regard.Received()) as seen:
+        ...     _ = encoder(torch.randn(1, 10, 32))
+        >>> seen.dataset().entropy.dims
+        ('layer', 'batch', 'head', 'query')
+    """
+
+    def __init__(
+        self,
+        model: Module | None = None,
+        *statistics: Statistic,
+        layers: Layers | None = None,
+        heads: Heads | Mapping[int | str, Heads] | None = None,
+        token_mask: Tensor | None = None,
+        keep_maps: bool = False,
+        share: bool = True,
+    ) -> None:
+        if isinstance(model, Statistic):
+            model, statistics = None, (model, *statistics)
+        _check(model, statistics, keep_maps)
+        self._model = model
+        self._statistics = statistics
+        self._layers, self._heads = layers, heads
+        self._token_mask = None if token_mask is None else _check_mask(token_mask)
+        self._keep_maps = keep_maps
+        self._share = share
+        self._blocks: list[_Block] = []
+
+    def __enter__(self) -> Recording:
+        block = _Block(self._model, self._statistics, Selection(self._layers, self._heads), self._token_mask)
+        block.keep_maps, block.share = self._keep_maps, self._share
+        block.enter()
+        self._blocks.append(block)
+        return block.recording
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        block = self._blocks.pop()
+        block.exit()
+        if kind is None:
+            block.check()
+
+
+class _Block:
+    """One entry into a watch: listens to calls, places them in their text, and has them measured."""
+
+    def __init__(
+        self, model: Module | None, statistics: tuple[Statistic, ...], selection: Selection, token_mask: Tensor | None
+    ) -> None:
+        self.recording = Recording(statistics)
+        self.keep_maps = False
+        self.share = True
+        self._model = model
+        self._statistics = statistics
+        self._selection = selection
+        self._token_mask = token_mask
+        self._cache = CacheWatch()
+        self._modules = ModuleStack(model, self._cache.begin)
+        self._numbers: dict[str, int] = {}
+        self._exit = ExitStack()
+
+    def enter(self) -> None:
+        with ExitStack() as entered:
+            if self._model is None or _is_compiled(self._model):
+                entered.enter_context(torch.compiler.set_stance("force_eager"))
+            entered.enter_context(self._modules)
+            entered.enter_context(self._cache)
+            entered.enter_context(listen(self))
+            self._exit = entered.pop_all()
+
+    def exit(self) -> None:
+        self._exit.close()
+
+    def check(self) -> None:
+        """Refuse a block in which there was nothing to see, or not what was chosen."""
+        if not self._numbers:
+            raise RuntimeError(explain_no_call(self._model, ran=self._modules.pass_index >= 0))
+        self._selection.check(list(self._numbers))
+
+    def notice(self, call: AttentionCall) -> tuple[AttentionCall, _Reading] | None:
+        """Place a call of the watched model, and say what to read of it."""
+        if not self._modules.active:
+            return None
+        path = self._modules.next_label()
+        layer = self._numbers.setdefault(path, len(self._numbers))
+        if not self._selection.wants(path, layer):
+            return None
+        normal = normalize(call, self._modules.module)
+        heads = self._selection.heads(path, layer, normal.query.shape[1])
+        placed = replace(normal, path=path, layer=layer, pass_index=self._modules.pass_index)
+        sequence, placed = self._place(placed)
+        return normal, _Reading(self, placed, sequence, heads)
+
+    def record(self, call: AttentionCall, sequence: Sequence, part: Part, attention: AttentionMap) -> None:
+        """Keep what was measured."""
+        if call.path not in self.recording.layers:
+            self.recording.layers.append(call.path)
+        sequence.parts.append(part)
+        if self.keep_maps:
+            self.recording.maps.setdefault(call.path, []).append(attention)
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What to read."""
+        return self._statistics
+
+    def _place(self, call: AttentionCall) -> tuple[Sequence, AttentionCall]:
+        sequences = self.recording._sequences.setdefault(call.path, [])
+        last = sequences[-1] if sequences else Sequence()
+        continues, query_start, key_start = last.place(call, self._cache.past)
+        if not continues:
+            last = Sequence()
+            sequences.append(last)
+        call = replace(call, query_start=query_start, key_start=key_start)
+        last.token_ids = self._cache.reordered(last.token_ids)
+        last.extend(call, _token_ids(self._modules, call))
+        if last.token_ids is not None and last.token_ids.shape[1] == last.end:
+            self.recording.token_ids = last.token_ids
+        return last, replace(call, token_ids=last.token_ids, token_mask=self._mask_of(call))
+
+    def _mask_of(self, call: AttentionCall) -> Tensor | None:
+        mask = self._token_mask
+        if mask is None:
+            return None
+        batch, _, queries, _ = call.query.shape
+        end = call.query_start + queries
+        if batch % mask.shape[0] or (call.query_start == 0 and queries != mask.shape[1]):
+            raise ValueError(
+                f"token_mask has shape {tuple(mask.shape)}, but {call.path} has a batch of {batch} with {queries} queries; "
+                "watch only the layers that it belongs to, with layers="
+            )
+        mask = mask.repeat_interleave(batch // mask.shape[0], dim=0)  # the beams of one text follow one another
+        return torch.nn.functional.pad(mask, (0, max(end - mask.shape[1], 0)), value=True)[:, call.query_start : end]
+
+
+@dataclass
+class _Reading:
+    """What one block reads of one call."""
+
+    block: _Block
+    call: AttentionCall
+    sequence: Sequence
+    heads: list[int] | None
+
+    def __post_init__(self) -> None:
+        self._own: AttentionMap | None = None
+        if self.heads is not None:
+            self.call = self.call.heads(self.heads)
+
+    @property
+    def shares(self) -> bool:
+        """Whether the model's output may come from the pass that answers the questions."""
+        return self.block.share and self.heads is None
+
+    def ask(self, attention: AttentionMap) -> None:
+        """Have each statistic announce what it needs."""
+        for statistic in self.block.statistics:
+            statistic.ask(self._map(attention), self.call)
+
+    def take(self, attention: AttentionMap) -> None:
+        """Measure each statistic."""
+        attention = self._map(attention)
+        measured: dict[str, Tensor] = {}
+        for statistic in self.block.statistics:
+            result = statistic.measure(attention, self.call)
+            named = result if isinstance(result, Mapping) else {statistic.name: result}
+            for name, dims in statistic.dimensions().items():
+                measured[name] = self._masked(named[name], dims).cpu()
+        _, _, queries, keys = attention.shape
+        heads = list(range(attention.shape[1])) if self.heads is None else self.heads
+        part = Part(self.call.query_start, self.call.key_start, queries, keys, heads, measured)
+        self.block.record(self.call, self.sequence, part, attention)
+
+    def _map(self, attention: AttentionMap) -> AttentionMap:
+        if self.heads is None:
+            return attention
+        if self._own is None:
+            self._own = attention.heads(self.heads)
+        return self._own
+
+    def _masked(self, values: Tensor, dims: tuple[str, ...]) -> Tensor:
+        """NaN for padded queries."""
+        mask = self.call.token_mask
+        if mask is None or "query" not in dims:
+            return values
+        shape = [1] * values.ndim
+        shape[0], shape[2 + dims.index("query")] = mask.shape
+        return values.masked_fill(~mask.to(values.device).view(shape), torch.nan)
+
+
+def _token_ids(modules: ModuleStack, call: AttentionCall) -> Tensor | None:
+    """The ids of the call's own tokens among the model's arguments; an empty tensor if there are ids, but of others."""
+    names = ("decoder_input_ids", "input_ids") if "decoder" in call.path else ("input_ids", "decoder_input_ids")
+    given: list[Any] = [modules.arguments.get(name) for name in names] + list(modules.positional)
+    ids = [g for g in given if isinstance(g, Tensor) and g.ndim == 2 and g.dtype in (torch.int64, torch.int32)]
+    own = [i for i in ids if i.shape[1] == call.query.shape[2]]
+    return own[0] if own else (ids[0][:, :0] if ids else None)
+
+
+def _is_compiled(model: Module) -> bool:
+    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
+
+
+def _check(model: object, statistics: tuple[Statistic, ...], keep_maps: bool) -> None:
+    if model is not None and not isinstance(model, Module):
+        raise TypeError(f"watch needs an nn.Module, or None for every call in the block; got {type(model).__name__}")
+    for statistic in statistics:
+        if not isinstance(statistic, Statistic):
+            hint = "(…)" if isinstance(statistic, type) else ""
+            raise TypeError(f"watch takes statistics such as regard.Entropy(), got {statistic!r}{hint}")
+    if not statistics and not keep_maps:
+        raise ValueError("watch has nothing to read: pass statistics such as regard.Entropy(), or keep_maps=True")
+    names = [name for statistic in statistics for name in statistic.dimensions()]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"two statistics are named {', '.join(sorted(twice))}; give one another name=")
+
+
+def _check_mask(token_mask: Tensor) -> Tensor:
+    if token_mask.ndim != 2:
+        raise ValueError(f"token_mask must be (batch, tokens), got shape {tuple(token_mask.shape)}")
+    return token_mask.bool()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -88,11 +88,12 @@ def attend(*args: Any, **kwargs: Any) -> Tensor:
         return original(*args, **kwargs)
     normal = noticed[0][0]
     readings = [reading for _, reading in noticed]
+    shares = all(reading.shares for reading in readings) and _may_share(call, normal)
     with torch.no_grad():
         attention = normal.map()
         for reading in readings:
             reading.ask(attention)
-        shared = _share(call, normal, attention, readings)
+        shared = _share(call, attention) if shares else None
     output = original(*args, **kwargs) if shared is None else shared
     with torch.no_grad():
         for reading in readings:
@@ -113,16 +114,18 @@ def _bind(
     return AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
-def _share(
-    call: AttentionCall, normal: AttentionCall, attention: AttentionMap, readings: Sequence[Reading]
-) -> Tensor | None:
-    """The model's own output from the pass that answers the questions, where it would be the same to rounding."""
+def _may_share(call: AttentionCall, normal: AttentionCall) -> bool:
+    """Whether the model's own output may come from the pass that answers the questions."""
     tensors = (call.query, call.key, call.value, call.attn_mask)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    allowed = all(reading.shares for reading in readings) and attention.rides_along(call.value)
-    same_call = normal.query is call.query and normal.key is call.key
     autocast = torch.is_autocast_enabled(call.query.device.type)
-    if not allowed or differentiable or call.dropout_p or autocast or not same_call:
+    same_call = normal.query is call.query and normal.key is call.key
+    return same_call and not (differentiable or autocast or call.dropout_p)
+
+
+def _share(call: AttentionCall, attention: AttentionMap) -> Tensor | None:
+    """That output, if it is the same to rounding."""
+    if not attention.rides_along(call.value):
         return None
     attention.expect("product", call.value)
     return attention @ call.value

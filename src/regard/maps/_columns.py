@@ -45,7 +45,7 @@ def positions(index: Segment, length: int, what: str, unit: str) -> Tensor:
         chosen = index.nonzero().squeeze(-1)
     else:
         chosen = torch.as_tensor(index)
-        if chosen.is_floating_point() or chosen.is_complex():
+        if chosen.numel() and (chosen.is_floating_point() or chosen.is_complex()):
             raise TypeError(f"{what} must be positions, a slice or a boolean mask, got {index!r}")
         chosen = chosen.long().reshape(-1)
     beyond = chosen[(chosen < -length) | (chosen >= length)]

@@ -28,8 +28,7 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     """Answer the request with one fused call, and one more for each question from the matrix's other side."""
     if scores.requires_grad or request.requires_grad:
         raise Refusal("the fused operators' log-sum-exp has no gradient")
-    biased = scores.mask is not None and scores.mask.is_floating_point()
-    if request.entropy and biased:
+    if request.entropy and _biased(scores):
         raise Refusal("with an additive mask the entropy needs the expected bias, which no column can carry")
     with torch.no_grad():
         return _evaluate(scores, request)
@@ -55,9 +54,17 @@ def _evaluate(scores: Scores, request: Request) -> Answer:
     if request.weights is not None:
         transposed, _ = _swapped(scores, dtype, logsumexp, request.weights)
     if request.received is not None:
-        # The answer is a log-sum-exp, which the operators keep in float32 even where their inputs are half precision.
-        _, received = _swapped(scores, scores.query.dtype, logsumexp - request.received.log(), None)
+        # The answer is a log-sum-exp, which the operators keep in float32 even where their inputs are bfloat16. (A bias
+        # would be rounded, though, and float16 has no room for the extra columns.)
+        native = scores.query.dtype == torch.bfloat16 and not _biased(scores)
+        _, received = _swapped(
+            scores, torch.bfloat16 if native else dtype, logsumexp - request.received.log(), None
+        )
     return Answer(logsumexp, forward, transposed, received, entropy)
+
+
+def _biased(scores: Scores) -> bool:
+    return scores.mask is not None and scores.mask.is_floating_point()
 
 
 def _per_query_head(values: Tensor, groups: int, heads: int) -> Tensor:

@@ -1,0 +1,326 @@
+"""Every question about a map, on every kernel, has the answer of the matrix by its definition."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from regard import AttentionMap
+from regard.maps import _fused, _pass, _select, _tiled
+from tests.maps.reference import Call, calls
+
+KERNELS = ("dense", "tiled", "fused", "auto")
+FEW = settings(max_examples=40, deadline=None)
+HALF = (torch.bfloat16, torch.float16)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(actual.double(), expected.double(), atol=tolerance, rtol=tolerance)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@FEW
+@given(call=calls())
+def test_products(kernel: Any, call: Call) -> None:
+    matrix = call.matrix()
+    batch, heads, queries, keys = matrix.shape
+    A = AttentionMap(**call.arguments(), kernel=kernel)
+    key_heads = call.key.shape[1]
+    V, per_head = normal(batch, key_heads, keys, 30), normal(batch, heads, keys, 3)
+    W = normal(1, heads, queries, 5)
+    assert A.shape == matrix.shape
+    close(A @ V, matrix @ V.double().repeat_interleave(heads // key_heads, dim=1))
+    close(A @ per_head, matrix @ per_head.double())
+    close(A.T @ W, matrix.transpose(-1, -2) @ W.double(), 2e-5)
+    assert A.T.shape == (batch, heads, keys, queries)
+    assert A.T.T is A
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("together", [True, False])
+@FEW
+@given(call=calls())
+def test_statistics(kernel: Any, together: bool, call: Call) -> None:
+    matrix = call.matrix()
+    batch, heads, queries, keys = matrix.shape
+    A = AttentionMap(**call.arguments(), kernel=kernel)
+    segments: dict[str, Any] = {
+        "first": 0,
+        "half": slice(0, max(1, keys // 2)),
+        "some": [0, keys - 1],
+        "mask": torch.arange(batch * keys).view(batch, keys) % 3 == 0,
+    }
+    columns = torch.zeros(batch, keys, 4, dtype=torch.float64)
+    columns[:, 0, 0] = columns[:, : max(1, keys // 2), 1] = columns[:, [0, keys - 1], 2] = 1
+    columns[:, :, 3] = segments["mask"]
+    weights = normal(1, 1, queries)
+    if together:
+        A.expect("entropy")
+        A.expect("mass", segments)
+        A.expect("received")
+        A.expect("received", weights)
+    close(A.entropy(), call.entropy(), 2e-5)
+    close(A.mass(segments), matrix @ columns[:, None])
+    close(A.received(), matrix.sum(2), 1e-5)
+    close(A.received(weights), (matrix * weights[..., None]).sum(2), 2e-5)
+    assert torch.equal(A.logsumexp().isneginf(), call.logsumexp().isneginf())
+    seen = ~call.logsumexp().isneginf()
+    close(A.logsumexp()[seen], call.logsumexp()[seen])
+
+
+@FEW
+@given(call=calls(), data=st.data())
+def test_entries_and_pictures(call: Call, data: st.DataObject) -> None:
+    matrix = call.matrix()
+    batch, heads, queries, keys = matrix.shape
+    A = AttentionMap(**call.arguments())
+    close(A.dense(), matrix)
+    targets = torch.randint(-1, keys, (batch, queries), generator=torch.Generator().manual_seed(2))
+    index = targets.clamp(min=0)[:, None, :, None].expand(batch, heads, queries, 1)
+    close(A.at(targets), matrix.gather(3, index)[..., 0] * (targets >= 0)[:, None])
+    close(A.at(targets[0]), AttentionMap(**call.arguments()).at(targets[:1].expand(batch, -1)))
+    rows = data.draw(st.lists(st.integers(-queries, queries - 1), min_size=1, max_size=4))
+    close(A.rows(rows), matrix[:, :, rows])
+    columns = slice(0, data.draw(st.integers(1, keys)))
+    close(A.tile(rows, columns), matrix[:, :, rows][..., columns])
+    n, m = data.draw(st.integers(1, queries)), data.draw(st.integers(1, keys))
+    pooled = torch.zeros(batch, heads, n, m, dtype=torch.float64)
+    for i in range(queries):
+        for j in range(keys):
+            pooled[:, :, i * n // queries, j * m // keys] += matrix[:, :, i, j]
+    close(A.pool(n, m), pooled, 2e-5)
+    k = data.draw(st.integers(1, keys))
+    best = A.topk(k)
+    close(best.shares, matrix.topk(k).values)
+    found = best.keys >= 0
+    close(matrix.gather(3, best.keys.clamp(min=0))[found], best.shares[found])
+    assert torch.equal(found, best.shares > 0)
+    close(A.max(), matrix.amax(-1))
+    distance = (torch.arange(queries)[:, None] + 3 - torch.arange(keys)).abs()
+    close(A.mean_distance(query_start=3), (matrix * distance).sum(-1), 1e-4)
+    visible = ~call.logits().isneginf()
+    close(A.viewers().expand(batch, heads, keys), visible.sum(2))
+
+
+@pytest.mark.parametrize("kernel", ["tiled", "fused", "auto"])
+@FEW
+@given(call=calls(HALF))
+def test_half_precision(kernel: Any, call: Call) -> None:
+    """On the same half-precision inputs statistics are good to 1e-3 of the float64 result."""
+    matrix, entropy, logsumexp = call.matrix(), call.entropy(), call.logsumexp()
+    A = AttentionMap(**call.arguments(), kernel=kernel)
+    segments = {"first": [0], "all": slice(None)}
+    seen = ~logsumexp.isneginf()
+    assert A.entropy().dtype == A.received().dtype == torch.float32
+    torch.testing.assert_close(A.logsumexp()[seen].double(), logsumexp[seen], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(A.entropy().double(), entropy, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(A.received().double(), matrix.sum(2), rtol=1e-3, atol=1e-6)
+    mass = torch.stack([matrix[..., 0], matrix.sum(-1)], dim=-1)
+    torch.testing.assert_close(A.mass(segments).double(), mass, rtol=1e-3, atol=1e-6)
+    V = normal(*call.key.shape).to(call.key.dtype)
+    assert (A @ V).dtype == V.dtype
+
+
+@FEW
+@given(call=calls((torch.float64,)))
+def test_double_precision(call: Call) -> None:
+    A = AttentionMap(**call.arguments())
+    close(A.entropy(), call.entropy(), 1e-12)
+    close(A.received(), call.matrix().sum(2), 1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kernel", ["tiled", "fused"])
+def test_gradients_are_those_of_the_definition(causal: bool, kernel: Any) -> None:
+    def random(*shape: int) -> Tensor:
+        return normal(*shape).double().requires_grad_()
+
+    query, key, V, W = random(2, 4, 9, 8), random(2, 2, 11, 8), random(2, 2, 11, 5), random(2, 4, 9, 3)
+    bias = random(1, 4, 1, 11)
+
+    def outputs(query: Tensor, key: Tensor, bias: Tensor, V: Tensor, W: Tensor) -> tuple[Tensor, ...]:
+        A = AttentionMap(query, key, None if causal else bias, causal, enable_gqa=True, kernel=kernel)
+        targets = torch.arange(9) - 1
+        return (
+            A @ V, A.T @ W, A.logsumexp(), A.entropy(), A.received(), A.mass({"two": [0, 3]}), A.at(targets),
+            A.rows([2, 5]), A.pool(3, 2),
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(outputs, (query, key, bias, V, W))
+
+
+def test_orderings_carry_no_gradient() -> None:
+    q, k = torch.randn(2, 1, 2, 5, 8, requires_grad=True).unbind()
+    A = AttentionMap(q, k)
+    assert not any(t.requires_grad for t in (A.topk(2).shares, A.max(), A.mean_distance()))
+
+
+def test_gradient_is_found_after_the_same_question_without() -> None:
+    q, k = normal(1, 2, 5, 8).requires_grad_(), normal(1, 2, 5, 8)
+    A = AttentionMap(q, k)
+    with torch.no_grad():
+        without = A.logsumexp()
+    assert torch.equal(without, A.logsumexp())
+    assert A.logsumexp().requires_grad
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_logits(size: float, dtype: torch.dtype) -> None:
+    query, key = normal(1, 2, 200, 16).to(dtype), normal(2, 1, 2, 200, 16)[1].to(dtype)
+    bound = float((query.float() @ key.float().transpose(-1, -2)).abs().max()) / 4
+    query = query * (size / bound)
+    call = Call(query, key, None, False, None)
+    assert float(call.logits().abs().max()) == pytest.approx(size, rel=0.05)
+    A, matrix = AttentionMap(query, key), call.matrix()
+    close(A.dense(), matrix)
+    close(A.entropy(), call.entropy())
+    exact = matrix.sum(2)
+    assert bool(((A.received() - exact).abs() <= 1e-5 * exact.clamp(min=1e-30)).all())
+    close(A.mass({"one": [3]})[..., 0], matrix[..., 3])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_hot_rows(kernel: Any) -> None:
+    query = 100.0 * torch.eye(32)[None, None]
+    A = AttentionMap(query, torch.eye(32)[None, None], scale=1.0, kernel=kernel)
+    assert torch.equal(A.received(), torch.ones(1, 1, 32))
+    assert bool((A.entropy() < 1e-12).all())
+    assert torch.equal(A.topk(1).keys[0, 0, :, 0], torch.arange(32))
+
+
+def test_long_context_keeps_its_accuracy() -> None:
+    """N = 16,384, checked on a sample of rows and columns against the definition."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 1, 16384, 64, generator=generator) for _ in range(2))
+    A = AttentionMap(query, key, is_causal=True)
+    A.expect("entropy")
+    A.expect("received")
+    A.expect("mass", segments := {"sink": [0], "late": slice(9000, 16000)})
+    entropy, received, mass = A.entropy(), A.received(), A.mass(segments)
+    rows = torch.tensor([0, 1, 777, 9001, 16383])
+    logits = (query.double()[:, :, rows] @ key.double().transpose(-1, -2) / 8).masked_fill(
+        torch.arange(16384) > rows[:, None], -math.inf
+    )
+    matrix = logits.softmax(-1)
+    close(entropy[:, :, rows], torch.special.entr(matrix).sum(-1))
+    close(mass[:, :, rows], torch.stack([matrix[..., 0], matrix[..., 9000:16000].sum(-1)], -1))
+    columns, exact = [0, 5000, 16383], torch.zeros(1, 1, 3, dtype=torch.float64)
+    for start in range(0, 16384, 1024):
+        part = torch.arange(start, start + 1024)
+        logits = query.double()[:, :, part] @ key.double().transpose(-1, -2) / 8
+        exact += logits.masked_fill(torch.arange(16384) > part[:, None], -math.inf).softmax(-1)[..., columns].sum(2)
+    assert bool(((received[..., columns] - exact).abs() <= 1e-5 * exact).all())
+
+
+def test_rows_that_see_nothing() -> None:
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[2] = False
+    for kernel in KERNELS:
+        A = AttentionMap(normal(1, 2, 6, 8), normal(1, 2, 6, 8), mask, kernel=kernel)
+        assert not A.dense()[:, :, 2].any()
+        assert not (A @ normal(1, 2, 6, 4))[:, :, 2].any()
+        assert bool(A.logsumexp()[:, :, 2].isneginf().all())
+        assert not A.entropy()[:, :, 2].any()
+        assert not A.at(torch.zeros(6, dtype=torch.long))[:, :, 2].any()
+        close(A.received().sum(-1), torch.full((1, 2), 5.0))
+
+
+def test_memory_does_not_grow_with_the_square() -> None:
+    """A matrix of 32,768² would take 4 GiB a head; the strips' buffers stay below 64 MB."""
+    query = torch.randn(1, 1, 32768, 8)
+    strips = list(_tiled.strips(AttentionMap(query, query, is_causal=True)._scores))
+    assert max(math.prod(strip.shape) for strip in strips) * 4 <= 64 * 2**20
+    covered = sum((strip.rows.stop - strip.rows.start) for strip in strips)
+    assert covered == 32768
+
+
+def test_fused_operator_that_refuses_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(_fused, "_attend_cpu", refuse)
+    q, k, v = normal(3, 1, 2, 9, 8).unbind()
+    A = AttentionMap(q, k, kernel="fused")
+    close(A @ v, AttentionMap(q, k, kernel="dense") @ v)
+
+
+def test_one_pass_answers_all_that_was_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    monkeypatch.setattr(_pass, "evaluate", lambda *a: passes.append(a) or _select.evaluate(*a))
+    q, k, v = normal(3, 1, 2, 9, 8).unbind()
+    A, segments = AttentionMap(q, k), {"a": [0]}
+    for question in (("entropy",), ("received",), ("mass", segments), ("product", v)):
+        A.expect(*question)
+    answers = A.entropy(), A.received(), A.mass(segments), A @ v
+    assert len(passes) == 1
+    alone = AttentionMap(q, k)
+    for answer, again in zip(answers, (alone.entropy(), alone.received(), alone.mass(segments), alone @ v), strict=True):
+        close(answer, again)
+    assert len(passes) == 5
+
+
+def test_heads_are_chosen() -> None:
+    q, k = normal(2, 6, 9, 8), normal(2, 3, 9, 8)
+    mask = normal(2, 6, 9, 9)
+    A = AttentionMap(q, k, mask, enable_gqa=True)
+    close(A.heads([5, 0]).dense(), A.dense()[:, [5, 0]])
+
+
+def refused(error: type[Exception], message: str, **changes: Any) -> None:
+    arguments = {"query": normal(2, 4, 5, 8), "key": normal(2, 4, 7, 8)} | changes
+    with pytest.raises(error, match=message):
+        AttentionMap(**arguments)
+
+
+def test_inputs_that_are_refused() -> None:
+    refused(ValueError, r"query must be \(batch, heads, tokens, head_dim\), got shape \(4, 5, 8\)", query=normal(4, 5, 8))
+    refused(ValueError, r"key is empty: shape \(2, 4, 0, 8\)", key=normal(2, 4, 0, 8))
+    refused(ValueError, "differ in head_dim: 8 and 6", key=normal(2, 4, 7, 6))
+    refused(ValueError, "query has batch 2 and key 3", key=normal(3, 4, 7, 8))
+    refused(ValueError, "query has 4 heads and key 2; pass enable_gqa=True", key=normal(2, 2, 7, 8))
+    refused(ValueError, "divisible by key heads, got 4 and 3", key=normal(2, 3, 7, 8), enable_gqa=True)
+    refused(TypeError, "dtype torch.int64", query=torch.ones(2, 4, 5, 8, dtype=torch.long))
+    refused(TypeError, "share a dtype, got torch.float64 and torch.float32", query=normal(2, 4, 5, 8).double())
+    refused(ValueError, r"attn_mask of shape \(3, 7\) does not broadcast to \(2, 4, 5, 7\)", attn_mask=normal(3, 7))
+    refused(TypeError, "boolean .* or floating point", attn_mask=torch.ones(5, 7, dtype=torch.long))
+    refused(ValueError, "exclude each other", attn_mask=normal(5, 7), is_causal=True)
+    refused(ValueError, "kernel must be one of auto, dense, tiled, fused, got 'flash'", kernel="flash")
+    refused(ValueError, "key holds an infinity: 1 entries", key=normal(2, 4, 7, 8).index_put((torch.tensor(0),) * 4, torch.tensor(math.inf)))
+    refused(TypeError, "nested tensor", query=torch.nested.nested_tensor([normal(4, 5, 8)], layout=torch.jagged))
+
+
+def test_questions_that_are_refused() -> None:
+    A = AttentionMap(normal(2, 4, 5, 8), normal(2, 2, 7, 8), enable_gqa=True)
+    for error, message, ask in (
+        (ValueError, r"V of shape \(2, 2 or 4, 7, width\), got \(2, 4, 5, 8\)", lambda: A @ normal(2, 4, 5, 8)),
+        (ValueError, r"broadcastable to \(2, 4, 5, 'width'\), got \(2, 4, 7, 8\)", lambda: A.T @ normal(2, 4, 7, 8)),
+        (ValueError, r"weights of shape \(2 or 1, 4 or 1, 5\), got \(2, 4, 7\)", lambda: A.received(normal(2, 4, 7))),
+        (IndexError, "segment 'image' ends at 9, but there are 7 keys", lambda: A.mass({"image": slice(1, 9)})),
+        (IndexError, "segment 'sink' names position 7, but there are 7 keys", lambda: A.mass({"sink": [0, 7]})),
+        (IndexError, "segment 'none' is empty", lambda: A.mass({"none": []})),
+        (ValueError, "mapping from names to keys", lambda: A.mass([0])),  # type: ignore[arg-type]
+        (IndexError, "targets go from 0 to 8; keys from 0 to 6", lambda: A.at(torch.tensor([0, 8, 1, 1, 1]))),
+        (ValueError, r"positions of shape \(5,\) or \(2, 5\)", lambda: A.at(torch.zeros(4, dtype=torch.long))),
+        (IndexError, "rows names position 5, but there are 5 queries", lambda: A.rows([5])),
+        (ValueError, r"topk\(8\) of 7 keys", lambda: A.topk(8)),
+        (ValueError, r"pool\(6, 2\) of a 5×7 matrix", lambda: A.pool(6, 2)),
+        (IndexError, "heads names position 4, but there are 4 heads", lambda: A.heads([4])),
+        (ValueError, "expect.* knows entropy, received, mass, product; got 'mean'", lambda: A.expect("mean")),
+    ):
+        with pytest.raises(error, match=message):
+            ask()
+
+
+def test_a_large_matrix_is_only_made_on_request() -> None:
+    A = AttentionMap(torch.zeros(1, 2, 20000, 1), torch.zeros(1, 2, 20000, 1))
+    with pytest.raises(ValueError, match=r"\(1, 2, 20000, 20000\) takes 3.0 GiB.*force=True"):
+        A.dense()

@@ -1,6 +1,6 @@
 """AttentionMap: the matrix that is never stored, and the kernels that evaluate it."""
 
 from regard.maps._columns import Segment, Segments, positions
-from regard.maps.attention_map import AttentionMap, TopK, TransposedMap
+from regard.maps.attention_map import AttentionMap, TopK, TransposedMap, one_hot, sum_rows
 
-__all__ = ["AttentionMap", "Segment", "Segments", "TopK", "TransposedMap", "positions"]
+__all__ = ["AttentionMap", "Segment", "Segments", "TopK", "TransposedMap", "one_hot", "positions", "sum_rows"]

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.maps._request import Answer, Refusal, Request
+from regard.maps._request import ALIGNMENT, Answer, Refusal, Request
 from regard.maps._scores import Scores
 
-_ALIGNMENT = 8
 # Stands for log 0 in an extra column: finite, so that 0 · it stays 0, and far below any logit.
 _HIDDEN = -1e30
 
@@ -41,14 +40,15 @@ def _evaluate(scores: Scores, request: Request) -> Answer:
     columns = [] if request.values is None else [_per_query_head(request.values.to(dtype), groups, key.shape[1])]
     if request.entropy:
         columns.append(key)
-    output, logsumexp = _attend(query, key, torch.cat(columns, dim=-1) if columns else key, scores)
-    visible = scores.visible().any(dim=-1)
-    logsumexp = logsumexp.masked_fill(~visible, -math.inf)
-    output = output.masked_fill(~visible.unsqueeze(-1), 0.0)
+    value = torch.cat(columns, dim=-1) if len(columns) > 1 else (columns or [key])[0]
+    output, logsumexp = _attend(query, key, value, scores)
+    blind = None if scores.mask is None else ~scores.visible().any(dim=-1)
+    if blind is not None:
+        logsumexp, output = logsumexp.masked_fill(blind, -math.inf), output.masked_fill(blind.unsqueeze(-1), 0.0)
     entropy = forward = transposed = received = None
     if request.entropy:
         expected = scores.scale * (query * output[..., -key.shape[-1] :]).sum(dim=-1)
-        entropy = (logsumexp - expected).masked_fill(~visible, 0.0).clamp_(min=0)
+        entropy = (logsumexp - expected).clamp_(min=0)  # a row that sees nothing has −inf − 0, and so 0
     if request.values is not None:
         forward = output[..., : request.values.shape[-1]]
     if request.weights is not None:
@@ -120,7 +120,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[
     bias = _bias(scores, query.dtype)
     values = value.shape[-1]
     width = max(query.shape[-1], values)
-    width += -width % _ALIGNMENT
+    width += -width % ALIGNMENT
     query, key, value = (functional.pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
     operator = {"cpu": _attend_cpu, "cuda": _attend_cuda}.get(query.device.type)
     if operator is None:

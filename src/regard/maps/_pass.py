@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from regard.maps._request import Request
+from regard.maps._request import ALIGNMENT, Request
 from regard.maps._scores import Scores
 from regard.maps._select import KernelName, evaluate
 
@@ -80,12 +80,18 @@ def _join(columns: list[Tensor | None], scores: Scores) -> Tensor | None:
         return tensors[0] if tensors else None
     heads = max(tensor.shape[1] for tensor in tensors)
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    return torch.cat([t.repeat_interleave(heads // t.shape[1], dim=1).to(dtype) for t in tensors], dim=-1)
+    tensors = [tensor.repeat_interleave(heads // tensor.shape[1], dim=1).to(dtype) for tensor in tensors]
+    width = sum(tensor.shape[-1] for tensor in tensors)
+    filling = tensors[0].new_zeros(()).expand(*tensors[0].shape[:-1], -width % ALIGNMENT)
+    return torch.cat([*tensors, filling], dim=-1)
 
 
 def _part(product: Tensor | None, questions: dict[Hashable, Question], side: str) -> dict[Hashable, Tensor]:
     """Give each question of this side its columns of the product."""
-    asked = {key: q.columns.shape[-1] for key, q in questions.items() if q.side == side and q.columns is not None}
-    if product is None:
-        return {}
-    return dict(zip(asked, product.split(list(asked.values()), dim=-1), strict=True))
+    parts, start = {}, 0
+    for key, question in questions.items():
+        if product is not None and question.side == side and question.columns is not None:
+            width = question.columns.shape[-1]
+            parts[key] = product[..., start : start + width]
+            start += width
+    return parts

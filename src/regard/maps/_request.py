@@ -10,6 +10,9 @@ from torch import Tensor
 
 from regard.maps._scores import Scores
 
+# Matrix products and fused operators are fastest at widths that this divides.
+ALIGNMENT = 8
+
 
 @dataclass(frozen=True)
 class Request:

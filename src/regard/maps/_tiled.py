@@ -22,6 +22,8 @@ from regard.maps._scores import Scores, apply_mask_
 # Numbers in one strip: a buffer that stays in a CPU's cache, or that keeps a GPU busy.
 _STRIP = {"cpu": 2**19, "cuda": 2**26}
 _ROWS_AT_LEAST = 64
+# Hides a logit, and times a probability of 0 gives 0, which −inf would not.
+_HIDDEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -89,21 +91,23 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(left, right, out=out).view(batch, heads, rows, columns)
 
 
-def hidden_diagonal(strip: Strip, device: torch.device) -> Tensor:
-    """Where a causal strip's last columns lie above the diagonal."""
-    rows, width = strip.rows.stop - strip.rows.start, max(strip.columns - strip.rows.start, 0)
-    return torch.ones(rows, width, dtype=torch.bool, device=device).triu_(1)
-
-
 class Workspace:
-    """Casts of one call's tensors and the buffers that its strips are written into, one after another."""
+    """Casts of one call's tensors and the buffers that its strips are written into, one after another.
+
+    Logits are in units of ``unit`` nats: 2ˣ is evaluated in half the time of eˣ. An additive mask is left in nats, since
+    its extremes (the least number of its dtype, by custom) would overflow.
+    """
 
     def __init__(self, scores: Scores, dtype: torch.dtype) -> None:
         self.scores = scores
         self.dtype = dtype
+        additive = scores.mask is not None and scores.mask.is_floating_point()
+        self.unit = 1.0 if additive else math.log(2)
+        self.exp = torch.exp if additive else torch.exp2
         self.query = scores.query.to(dtype)
         self.key = scores.key.to(dtype).contiguous()
         self._buffers: dict[str, Tensor] = {}
+        self._triangle = self.query.new_empty(0, 0)
 
     def buffer(self, name: str, strip: Strip) -> Tensor:
         """Uninitialised room for one strip; the same memory each time."""
@@ -115,17 +119,25 @@ class Workspace:
     def logits(self, strip: Strip) -> Tensor:
         """The strip's masked logits, in the buffer."""
         out = self.buffer("logits", strip)
-        query = strip.of_queries(self.query) * self.scores.scale
+        query = strip.of_queries(self.query) * (self.scores.scale / self.unit)
         product(query, strip.of_keys(self.key).transpose(-1, -2), out)
         if self.scores.mask is not None:
             apply_mask_(out, strip.of_mask(self.scores.mask))
         if self.scores.is_causal and strip.columns > strip.rows.start:
-            out[..., strip.rows.start :].masked_fill_(hidden_diagonal(strip, out.device), -math.inf)
+            out[..., strip.rows.start :] += self._hidden_triangle(strip)
         return out
 
     def probabilities(self, strip: Strip, logsumexp: Tensor) -> Tensor:
         """The strip of P, from log-sum-exps already known (+inf for rows that see nothing)."""
-        return self.logits(strip).sub_(strip.of_queries(logsumexp).unsqueeze(-1)).exp_()
+        logits = self.logits(strip).sub_(strip.of_queries(logsumexp).unsqueeze(-1) / self.unit)
+        return self.exp(logits, out=logits)
+
+    def _hidden_triangle(self, strip: Strip) -> Tensor:
+        """What hides the part of a causal strip's last columns that lies above the diagonal."""
+        rows, width = strip.rows.stop - strip.rows.start, strip.columns - strip.rows.start
+        if self._triangle.shape[0] < rows:
+            self._triangle = torch.full((rows, rows), _HIDDEN, dtype=self.dtype, device=self.query.device).triu_(1)
+        return self._triangle[:rows, :width]
 
 
 @torch.no_grad()
@@ -135,7 +147,8 @@ def softmax_strips(scores: Scores) -> Iterator[tuple[Strip, Tensor]]:
     for strip in strips(scores):
         logits = work.logits(strip)
         highest = logits.amax(dim=-1, keepdim=True)
-        logits.sub_(highest.masked_fill_(highest.isneginf(), 0.0)).exp_()
+        logits.sub_(highest.masked_fill_(highest.isneginf(), 0.0))
+        work.exp(logits, out=logits)
         total = logits.sum(dim=-1, keepdim=True)
         yield strip, logits.div_(total.masked_fill_(total == 0, 1.0))
 
@@ -178,35 +191,25 @@ def _forward(scores: Scores, request: Request) -> Answer:
     for strip in strips(scores):
         shifted = work.logits(strip)
         highest = shifted.amax(dim=-1, keepdim=True)
-        highest.masked_fill_(highest.isneginf(), 0.0)  # a row that sees nothing: exp(−inf − 0) = 0 throughout
+        if scores.mask is not None:  # a row that sees nothing: exp(−inf − 0) = 0 throughout
+            highest.masked_fill_(highest.isneginf(), 0.0)
         shifted.sub_(highest)
-        exps = torch.exp(shifted, out=work.buffer("exps", strip) if request.entropy else shifted)
+        exps = work.exp(shifted, out=work.buffer("exps", strip) if request.entropy else shifted)
         total = exps.sum(dim=-1, keepdim=True)
-        strip.of_queries(logsumexp).copy_((highest + total.log()).squeeze(-1))
-        total.masked_fill_(total == 0, 1.0)
+        strip.of_queries(logsumexp).copy_((highest * work.unit + total.log()).squeeze(-1))
+        if scores.mask is not None:
+            total.masked_fill_(total == 0, 1.0)
         if entropy is not None:
-            expected = _expected_logit(scores, strip, shifted, exps) / total
-            strip.of_queries(entropy).copy_((total.log() - expected).squeeze(-1).clamp_(min=0))
+            if scores.mask is not None:  # a hidden key's −inf · 0 counts as nothing
+                shifted.clamp_(min=torch.finfo(shifted.dtype).min)
+            expected = shifted.mul_(exps).sum(dim=-1, keepdim=True) / total
+            strip.of_queries(entropy).copy_((total.log() - expected * work.unit).squeeze(-1).clamp_(min=0))
         if forward is not None and values is not None:
             strip.of_queries(forward).copy_(product(exps, strip.of_keys(values, per_query_head)).div_(total))
         if transposed is not None and weights is not None:
             part = product(exps.transpose(-1, -2), strip.of_queries(weights) / total)
             strip.of_keys(transposed, per_query_head=True).add_(part)
     return Answer(logsumexp, forward, transposed, entropy=entropy)
-
-
-def _expected_logit(scores: Scores, strip: Strip, shifted: Tensor, exps: Tensor) -> Tensor:
-    """The sum of shifted · exp(shifted) over the keys; a hidden key's −inf · 0 counts as nothing."""
-    _fill_hidden(scores, strip, shifted)
-    return shifted.mul_(exps).sum(dim=-1, keepdim=True)
-
-
-def _fill_hidden(scores: Scores, strip: Strip, logits: Tensor) -> None:
-    """Make hidden logits finite, so that times a probability of 0 they give 0."""
-    if scores.mask is not None:
-        logits.clamp_(min=torch.finfo(logits.dtype).min)
-    elif scores.is_causal and strip.columns > strip.rows.start:
-        logits[..., strip.rows.start :].masked_fill_(hidden_diagonal(strip, logits.device), 0.0)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -158,18 +158,8 @@ class AttentionMap:
         *_, queries, keys = self.shape
         if not (1 <= n <= queries and 1 <= m <= keys):
             raise ValueError(f"pool({n}, {m}) of a {queries}×{keys} matrix: blocks must number 1 to {queries} and 1 to {keys}")
-        return self.block_sums(_blocks(queries, n, self.device), _blocks(keys, m, self.device))
-
-    def block_sums(self, row_blocks: Tensor, column_blocks: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Sums over any blocks: (B, Hq, n, m), from the block's number for each query (N,) and each key (M,).
-
-        ``counts`` (B|1, N), boolean, tells which queries count; all by default.
-        """
-        rows, columns = int(row_blocks.max()) + 1, int(column_blocks.max()) + 1
-        per_row = self @ torch.nn.functional.one_hot(column_blocks, columns).to(self.dtype)[None, None]
-        if counts is not None:
-            per_row = per_row * counts.to(self.device)[:, None, :, None]
-        return per_row.new_zeros(*per_row.shape[:2], rows, columns).index_add(2, row_blocks, per_row)
+        columns = one_hot(_blocks(keys, m, self.device), m, self.dtype)
+        return sum_rows(self @ columns, _blocks(queries, n, self.device), n)
 
     def viewers(self, weights: Tensor | None = None) -> Tensor:
         """The number of queries that may see each key, or the sum of their weights (B|1, 1, N): (B|1, Hq|1, M)."""
@@ -375,6 +365,17 @@ class TransposedMap:
         answers = self.T._pass
         answers.ask(("transposed", id(weights)), Question("weights", columns))
         return answers.take(("transposed", id(weights))).to(weights.dtype)
+
+
+def one_hot(blocks: Tensor, number: int, dtype: torch.dtype) -> Tensor:
+    """Columns that sum the keys of each block, (1, 1, M, number), from the block of each key."""
+    return torch.nn.functional.one_hot(blocks, number).to(dtype)[None, None]
+
+
+def sum_rows(product: Tensor, blocks: Tensor, number: int) -> Tensor:
+    """The rows (B, H, N, W) of a product summed by block of query: (B, H, number, W)."""
+    batch, heads, _, width = product.shape
+    return product.new_zeros(batch, heads, number, width).index_add(2, blocks, product)
 
 
 def _blocks(length: int, number: int, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regard.calls import AttentionCall
-from regard.maps import AttentionMap
+from regard.maps import AttentionMap, one_hot, sum_rows
 from regard.watch.statistic import Statistic
 
 
@@ -36,10 +36,21 @@ class Pooled(Statistic):
             raise ValueError(f"Pooled needs blocks of at least 1 token, got {size}")
         self.size = size
 
+        self._columns = torch.empty(0)
+
+    def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
+        """Have the columns' sums computed in the shared pass."""
+        blocks = self._blocks(call.key_start, attention.shape[3], attention)
+        self._columns = one_hot(blocks, int(blocks[-1]) + 1, attention.dtype)
+        attention.expect("product", self._columns)
+
     def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
         """(B, H, rows, columns), from the blocks of the text's first token on."""
-        _, _, queries, keys = attention.shape
-        device = attention.device
-        rows = torch.arange(call.query_start, call.query_start + queries, device=device) // self.size
-        columns = torch.arange(call.key_start, call.key_start + keys, device=device) // self.size
-        return attention.block_sums(rows, columns, call.token_mask)
+        product = attention @ self._columns
+        if call.token_mask is not None:
+            product = product * call.token_mask.to(product.device)[:, None, :, None]
+        blocks = self._blocks(call.query_start, attention.shape[2], attention)
+        return sum_rows(product, blocks, int(blocks[-1]) + 1)
+
+    def _blocks(self, start: int, tokens: int, attention: AttentionMap) -> Tensor:
+        return torch.arange(start, start + tokens, device=attention.device) // self.size

@@ -1,0 +1,7 @@
+"""See what was recorded: a summary of every head, single pictures, and one self-contained HTML report."""
+
+from regard.view.heads import summarize
+from regard.view.plot import Plot
+from regard.view.report import Facts, report
+
+__all__ = ["Facts", "Plot", "report", "summarize"]

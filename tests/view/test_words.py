@@ -1,0 +1,28 @@
+"""How the pieces of different tokenizers are joined."""
+
+import pytest
+
+from regard.view.words import join
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (["[CLS]", "don", "'", "t", "(", "un", "##wind", ")", "!"], "[CLS] don't (unwind)!"),
+        (["he", "said", ":", '"', "no", '"', "twice"], 'he said: "no" twice'),
+        (["The", "Ġlight", "house", "Ċ", "ĠâĢ", "ľ", "Yes"], "The lighthouse\n “Yes"),
+        (["##", "ĠTitle"], "## Title"),
+        (["<s>", "▁The", "▁light", "house", "<0x0A>", "<0xC3>", "<0xA9>"], "<s> The lighthouse\né"),
+        (["The", " light", "house"], "The lighthouse"),
+        (["a", "b", " ", "c"], "ab c"),
+        ([], ""),
+    ],
+)
+def test_the_pieces_read_as_text(tokens, text):
+    pieces = join(tokens)
+    assert len(pieces) == len(tokens)
+    assert "".join(pieces) == text
+
+
+def test_padding_stays_empty():
+    assert join(["the", "house", "", ""]) == ["the", " house", "", ""]

@@ -11,13 +11,40 @@ Segment = int | slice | Sequence[int] | Tensor
 Segments = Mapping[str, Segment]
 
 
+# Beyond this many runs of neighbouring keys a product with columns of indicators beats as many sums.
+_RUNS_AT_MOST = 16
+
+
+def runs(segments: Segments, keys: int) -> tuple[tuple[slice, ...], ...] | None:
+    """Each segment as a few runs of neighbouring keys; None where a batch's rows differ or the runs are many."""
+    _check(segments)
+    if any(isinstance(segment, Tensor) and segment.ndim == 2 for segment in segments.values()):
+        return None
+    found = tuple(
+        _runs_of(positions(segment, keys, f"segment {name!r}", "keys")) for name, segment in segments.items()
+    )
+    return found if sum(map(len, found)) <= _RUNS_AT_MOST else None
+
+
+def _runs_of(chosen: Tensor) -> tuple[slice, ...]:
+    chosen = chosen.unique()
+    begins = torch.cat([chosen.new_ones(1, dtype=torch.bool), chosen.diff() > 1])
+    starts = chosen[begins].tolist()
+    stops = chosen[torch.cat([begins[1:], begins.new_ones(1)])].tolist()
+    return tuple(slice(start, stop + 1) for start, stop in zip(starts, stops, strict=True))
+
+
 def indicator_columns(segments: Segments, keys: int, batch: int, device: torch.device) -> Tensor:
     """One column per segment, 1 at its keys: (B or 1, 1, M, S)."""
-    if not isinstance(segments, Mapping) or not segments:
-        raise ValueError(f'segments must be a mapping from names to keys, such as {{"sink": [0]}}, got {segments!r}')
+    _check(segments)
     columns = [_indicator(name, segment, keys, batch, device) for name, segment in segments.items()]
     rows = max(len(column) for column in columns)
     return torch.stack([column.expand(rows, keys) for column in columns], dim=-1).unsqueeze(1).float()
+
+
+def _check(segments: Segments) -> None:
+    if not isinstance(segments, Mapping) or not segments:
+        raise ValueError(f'segments must be a mapping from names to keys, such as {{"sink": [0]}}, got {segments!r}')
 
 
 def _indicator(name: str, segment: Segment, keys: int, batch: int, device: torch.device) -> Tensor:

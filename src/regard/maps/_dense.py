@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regard.maps._request import Answer, Request
+from regard.maps._request import Answer, Request, segments_as_values, segments_from_values
 from regard.maps._scores import Scores
 
 
 def evaluate(scores: Scores, request: Request) -> Answer:
     """Answer the request from the stored N×M matrix."""
+    asked, request = request, segments_as_values(scores, request)
     *_, queries, keys = scores.shape
     device = scores.query.device
     logits = scores.logits(torch.arange(queries, device=device), torch.arange(keys, device=device), torch.float64)
@@ -26,7 +27,7 @@ def evaluate(scores: Scores, request: Request) -> Answer:
         received = (matrix * request.received.double().unsqueeze(-1)).sum(dim=-2).to(request.dtype)
     if request.entropy:
         entropy = torch.special.entr(matrix).sum(dim=-1).to(request.dtype)
-    return Answer(logsumexp.to(request.dtype), forward, transposed, received, entropy)
+    return segments_from_values(asked, Answer(logsumexp.to(request.dtype), forward, transposed, received, entropy))
 
 
 def probabilities(logits: Tensor) -> Tensor:

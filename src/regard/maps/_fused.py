@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.maps._request import ALIGNMENT, Answer, Refusal, Request
+from regard.maps._request import ALIGNMENT, Answer, Refusal, Request, segments_as_values, segments_from_values
 from regard.maps._scores import Scores
 
 # Stands for log 0 in an extra column: finite, so that 0 · it stays 0, and far below any logit.
@@ -30,7 +30,7 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     if request.entropy and _biased(scores):
         raise Refusal("with an additive mask the entropy needs the expected bias, which no column can carry")
     with torch.no_grad():
-        return _evaluate(scores, request)
+        return segments_from_values(request, _evaluate(scores, segments_as_values(scores, request)))
 
 
 def _evaluate(scores: Scores, request: Request) -> Answer:

@@ -18,8 +18,9 @@ from regard.maps._select import KernelName, evaluate
 class Question:
     """A product asked of the matrix; ``side`` names the field of the request that its columns become a part of."""
 
-    side: Literal["values", "weights", "received", "entropy"]
+    side: Literal["values", "weights", "received", "entropy", "segments"]
     columns: Tensor | None = None
+    segments: tuple[tuple[slice, ...], ...] = ()
     native: bool = False  # good enough in the inputs' own half precision, as plain attention is
 
 
@@ -63,6 +64,7 @@ class Pass:
             weights=_join([q.columns for q in questions.values() if q.side == "weights"], self.scores),
             received=next((q.columns for q in questions.values() if q.side == "received"), None),
             entropy="entropy" in questions,
+            segments=tuple(runs for question in questions.values() for runs in question.segments),
         )
         answer = evaluate(self.scores, request, self.kernel)
         self._answers["logsumexp"] = answer.logsumexp
@@ -70,7 +72,9 @@ class Pass:
             self._answers["entropy"] = answer.entropy
         if answer.received is not None:
             self._answers["received"] = answer.received
-        self._answers |= _part(answer.forward, questions, "values") | _part(answer.transposed, questions, "weights")
+        self._answers |= _parts(answer.forward, questions, "values")
+        self._answers |= _parts(answer.transposed, questions, "weights")
+        self._answers |= _parts(answer.mass, questions, "segments")
 
 
 def _join(columns: list[Tensor | None], scores: Scores) -> Tensor | None:
@@ -86,12 +90,12 @@ def _join(columns: list[Tensor | None], scores: Scores) -> Tensor | None:
     return torch.cat([*tensors, filling], dim=-1)
 
 
-def _part(product: Tensor | None, questions: dict[Hashable, Question], side: str) -> dict[Hashable, Tensor]:
+def _parts(product: Tensor | None, questions: dict[Hashable, Question], side: str) -> dict[Hashable, Tensor]:
     """Give each question of this side its columns of the product."""
     parts, start = {}, 0
     for key, question in questions.items():
-        if product is not None and question.side == side and question.columns is not None:
-            width = question.columns.shape[-1]
+        if product is not None and question.side == side:
+            width = len(question.segments) if question.columns is None else question.columns.shape[-1]
             parts[key] = product[..., start : start + width]
             start += width
     return parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -28,6 +28,7 @@ class Request:
     weights: Tensor | None = None
     received: Tensor | None = None
     entropy: bool = False
+    segments: tuple[tuple[slice, ...], ...] = ()
 
     @property
     def requires_grad(self) -> bool:
@@ -37,13 +38,40 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """``logsumexp``, ``entropy`` (B, Hq, N), ``forward`` (B, Hq, N, W), ``transposed`` (B, Hq, M, W), ``received`` (B, Hq, M)."""
+    """``logsumexp`` and ``entropy`` are (B, Hq, N), ``forward`` (B, Hq, N, W), ``mass`` (B, Hq, N, segments), ``transposed``
+    (B, Hq, M, W), ``received`` (B, Hq, M).
+    """
 
     logsumexp: Tensor
     forward: Tensor | None = None
     transposed: Tensor | None = None
     received: Tensor | None = None
     entropy: Tensor | None = None
+    mass: Tensor | None = None
+
+
+def segments_as_values(scores: Scores, request: Request) -> Request:
+    """The request with one more column of values for each segment, 1 at its keys."""
+    if not request.segments:
+        return request
+    batch, _, _, keys = scores.shape
+    heads = scores.key.shape[1] if request.values is None else request.values.shape[1]
+    columns = torch.zeros(keys, len(request.segments), dtype=request.dtype, device=scores.key.device)
+    for column, runs in zip(columns.unbind(dim=-1), request.segments, strict=True):
+        for run in runs:
+            column[run] = 1
+    columns = columns.expand(batch, heads, -1, -1)
+    values = columns if request.values is None else torch.cat([request.values.to(request.dtype), columns], dim=-1)
+    return replace(request, values=values, segments=())
+
+
+def segments_from_values(request: Request, answer: Answer) -> Answer:
+    """The answer to a request that was evaluated with its segments as values."""
+    if not request.segments or answer.forward is None:
+        return answer
+    width = answer.forward.shape[-1] - len(request.segments)
+    forward = None if request.values is None else answer.forward[..., :width]
+    return replace(answer, forward=forward, mass=answer.forward[..., width:])
 
 
 class Kernel(Protocol):

@@ -36,13 +36,13 @@ def evaluate(scores: Scores, request: Request, kernel: KernelName) -> Answer:
 def _fused_serves(scores: Scores, request: Request) -> bool:
     """Where the fused operator is the faster one.
 
-    On a CPU that is the product with values about as wide as the heads: every other question costs it a second call or a
-    copy of the mask, while a strip answers it in passing. On a GPU it nearly always is.
+    On a CPU that is the product with values as wide as the heads and nothing else: every other question costs it wider
+    tensors, a second call or a copy of the mask, while a strip answers it in passing. On a GPU it nearly always is.
     """
     if scores.query.device.type != "cpu":
         return scores.query.device.type == "cuda"
-    other_questions = request.entropy or request.weights is not None or request.received is not None
+    other_questions = request.entropy or request.segments or request.weights is not None or request.received is not None
     if request.values is None or other_questions or scores.mask is not None:
         return False
     width, head_dim = request.values.shape[-1], scores.query.shape[-1]
-    return head_dim // 2 <= width <= head_dim + 16
+    return head_dim // 2 <= width <= head_dim

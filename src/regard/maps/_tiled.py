@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from regard.maps._request import Answer, Request
+from regard.maps._request import Answer, Request, segments_as_values, segments_from_values
 from regard.maps._scores import Scores, apply_mask_
 
 # Numbers in one strip: a buffer that stays in a CPU's cache, or that keeps a GPU busy.
 _STRIP = {"cpu": 2**19, "cuda": 2**26}
-_ROWS_AT_LEAST = 64
+_ROWS_AT_LEAST = 128
 # Hides a logit, and times a probability of 0 gives 0, which −inf would not.
 _HIDDEN = -1e30
 
@@ -157,9 +157,10 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     """Answer the request strip by strip; differentiable in query, key, mask, values and weights."""
     request = _receive_as_weights(request)
     if scores.requires_grad or request.requires_grad:
+        asked, request = request, segments_as_values(scores, request)
         tensors = (scores.query, scores.key, scores.mask, request.values, request.weights)
         logsumexp, forward, transposed, entropy = _Differentiable.apply(scores, request, *tensors)
-        answer = Answer(logsumexp, forward, transposed, entropy=entropy)
+        answer = segments_from_values(asked, Answer(logsumexp, forward, transposed, entropy=entropy))
     else:
         answer = _forward(scores, request)
     if request.received is None or answer.transposed is None:
@@ -186,6 +187,7 @@ def _forward(scores: Scores, request: Request) -> Answer:
     entropy = new.new_empty(batch, heads, queries) if request.entropy else None
     forward = None if values is None else new.new_empty(batch, heads, queries, values.shape[-1])
     transposed = None if weights is None else new.new_zeros(batch, heads, keys, weights.shape[-1])
+    mass = new.new_empty(batch, heads, queries, len(request.segments)) if request.segments else None
     per_query_head = values is not None and values.shape[1] != scores.key.shape[1]
     work = Workspace(scores, request.dtype)
     for strip in strips(scores):
@@ -204,12 +206,20 @@ def _forward(scores: Scores, request: Request) -> Answer:
                 shifted.clamp_(min=torch.finfo(shifted.dtype).min)
             expected = shifted.mul_(exps).sum(dim=-1, keepdim=True) / total
             strip.of_queries(entropy).copy_((total.log() - expected * work.unit).squeeze(-1).clamp_(min=0))
+        if mass is not None:
+            sums = [_sum_runs(exps, runs) for runs in request.segments]
+            strip.of_queries(mass).copy_(torch.stack(sums, dim=-1).div_(total))
         if forward is not None and values is not None:
             strip.of_queries(forward).copy_(product(exps, strip.of_keys(values, per_query_head)).div_(total))
         if transposed is not None and weights is not None:
             part = product(exps.transpose(-1, -2), strip.of_queries(weights) / total)
             strip.of_keys(transposed, per_query_head=True).add_(part)
-    return Answer(logsumexp, forward, transposed, entropy=entropy)
+    return Answer(logsumexp, forward, transposed, entropy=entropy, mass=mass)
+
+
+def _sum_runs(exps: Tensor, runs: tuple[slice, ...]) -> Tensor:
+    sums = [exps[..., run].sum(dim=-1) for run in runs]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -306,11 +306,16 @@ class AttentionMap:
             )
         columns = values.expand(batch, heads if values.shape[1] == heads else key_heads, -1, -1)
         native = values.dtype == self._scores.query.dtype
-        self._announce("product", values, Question("values", columns, native))
+        self._announce("product", values, Question("values", columns, native=native))
 
     def _ask_mass(self, segments: Segments) -> None:
-        if not self._pass.knows(("mass", id(segments))):
-            batch, _, _, keys = self.shape
+        if self._pass.knows(("mass", id(segments))):
+            return
+        batch, _, _, keys = self.shape
+        runs = _columns.runs(segments, keys)
+        if runs is not None:
+            self._announce("mass", segments, Question("segments", segments=runs))
+        else:
             columns = _columns.indicator_columns(segments, keys, batch, self.device)
             columns = columns.expand(batch, self._scores.key.shape[1], -1, -1)
             self._announce("mass", segments, Question("values", columns))

@@ -50,7 +50,7 @@ def test_products(kernel: Any, call: Call) -> None:
 @given(call=calls())
 def test_statistics(kernel: Any, together: bool, call: Call) -> None:
     matrix = call.matrix()
-    batch, heads, queries, keys = matrix.shape
+    batch, _, queries, keys = matrix.shape
     A = AttentionMap(**call.arguments(), kernel=kernel)
     segments: dict[str, Any] = {
         "first": 0,
@@ -263,7 +263,9 @@ def test_one_pass_answers_all_that_was_announced(monkeypatch: pytest.MonkeyPatch
     answers = A.entropy(), A.received(), A.mass(segments), A @ v
     assert len(passes) == 1
     alone = AttentionMap(q, k)
-    for answer, again in zip(answers, (alone.entropy(), alone.received(), alone.mass(segments), alone @ v), strict=True):
+    for answer, again in zip(
+        answers, (alone.entropy(), alone.received(), alone.mass(segments), alone @ v), strict=True
+    ):
         close(answer, again)
     assert len(passes) == 5
 
@@ -282,7 +284,9 @@ def refused(error: type[Exception], message: str, **changes: Any) -> None:
 
 
 def test_inputs_that_are_refused() -> None:
-    refused(ValueError, r"query must be \(batch, heads, tokens, head_dim\), got shape \(4, 5, 8\)", query=normal(4, 5, 8))
+    refused(
+        ValueError, r"query must be \(batch, heads, tokens, head_dim\), got shape \(4, 5, 8\)", query=normal(4, 5, 8)
+    )
     refused(ValueError, r"key is empty: shape \(2, 4, 0, 8\)", key=normal(2, 4, 0, 8))
     refused(ValueError, "differ in head_dim: 8 and 6", key=normal(2, 4, 7, 6))
     refused(ValueError, "query has batch 2 and key 3", key=normal(3, 4, 7, 8))
@@ -294,7 +298,11 @@ def test_inputs_that_are_refused() -> None:
     refused(TypeError, "boolean .* or floating point", attn_mask=torch.ones(5, 7, dtype=torch.long))
     refused(ValueError, "exclude each other", attn_mask=normal(5, 7), is_causal=True)
     refused(ValueError, "kernel must be one of auto, dense, tiled, fused, got 'flash'", kernel="flash")
-    refused(ValueError, "key holds an infinity: 1 entries", key=normal(2, 4, 7, 8).index_put((torch.tensor(0),) * 4, torch.tensor(math.inf)))
+    refused(
+        ValueError,
+        "key holds an infinity: 1 entries",
+        key=normal(2, 4, 7, 8).index_put((torch.tensor(0),) * 4, torch.tensor(math.inf)),
+    )
     refused(TypeError, "nested tensor", query=torch.nested.nested_tensor([normal(4, 5, 8)], layout=torch.jagged))
 
 

@@ -79,7 +79,13 @@ def test_padded_prompts(name: str) -> None:
     mask[0, :4] = 0
     _, steps = stored(model, "attentions", input_ids=prompt, attention_mask=mask, do_sample=False)
     seen, _ = generate(
-        model, regard.Entropy(), regard.Received(), input_ids=prompt, attention_mask=mask, token_mask=mask, do_sample=False
+        model,
+        regard.Entropy(),
+        regard.Received(),
+        input_ids=prompt,
+        attention_mask=mask,
+        token_mask=mask,
+        do_sample=False,
     )
     data = seen.dataset()
     assert data.sizes["head"] == 4  # transformers packs the heads of a group as tokens in masked decode steps

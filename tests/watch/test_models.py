@@ -103,7 +103,10 @@ CASES = {
     "gemma3": Case(
         lambda: hf.Gemma3ForCausalLM(
             hf.Gemma3TextConfig(
-                **GROUPED, sliding_window=5, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8
+                **GROUPED,
+                sliding_window=5,
+                layer_types=["sliding_attention", "full_attention"],
+                query_pre_attn_scalar=8,
             )
         ),
         lambda: {"input_ids": ids()},
@@ -111,9 +114,13 @@ CASES = {
     "qwen3": Case(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED)), lambda: {"input_ids": ids()}),
     "t5": Case(t5, lambda: {"input_ids": ids(), "decoder_input_ids": ids(7)}, ENCODER_DECODER),
     "bart": Case(bart, lambda: {"input_ids": ids(), "decoder_input_ids": ids(7)}, ENCODER_DECODER),
-    "vit": Case(lambda: hf.ViTModel(hf.ViTConfig(**SMALL, image_size=16, patch_size=4)), lambda: {"pixel_values": pixels()}),
+    "vit": Case(
+        lambda: hf.ViTModel(hf.ViTConfig(**SMALL, image_size=16, patch_size=4)), lambda: {"pixel_values": pixels()}
+    ),
     "clip": Case(
-        clip, clip_inputs, {"text_model": "text_model_output.attentions", "vision_model": "vision_model_output.attentions"}
+        clip,
+        clip_inputs,
+        {"text_model": "text_model_output.attentions", "vision_model": "vision_model_output.attentions"},
     ),
     "whisper": Case(
         whisper, lambda: {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": ids(7)}, ENCODER_DECODER

@@ -260,7 +260,11 @@ def test_a_watch_is_reentrant() -> None:
 
 def test_two_models_do_not_see_each_other() -> None:
     one, other = built("llama"), built("bert")
-    with torch.no_grad(), regard.watch(one, regard.Entropy()) as seen_one, regard.watch(other, regard.Entropy()) as seen_other:
+    with (
+        torch.no_grad(),
+        regard.watch(one, regard.Entropy()) as seen_one,
+        regard.watch(other, regard.Entropy()) as seen_other,
+    ):
         one(input_ids=ids(9))
         other(input_ids=ids(5))
     assert seen_one.dataset().sizes["query"] == 9
@@ -347,9 +351,15 @@ def test_no_call_names_the_implementation_and_the_remedy() -> None:
 
 def test_no_call_in_other_models_and_blocks() -> None:
     model = nn.Linear(3, 3)
-    with pytest.raises(RuntimeError, match="in Linear: its attention is its own code"), regard.watch(model, regard.Entropy()):
+    with (
+        pytest.raises(RuntimeError, match=r"in Linear: its attention is its own code"),
+        regard.watch(model, regard.Entropy()),
+    ):
         model(torch.ones(1, 3))
-    with pytest.raises(RuntimeError, match="Linear was not run inside the block"), regard.watch(model, regard.Entropy()):
+    with (
+        pytest.raises(RuntimeError, match="Linear was not run inside the block"),
+        regard.watch(model, regard.Entropy()),
+    ):
         pass
     with pytest.raises(RuntimeError, match="nothing in it called"), regard.watch(regard.Entropy()):
         model(torch.ones(1, 3))
@@ -378,7 +388,7 @@ def test_errors_say_what_was_seen() -> None:
         run(regard.Entropy)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nothing to read"):
         run()
-    with pytest.raises(TypeError, match="needs an nn.Module"):
+    with pytest.raises(TypeError, match=r"needs an nn\.Module"):
         regard.watch("bert-base-uncased", regard.Entropy())  # type: ignore[arg-type]
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = torch.nan

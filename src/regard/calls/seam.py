@@ -22,7 +22,10 @@ Attend = Callable[..., Tensor]
 class Reading(Protocol):
     """What a listener does with one call: ask its questions, then take the answers."""
 
-    shares: bool
+    @property
+    def shares(self) -> bool:
+        """Whether the model's output may come from the pass that answers the questions."""
+        ...
 
     def ask(self, attention: AttentionMap) -> None:
         """Announce questions, so that one pass over the matrix answers those of every listener."""

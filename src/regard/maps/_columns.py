@@ -20,14 +20,12 @@ def runs(segments: Segments, keys: int) -> tuple[tuple[slice, ...], ...] | None:
     _check(segments)
     if any(isinstance(segment, Tensor) and segment.ndim == 2 for segment in segments.values()):
         return None
-    found = tuple(
-        _runs_of(positions(segment, keys, f"segment {name!r}", "keys")) for name, segment in segments.items()
-    )
+    found = tuple(_runs_of(positions(segment, keys, f"segment {name!r}", "keys")) for name, segment in segments.items())
     return found if sum(map(len, found)) <= _RUNS_AT_MOST else None
 
 
 def _runs_of(chosen: Tensor) -> tuple[slice, ...]:
-    chosen = chosen.unique()
+    chosen = torch.unique(chosen)
     begins = torch.cat([chosen.new_ones(1, dtype=torch.bool), chosen.diff() > 1])
     starts = chosen[begins].tolist()
     stops = chosen[torch.cat([begins[1:], begins.new_ones(1)])].tolist()

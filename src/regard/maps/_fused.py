@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.maps._request import ALIGNMENT, Answer, Refusal, Request, segments_as_values, segments_from_values
+from regard.maps._request import ALIGNMENT, Answer, RefusedError, Request, segments_as_values, segments_from_values
 from regard.maps._scores import Scores
 
 # Stands for log 0 in an extra column: finite, so that 0 · it stays 0, and far below any logit.
@@ -26,9 +26,9 @@ _HIDDEN = -1e30
 def evaluate(scores: Scores, request: Request) -> Answer:
     """Answer the request with one fused call, and one more for each question from the matrix's other side."""
     if scores.requires_grad or request.requires_grad:
-        raise Refusal("the fused operators' log-sum-exp has no gradient")
+        raise RefusedError("the fused operators' log-sum-exp has no gradient")
     if request.entropy and _biased(scores):
-        raise Refusal("with an additive mask the entropy needs the expected bias, which no column can carry")
+        raise RefusedError("with an additive mask the entropy needs the expected bias, which no column can carry")
     with torch.no_grad():
         return segments_from_values(request, _evaluate(scores, segments_as_values(scores, request)))
 
@@ -57,9 +57,7 @@ def _evaluate(scores: Scores, request: Request) -> Answer:
         # The answer is a log-sum-exp, which the operators keep in float32 even where their inputs are bfloat16. (A bias
         # would be rounded, though, and float16 has no room for the extra columns.)
         native = scores.query.dtype == torch.bfloat16 and not _biased(scores)
-        _, received = _swapped(
-            scores, torch.bfloat16 if native else dtype, logsumexp - request.received.log(), None
-        )
+        _, received = _swapped(scores, torch.bfloat16 if native else dtype, logsumexp - request.received.log(), None)
     return Answer(logsumexp, forward, transposed, received, entropy)
 
 
@@ -124,11 +122,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[
     query, key, value = (functional.pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
     operator = {"cpu": _attend_cpu, "cuda": _attend_cuda}.get(query.device.type)
     if operator is None:
-        raise Refusal(f"PyTorch has no fused attention that returns the log-sum-exp on {query.device.type}")
+        raise RefusedError(f"PyTorch has no fused attention that returns the log-sum-exp on {query.device.type}")
     try:
         output, logsumexp = operator(query, key, value, bias, scores.is_causal, scores.scale)
     except (AttributeError, NotImplementedError, RuntimeError) as error:
-        raise Refusal(f"the fused operator refused: {error}") from error
+        raise RefusedError(f"the fused operator refused: {error}") from error
     wide = torch.promote_types(query.dtype, torch.float32)
     return output[..., :values].to(wide), logsumexp[..., : query.shape[2]].to(wide)
 

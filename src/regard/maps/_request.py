@@ -78,9 +78,9 @@ class Kernel(Protocol):
     """One way of evaluating a request."""
 
     def __call__(self, scores: Scores, request: Request) -> Answer:
-        """Evaluate the request; raise Refusal where this kernel cannot."""
+        """Evaluate the request; raise RefusedError where this kernel cannot."""
         ...
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A kernel cannot serve this request; the message says why."""

@@ -91,14 +91,13 @@ class Scores:
             scores = scores.masked_fill(columns > rows[:, None], -math.inf)
         return scores
 
-
     def entries(self, targets: Tensor) -> Tensor:
         """The logits ``s[i, targets[i]]``, (B, Hq, N), from targets (B, N); −inf where hidden or the target is −1."""
         batch, heads, queries, _ = self.shape
         index = targets.clamp(min=0)
         key_index = index[:, None, :, None].expand(batch, self.key.shape[1], queries, self.key.shape[3])
         key = self.key.gather(2, key_index).to(self.dtype).repeat_interleave(self.groups, dim=1)
-        scores = self.scale * torch.linalg.vecdot(self.query.to(self.dtype), key)
+        scores: Tensor = self.scale * torch.linalg.vecdot(self.query.to(self.dtype), key)
         if self.mask is not None:
             mask = self.mask.expand(self.shape)
             entry = mask.gather(3, index[:, None, :, None].expand(batch, heads, queries, 1)).squeeze(-1)
@@ -136,7 +135,9 @@ def make_scores(
 def _check_tensors(query: Tensor, key: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key)):
         if tensor.is_nested:
-            raise TypeError(f"{name} is a nested tensor; pad it with torch.nested.to_padded_tensor and pass an attn_mask")
+            raise TypeError(
+                f"{name} is a nested tensor; pad it with torch.nested.to_padded_tensor and pass an attn_mask"
+            )
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got shape {tuple(tensor.shape)}")
         if tensor.numel() == 0:

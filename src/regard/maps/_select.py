@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from regard.maps import _dense, _fused, _tiled
-from regard.maps._request import Answer, Refusal, Request
+from regard.maps._request import Answer, RefusedError, Request
 from regard.maps._scores import Scores
 
 KernelName = Literal["auto", "dense", "tiled", "fused"]
@@ -28,7 +28,7 @@ def evaluate(scores: Scores, request: Request, kernel: KernelName) -> Answer:
         if kernel == "fused" or (kernel == "auto" and _fused_serves(scores, request)):
             try:
                 return _fused.evaluate(scores, request)
-            except Refusal:
+            except RefusedError:
                 pass
         return _tiled.evaluate(scores, request)
 

@@ -8,7 +8,7 @@ O(M · strip), whatever N is. It beats the online form, which must rescale its s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -159,7 +159,8 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     if scores.requires_grad or request.requires_grad:
         asked, request = request, segments_as_values(scores, request)
         tensors = (scores.query, scores.key, scores.mask, request.values, request.weights)
-        logsumexp, forward, transposed, entropy = _Differentiable.apply(scores, request, *tensors)
+        apply: Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]] = _Differentiable.apply
+        logsumexp, forward, transposed, entropy = apply(scores, request, *tensors)
         answer = segments_from_values(asked, Answer(logsumexp, forward, transposed, entropy=entropy))
     else:
         answer = _forward(scores, request)
@@ -298,14 +299,19 @@ class _Backward:
             values = self._of_values(strip, self.values).transpose(-1, -2)
             d_matrix += product(strip.of_queries(self.d_forward), values)
         if self.weights is not None and self.d_transposed is not None:
-            d_matrix += product(strip.of_queries(self.weights), strip.of_keys(self.d_transposed, per_query_head=True).transpose(-1, -2))
+            d_matrix += product(
+                strip.of_queries(self.weights), strip.of_keys(self.d_transposed, per_query_head=True).transpose(-1, -2)
+            )
         d_logits = matrix * (d_matrix - (matrix * d_matrix).sum(dim=-1, keepdim=True))
         if self.d_logsumexp is not None:
             d_logits += matrix * strip.of_queries(self.d_logsumexp).unsqueeze(-1)
         if self.d_entropy is not None and self.entropy is not None:
-            log_matrix = matrix.log().clamp_(min=torch.finfo(matrix.dtype).min) + strip.of_queries(self.entropy)[..., None]
+            log_matrix = (
+                matrix.log().clamp_(min=torch.finfo(matrix.dtype).min) + strip.of_queries(self.entropy)[..., None]
+            )
             d_logits -= matrix * log_matrix * strip.of_queries(self.d_entropy).unsqueeze(-1)
         return d_logits
+
 
 def _add_shared(total: Tensor, part: Tensor) -> None:
     """Add to heads of keys the sum over the query heads that share them."""

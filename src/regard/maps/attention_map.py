@@ -157,7 +157,9 @@ class AttentionMap:
         """The matrix summed over an n×m grid of blocks: (B, Hq, n, m); token t of N falls into block ⌊t·n/N⌋."""
         *_, queries, keys = self.shape
         if not (1 <= n <= queries and 1 <= m <= keys):
-            raise ValueError(f"pool({n}, {m}) of a {queries}×{keys} matrix: blocks must number 1 to {queries} and 1 to {keys}")
+            raise ValueError(
+                f"pool({n}, {m}) of a {queries}×{keys} matrix: blocks must number 1 to {queries} and 1 to {keys}"
+            )
         columns = one_hot(_blocks(keys, m, self.device), m, self.dtype)
         return sum_rows(self @ columns, _blocks(queries, n, self.device), n)
 
@@ -173,7 +175,9 @@ class AttentionMap:
         if self._scores.mask is None:
             return weights.sum(dim=-1, keepdim=True).expand(*weights.shape[:2], keys)
         visible = self._scores.visible().expand(-1, -1, queries, keys)
-        return torch.cat([(weights.unsqueeze(2) @ head.to(self.dtype)).squeeze(2) for head in visible.split(1, dim=1)], dim=1)
+        return torch.cat(
+            [(weights.unsqueeze(2) @ head.to(self.dtype)).squeeze(2) for head in visible.split(1, dim=1)], dim=1
+        )
 
     def expect(self, question: str, *arguments: object) -> None:
         """Announce a question, so that one pass over the matrix answers all that were announced before the first answer.
@@ -210,7 +214,7 @@ class AttentionMap:
         >>> q, k = torch.randn(2, 1, 2, 50, 16)
         >>> previous_token = AttentionMap(q, k, is_causal=True).at(torch.arange(50) - 1)
         """
-        batch, heads, queries, keys = self.shape
+        batch, _, queries, keys = self.shape
         if targets.is_floating_point() or targets.shape not in ((queries,), (1, queries), (batch, queries)):
             raise ValueError(
                 f"targets must be positions of shape ({queries},) or ({batch}, {queries}), "

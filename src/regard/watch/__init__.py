@@ -6,7 +6,7 @@ from regard.watch.mass import Mass
 from regard.watch.mean_distance import MeanDistance
 from regard.watch.pooled import Pooled
 from regard.watch.received import Received
-from regard.watch.recording import Recording, load
+from regard.watch.recording import Recording, load, save, with_tokens
 from regard.watch.rows import Rows
 from regard.watch.sinks import Sinks
 from regard.watch.statistic import Statistic
@@ -28,5 +28,7 @@ __all__ = [
     "TopK",
     "ValueNorm",
     "load",
+    "save",
     "watch",
+    "with_tokens",
 ]

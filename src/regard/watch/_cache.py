@@ -14,7 +14,9 @@ class CacheWatch:
     """Reads ``past_key_values`` of transformers' models at the start of each pass."""
 
     def __init__(self) -> None:
-        self.past: int | None = None  # tokens before this pass; None if the model was given no cache and so did not tell
+        self.past: int | None = (
+            None  # tokens before this pass; None if the model was given no cache and so did not tell
+        )
         self._caches: list[Any] = []
         self._next_order: Tensor | None = None
         self._order: Tensor | None = None
@@ -31,7 +33,7 @@ class CacheWatch:
 
     def begin(self, modules: ModuleStack) -> None:
         """Take note of the cache before a pass adds to it."""
-        cache = modules.arguments.get("past_key_values")
+        cache: Any = modules.arguments.get("past_key_values")
         self.past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
         self._order, self._next_order = self._next_order, None
         self._follow(cache)

@@ -42,11 +42,8 @@ class Sequence:
         """
         batch, _, queries, _ = call.query.shape
         keys = call.key.shape[2]
-        if past is None:
-            continues = self.end > 0 and keys == self.keys + queries
-        else:
-            continues = past > 0 and past == self.end
-        continues = continues and batch == self.batch
+        longer = keys == self.keys + queries if past is None else past == self.end
+        continues = self.end > 0 and longer and batch == self.batch
         start = self.end if continues else past or 0
         # Cross-attention and preallocated caches have the same keys at every step; a sliding window drops the first.
         fixed = continues and self._last_key is not None and torch.equal(self._last_key, call.key[..., -1, :])
@@ -90,6 +87,6 @@ def _choose(tensor: Tensor, rows: Tensor | None) -> numpy.ndarray:
     array: numpy.ndarray = tensor.numpy()
     if rows is None:
         return array
-    chosen = array[rows.clamp(min=0).numpy()].astype(array.dtype)
+    chosen: numpy.ndarray = array[rows.clamp(min=0).numpy()]
     chosen[(rows < 0).numpy()] = numpy.nan
     return chosen

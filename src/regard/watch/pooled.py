@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,10 @@ class Pooled(Statistic):
             product = product * call.token_mask.to(product.device)[:, None, :, None]
         blocks = self._blocks(call.query_start, attention.shape[2], attention)
         return sum_rows(product, blocks, int(blocks[-1]) + 1)
+
+    def attributes(self) -> Mapping[str, object]:
+        """The units, and the side of a block."""
+        return {"units": "sum of attention", "size": self.size}
 
     def _blocks(self, start: int, tokens: int, attention: AttentionMap) -> Tensor:
         return torch.arange(start, start + tokens, device=attention.device) // self.size

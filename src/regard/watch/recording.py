@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy
 import xarray
@@ -18,7 +18,7 @@ from regard.watch.statistic import Statistic
 if TYPE_CHECKING:
     from regard.view import Plot
 
-_ENGINE = "h5netcdf"
+_ENGINE: Literal["h5netcdf"] = "h5netcdf"
 
 
 class Recording:
@@ -51,16 +51,18 @@ class Recording:
                 slot, which changes hands between steps; with it, one of the sequences returned.
         """
         parts = [
-            statistic.finish(self._variables(statistic, beam_indices)) for statistic in self._statistics if self._sequences
+            statistic.finish(self._variables(statistic, beam_indices))
+            for statistic in self._statistics
+            if self._sequences
         ]
         dataset = xarray.merge(parts, join="outer", compat="no_conflicts") if parts else xarray.Dataset()
         if "pass" in dataset.dims and dataset.sizes["pass"] == 1:
             dataset = dataset.isel({"pass": 0}, drop=True)
-        return dataset if tokens is None else _with_tokens(dataset, tokens)
+        return dataset if tokens is None else with_tokens(dataset, tokens)
 
     def save(self, path: str | Path, tokens: Items[str] | Items[Items[str]] | None = None) -> None:
         """Write the dataset to one netCDF file, which ``regard.load`` and xarray read."""
-        self.dataset(tokens).to_netcdf(path, engine=_ENGINE)
+        save(self.dataset(tokens), path)
 
     @cached_property
     def plot(self) -> Plot:
@@ -78,7 +80,9 @@ class Recording:
     def _variable(
         self, name: str, dims: tuple[str, ...], statistic: Statistic, beam_indices: Tensor | None
     ) -> xarray.DataArray:
-        slots = max(part.measured[name].shape[0] for parts in self._sequences.values() for s in parts for part in s.parts)
+        slots = max(
+            part.measured[name].shape[0] for parts in self._sequences.values() for s in parts for part in s.parts
+        )
         joined = {
             layer: [s.join(name, dims, _rows(s, name, beam_indices, slots)) for s in sequences]
             for layer, sequences in self._sequences.items()
@@ -88,11 +92,13 @@ class Recording:
         sizes = [max(array.shape[axis] for array in arrays) for axis in range(arrays[0].ndim)]
         every_head = sorted({head for index in heads.values() for head in index})
         passes = max(len(sequences) for sequences in joined.values())
-        full = numpy.full((passes, len(joined), sizes[0], len(every_head), *sizes[2:]), numpy.nan, dtype=arrays[0].dtype)
+        full = numpy.full(
+            (passes, len(joined), sizes[0], len(every_head), *sizes[2:]), numpy.nan, dtype=arrays[0].dtype
+        )
         for number, (layer, sequences) in enumerate(joined.items()):
             columns = [every_head.index(head) for head in heads[layer]]
             for index, array in enumerate(sequences):
-                inner = tuple(slice(size) for size in array.shape[2:])
+                inner: tuple[Any, ...] = tuple(slice(size) for size in array.shape[2:])
                 for column, values in zip(columns, array.swapaxes(0, 1), strict=True):
                     full[(index, number, slice(array.shape[0]), column, *inner)] = values
         coordinates: dict[str, object] = {"layer": list(joined), "head": every_head, "batch": range(sizes[0])}
@@ -100,8 +106,13 @@ class Recording:
         coordinates |= {dim: labels for dim, labels in statistic.coordinates().items() if dim in dims}
         labels = {dim: list(cast("Items[object]", values)) for dim, values in coordinates.items()}
         return xarray.DataArray(
-            full, labels, ("pass", "layer", "batch", "head", *dims), name, attrs={"units": statistic.units}
+            full, labels, ("pass", "layer", "batch", "head", *dims), name, attrs=dict(statistic.attributes())
         )
+
+
+def save(dataset: xarray.Dataset, path: str | Path) -> None:
+    """Write a dataset to one netCDF file."""
+    dataset.to_netcdf(path, engine=_ENGINE)
 
 
 def load(path: str | Path) -> xarray.Dataset:
@@ -127,7 +138,8 @@ def _rows(sequence: Sequence, name: str, beam_indices: Tensor | None, slots: int
     return rows
 
 
-def _with_tokens(dataset: xarray.Dataset, tokens: Items[str] | Items[Items[str]]) -> xarray.Dataset:
+def with_tokens(dataset: xarray.Dataset, tokens: Items[str] | Items[Items[str]]) -> xarray.Dataset:
+    """The dataset with the text's tokens, or one list for each batch row, as coordinates."""
     rows = [cast("list[str]", list(tokens))] if isinstance(tokens[0], str) else [list(row) for row in tokens]
     batch = dataset.sizes["batch"]
     if len(rows) not in (1, batch):

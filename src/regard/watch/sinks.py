@@ -63,6 +63,6 @@ class Sinks(Statistic):
         viewers = variables["sinks"]
         share = (variables["sink_share"] / viewers.where(viewers > 0, numpy.nan)).where(viewers > 0, 0.0)
         share = share.where(viewers.notnull())
-        return variables.assign(sink_share=share, sinks=(share > self.threshold).astype("float32").where(share.notnull()))
-
-
+        return variables.assign(
+            sink_share=share, sinks=(share > self.threshold).astype("float32").where(share.notnull())
+        )

@@ -53,6 +53,10 @@ class Statistic:
         """The dimensions of each variable that `measure` returns."""
         return {self.name: self.dims}
 
+    def attributes(self) -> Mapping[str, object]:
+        """What is noted beside the variables."""
+        return {"units": self.units}
+
     def finish(self, variables: xarray.Dataset) -> xarray.Dataset:
         """Last computations, once all steps are joined: from the variables measured to those reported."""
         return variables

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, ModuleStack, listen, normalize
+from regard.calls import AttentionCall, ModuleStack, Reading, listen, normalize
 from regard.maps import AttentionMap
 from regard.watch._cache import CacheWatch
 from regard.watch._no_call import explain_no_call
@@ -128,7 +128,7 @@ class _Block:
             raise RuntimeError(explain_no_call(self._model, ran=self._modules.pass_index >= 0))
         self._selection.check(list(self._numbers))
 
-    def notice(self, call: AttentionCall) -> tuple[AttentionCall, _Reading] | None:
+    def notice(self, call: AttentionCall) -> tuple[AttentionCall, Reading] | None:
         """Place a call of the watched model, and say what to read of it."""
         if not self._modules.active:
             return None

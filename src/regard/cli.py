@@ -1,0 +1,119 @@
+"""The command line; no logic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ImportError as error:
+    raise SystemExit('regard: the command line needs typer and rich: pip install "regard[hf,report]"') from error
+
+console = Console(stderr=True)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def regard() -> None:
+    """Run attention, see it, steer it."""
+
+
+@app.command()
+def look(
+    model: Annotated[str | None, typer.Option(help="Folder or name of a transformers model.")] = None,
+    text: Annotated[str | None, typer.Option(help="A text file, or - to read the standard input.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("report.html"),
+    save: Annotated[Path | None, typer.Option(help="Also write the statistics, as netCDF.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Numbers or globs on module paths, with commas.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Read the first tokens only.")] = None,
+    window: Annotated[bool, typer.Option(help="Read a text longer than the model in windows.")] = False,
+) -> None:
+    """Report where a model looks when it reads a text."""
+    with _errors():
+        from regard import demo
+        from regard.look import load, look
+        from regard.watch import save as save_dataset
+
+        _quiet()
+        source = model or demo.model_path()
+        content, text_name = _read(text)
+        with console.status(f"loading {model or demo.MODEL_NAME}"):
+            loaded, tokenizer = load(source, device, dtype)
+        with _bar() as advance:
+            seen = look(
+                loaded,
+                tokenizer,
+                content,
+                model_name=Path(model).name if model else demo.MODEL_NAME,
+                text_name=text_name,
+                layers=_layers(layers),
+                max_tokens=max_tokens,
+                window=window,
+                progress=advance,
+            )
+        out.write_text(seen.html(), encoding="utf-8")
+        if save:
+            save_dataset(seen.dataset, save)
+            console.print(f"statistics: {save.resolve()}", soft_wrap=True, highlight=False)
+        facts = seen.facts
+        console.print(f"{facts.tokens:,} tokens, {facts.layers} layers of {facts.heads} heads, {facts.seconds:.1f} s")
+        console.print(f"report: {out.resolve().as_uri()}", soft_wrap=True, highlight=False)
+
+
+def _quiet() -> None:
+    """One progress bar is enough: ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _read(text: str | None) -> tuple[str, str]:
+    """The text and its name."""
+    from regard import demo
+
+    if text is None:
+        return demo.text(), demo.TEXT_NAME
+    if text == "-":
+        return sys.stdin.read(), "standard input"
+    try:
+        return Path(text).read_text(encoding="utf-8"), Path(text).name
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is not a text in UTF-8: {error}") from error
+
+
+def _layers(layers: str | None) -> list[int | str] | None:
+    if layers is None:
+        return None
+    return [int(part) if part.strip().isdecimal() else part.strip() for part in layers.split(",")]
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int | None], None]]:
+    """A bar that one call for each layer moves on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("reading", total=None)
+        yield lambda path, total: progress.update(task, description=path, total=total, advance=1)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Errors of the user's making, in one line."""
+    try:
+        yield
+    except (ImportError, IndexError, OSError, RuntimeError, TypeError, ValueError) as error:
+        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from error
+
+
+def main() -> None:
+    """The ``regard`` command."""
+    app()

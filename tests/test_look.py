@@ -1,0 +1,126 @@
+"""The main job on real trained weights, and the command line on it."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import regard
+from regard import cli, demo
+from regard.look import load, look
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def minilm() -> tuple[torch.nn.Module, object]:
+    return load(demo.model_path())
+
+
+def test_statistics_of_trained_weights(minilm: tuple[torch.nn.Module, object]) -> None:
+    model, tokenizer = minilm
+    seen = look(model, tokenizer, demo.text())
+    ids = torch.tensor([tokenizer(demo.text())["input_ids"]])
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        matrices = model(input_ids=ids, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    data = seen.dataset.isel(batch=0)
+    assert seen.facts.layers == 6
+    assert seen.facts.heads == 12
+    assert seen.facts.tokens == ids.shape[1] == data.sizes["query"]
+    assert seen.facts.stored_memory == 6 * 12 * ids.shape[1] ** 2 * 4
+    assert data.key_token[0] == "[CLS]"
+    for layer, matrix in enumerate(matrices):
+        matrix = matrix[0].double().numpy()
+        entropy = -(matrix * np.log(np.maximum(matrix, 1e-300))).sum(-1)
+        np.testing.assert_allclose(data.entropy[layer], entropy, atol=2e-5)
+        np.testing.assert_allclose(data.received[layer], matrix.sum(1), rtol=1e-4)
+        sink = matrix[..., 0] + matrix[..., -1]
+        np.testing.assert_allclose(data.mass[layer].sel(segment="sink"), sink, atol=1e-5)
+        previous = np.diagonal(matrix, -1, 1, 2)
+        np.testing.assert_allclose(data["at"][layer].sel(target="previous")[:, 1:], previous, atol=1e-5)
+
+
+def test_windows_cover_the_whole_text(minilm: tuple[torch.nn.Module, object]) -> None:
+    model, tokenizer = minilm
+    text = " ".join([demo.text()] * 3)
+    seen = look(model, tokenizer, text, window=True)
+    plain = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = [token for row in seen.dataset.key_token.values for token in row if token not in ("", "[CLS]", "[SEP]")]
+    assert tokens == tokenizer.convert_ids_to_tokens(plain)
+    assert seen.dataset.sizes["batch"] == 3
+    assert seen.dataset.sizes["query"] == 512
+
+
+def test_a_causal_model_of_ones_own(tmp_path: Path, minilm: tuple[torch.nn.Module, object]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, tokenizer = minilm
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+        vocab_size=len(tokenizer), max_position_embeddings=2048,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    text = tmp_path / "text.txt"
+    text.write_text(demo.text())
+    out, saved = tmp_path / "out.html", tmp_path / "seen.nc"
+    arguments = ["--model", str(tmp_path / "llama"), "--text", str(text), "--out", str(out), "--save", str(saved)]
+    result = runner.invoke(
+        cli.app, ["look", *arguments, "--layers", "*.1.*", "--dtype", "bfloat16", "--max-tokens", "50"]
+    )
+    assert result.exit_code == 0, result.output
+    data = regard.load(saved)
+    assert data.layer.values.tolist() == ["layers.1.self_attn"]
+    assert data.sizes["query"] == 50
+    assert not data["at"].sel(target="next").fillna(0).any()
+    page = out.read_text()
+    assert "layers.1.self_attn" in page
+    assert "http-equiv" in page
+
+
+def test_default_report(tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    result = runner.invoke(cli.app, ["look", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert out.as_uri() in result.output
+    page = out.read_text()
+    assert demo.MODEL_NAME in page
+    assert demo.TEXT_NAME in page
+    assert "<script src" not in page
+
+
+def test_text_from_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Call me Ishmael."))
+    out = tmp_path / "report.html"
+    result = runner.invoke(cli.app, ["look", "--text", "-", "--out", str(out)], input="Call me Ishmael.")
+    assert result.exit_code == 0, result.output
+    assert "standard input" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "long.txt"], "the model has positions for 512; pass --window"),
+        (["--text", "missing.txt"], "missing.txt"),
+        (["--text", "empty.txt"], "the text is empty"),
+        (["--layers", "decoder.*"], "'decoder.*' matches no attention call; seen were encoder.layer.0"),
+        (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--model", "./nothing"], "there is no folder './nothing'"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("long.txt").write_text("word " * 600)
+    Path("empty.txt").write_text(" \n")
+    result = runner.invoke(cli.app, ["look", *arguments])
+    assert result.exit_code == 1
+    assert message in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output
+    assert not Path("report.html").exists()

@@ -1,0 +1,207 @@
+"""Each statistic, against the dense matrix."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import regard
+from regard.watch.at import induction_targets
+from tests.watch.test_models import built, ids
+
+TOKENS = 11
+
+
+@pytest.fixture
+def tensors() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return 2 * torch.randn(2, 4, TOKENS, 8), torch.randn(2, 2, TOKENS, 8), torch.randn(2, 2, TOKENS, 8)
+
+
+def seen(tensors: tuple[Tensor, ...], *statistics: regard.Statistic, causal: bool = True) -> regard.Recording:
+    with regard.watch(*statistics) as recording:
+        F.scaled_dot_product_attention(*tensors, is_causal=causal, enable_gqa=True)
+    return recording
+
+
+def matrix_of(tensors: tuple[Tensor, ...], causal: bool = True) -> np.ndarray:
+    query, key = tensors[0].double(), tensors[1].double().repeat_interleave(2, dim=1)
+    logits = query @ key.transpose(-1, -2) * 8**-0.5
+    if causal:
+        logits = logits.masked_fill(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), -torch.inf)
+    return logits.softmax(-1).numpy()
+
+
+def test_mass_of_positions_slices_and_masks(tensors: tuple[Tensor, ...]) -> None:
+    rows = torch.rand(2, TOKENS) > 0.5
+    segments = {"first": 0, "last": -1, "some": [1, 3, 4], "slice": slice(2, 6), "mask": rows}
+    mass = seen(tensors, regard.Mass(segments)).dataset().mass[0]
+    matrix = matrix_of(tensors)
+    assert mass.segment.values.tolist() == list(segments)
+    np.testing.assert_allclose(mass.sel(segment="first"), matrix[..., 0], atol=1e-6)
+    np.testing.assert_allclose(mass.sel(segment="last"), matrix[..., -1], atol=1e-6)
+    np.testing.assert_allclose(mass.sel(segment="some"), matrix[..., [1, 3, 4]].sum(-1), atol=1e-6)
+    np.testing.assert_allclose(mass.sel(segment="slice"), matrix[..., 2:6].sum(-1), atol=1e-6)
+    np.testing.assert_allclose(mass.sel(segment="mask"), (matrix * rows.numpy()[:, None, None]).sum(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("queries", "chosen"),
+    [
+        ([2, -1], [2, 10]),
+        (slice(4, None), list(range(4, 11))),
+        (torch.arange(TOKENS) < 3, [0, 1, 2]),
+        (range(0, 5, 2), [0, 2, 4]),
+        (7, [7]),
+    ],
+)
+def test_received_from_chosen_queries(tensors: tuple[Tensor, ...], queries: object, chosen: list[int]) -> None:
+    received = seen(tensors, regard.Received(queries=queries)).dataset().received[0]  # type: ignore[arg-type]
+    np.testing.assert_allclose(received, matrix_of(tensors)[:, :, chosen].sum(2), atol=1e-5)
+
+
+def test_at_offsets_and_targets(tensors: tuple[Tensor, ...]) -> None:
+    targets = torch.randint(-1, TOKENS, (2, TOKENS))
+    at = regard.At("own", "next", three_back=-3, chosen=targets)
+    data = seen(tensors, at, causal=False).dataset()["at"][0]
+    matrix = matrix_of(tensors, causal=False)
+    for name, offset in (("own", 0), ("next", 1), ("three_back", -3)):
+        rows = [i for i in range(TOKENS) if 0 <= i + offset < TOKENS]
+        shares = data.sel(target=name)
+        np.testing.assert_allclose(shares[:, :, rows], matrix[:, :, rows, [i + offset for i in rows]], atol=1e-6)
+        assert shares.isnull().sum() == 2 * 4 * (TOKENS - len(rows))
+    chosen = np.take_along_axis(matrix, targets.clamp(min=0).numpy()[:, None, :, None], axis=3)[..., 0]
+    chosen = np.where(targets.numpy()[:, None] < 0, np.nan, chosen)
+    np.testing.assert_allclose(data.sel(target="chosen"), chosen, atol=1e-6)
+
+
+def test_induction_targets_are_those_of_the_definition() -> None:
+    tokens = torch.randint(0, 5, (3, 40))
+    targets = induction_targets(tokens)
+    for row in range(3):
+        for i in range(40):
+            earlier = [j for j in range(i) if tokens[row, j] == tokens[row, i]]
+            assert targets[row, i] == (earlier[-1] + 1 if earlier else -1)
+
+
+def test_induction_reads_the_token_ids_of_the_model() -> None:
+    model, tokens = built("llama"), ids(12) % 4 + 3
+    matrices = []
+    with torch.no_grad(), regard.watch(model, regard.At("induction"), keep_maps=True) as recording:
+        model(input_ids=tokens)
+    targets = induction_targets(tokens)
+    for maps in recording.maps.values():
+        matrices.append(maps[0].at(targets).masked_fill(targets[:, None] < 0, torch.nan))
+    np.testing.assert_allclose(recording.dataset()["at"][..., 0], torch.stack(matrices), atol=1e-6)
+    with torch.no_grad(), regard.watch(model, regard.At("induction", token_ids=tokens)) as given:
+        model(inputs_embeds=model.model.embed_tokens(tokens))
+    np.testing.assert_allclose(given.dataset()["at"], recording.dataset()["at"], atol=1e-6)
+    embeddings = model.model.embed_tokens(tokens)
+    with pytest.raises(ValueError, match="needs token ids"), regard.watch(model, regard.At("induction")):
+        model(inputs_embeds=embeddings)
+
+
+def test_sinks_count_the_queries_that_see_a_key(tensors: tuple[Tensor, ...]) -> None:
+    query, key, value = tensors
+    key = key.clone()
+    query[..., 0], key[:, :, 4, 0] = 3.0, 12.0  # every query that sees token 4 looks there
+    data = seen((query, key, value), regard.Sinks(threshold=0.6)).dataset()
+    share = matrix_of((query, key)).sum(2) / np.arange(TOKENS, 0, -1)
+    np.testing.assert_allclose(data.sink_share[0], share, atol=1e-5)
+    np.testing.assert_array_equal(data.sinks[0], share > 0.6)
+    assert data.sinks[0].sel(key=4).all()
+
+
+def test_mean_distance_and_topk(tensors: tuple[Tensor, ...]) -> None:
+    data = seen(tensors, regard.MeanDistance(), regard.TopK(3)).dataset()
+    matrix = matrix_of(tensors)
+    distance = np.abs(np.arange(TOKENS)[:, None] - np.arange(TOKENS))
+    np.testing.assert_allclose(data.mean_distance[0], (matrix * distance).sum(-1), atol=1e-5)
+    order = np.argsort(-matrix, axis=-1)[..., :3]
+    best = np.take_along_axis(matrix, order, axis=-1)
+    visible = best > 0
+    np.testing.assert_allclose(data.topk_share[0].values[visible], best[visible], atol=1e-6)
+    np.testing.assert_array_equal(data.topk_key[0].values[visible], order[visible])
+    assert np.isnan(data.topk_share[0].values[~visible]).all()
+
+
+def test_pooled_and_rows(tensors: tuple[Tensor, ...]) -> None:
+    data = seen(tensors, regard.Pooled(4), regard.Rows([0, 7])).dataset()
+    matrix = matrix_of(tensors)
+    blocks = np.add.reduceat(np.add.reduceat(matrix, [0, 4, 8], axis=2), [0, 4, 8], axis=3)
+    np.testing.assert_allclose(data.pooled[0], blocks, atol=1e-5)
+    assert data.pooled.attrs["size"] == 4
+    np.testing.assert_allclose(data.rows[0], matrix[:, :, [0, 7]], atol=1e-6)
+
+
+def test_value_norm(tensors: tuple[Tensor, ...]) -> None:
+    data = seen(tensors, regard.ValueNorm()).dataset()
+    matrix, value = matrix_of(tensors), tensors[2].double().repeat_interleave(2, dim=1).numpy()
+    np.testing.assert_allclose(data.value_norm[0], np.linalg.norm(matrix @ value, axis=-1), atol=1e-5)
+    moved = matrix.sum(2) * np.linalg.norm(value, axis=-1)
+    np.testing.assert_allclose(data.value_share[0], moved / moved.sum(-1, keepdims=True), atol=1e-6)
+
+
+def test_statistic_of_ones_own(tensors: tuple[Tensor, ...]) -> None:
+    class Extremes(regard.Statistic):
+        """The largest share of each query, and of each key."""
+
+        name, dims = "extremes", ("query",)
+
+        def measure(self, attention: regard.AttentionMap, call: regard.AttentionCall) -> Mapping[str, Tensor]:
+            matrix = attention.dense()
+            return {"of_query": matrix.amax(-1), "of_key": matrix.amax(-2)}
+
+        def dimensions(self) -> Mapping[str, tuple[str, ...]]:
+            return {"of_query": ("query",), "of_key": ("key",)}
+
+    data = seen(tensors, Extremes()).dataset()
+    np.testing.assert_allclose(data.of_query[0], matrix_of(tensors).max(-1), atol=1e-6)
+    np.testing.assert_allclose(data.of_key[0], matrix_of(tensors).max(-2), atol=1e-6)
+
+
+def test_recordings_are_saved_and_loaded(tensors: tuple[Tensor, ...], tmp_path: Path) -> None:
+    recording = seen(tensors, regard.Entropy(), regard.Received(), regard.Mass({"a": 0, "b": [1, 2]}), regard.Pooled(4))
+    tokens = [f"token{number}" for number in range(TOKENS)]
+    recording.save(tmp_path / "seen.nc", tokens=tokens)
+    loaded = regard.load(tmp_path / "seen.nc")
+    expected = recording.dataset(tokens=tokens)
+    assert loaded.query_token[1].values.tolist() == tokens
+    assert loaded.entropy.attrs["units"] == "nats"
+    for name, variable in expected.data_vars.items():
+        np.testing.assert_array_equal(loaded[name], variable)
+    assert loaded.layer.values.tolist() == expected.layer.values.tolist()
+
+
+def test_tokens_must_fit(tensors: tuple[Tensor, ...]) -> None:
+    recording = seen(tensors, regard.Entropy())
+    assert recording.dataset(tokens=["a", "b"]).query_token[0].values.tolist() == ["a", "b", *[""] * (TOKENS - 2)]
+    with pytest.raises(ValueError, match="12 tokens, the dataset 11 positions along 'query'"):
+        recording.dataset(tokens=["a"] * 12)
+    with pytest.raises(ValueError, match="tokens has 3 rows, the dataset a batch of 2"):
+        recording.dataset(tokens=[["a"], ["b"], ["c"]])
+
+
+def test_pictures_of_a_recording(tensors: tuple[Tensor, ...]) -> None:
+    recording = seen(tensors, regard.Entropy(), regard.Received(), regard.Pooled(4))
+    assert recording.plot.heads("entropy").data[0].z.shape == (1, 4)
+    assert recording.plot.tokens().data
+    assert recording.plot.map(0, 3).data[0].z.shape == (3, 3)
+
+
+def test_arguments_that_make_no_sense() -> None:
+    for error, message, make in (
+        (ValueError, "mapping from names to keys", lambda: regard.Mass([0])),  # type: ignore[arg-type]
+        (ValueError, "threshold between 0 and 1, got 2", lambda: regard.Sinks(threshold=2)),
+        (ValueError, "k of at least 1, got 0", lambda: regard.TopK(0)),
+        (ValueError, "at least 1 token, got 0", lambda: regard.Pooled(0)),
+        (ValueError, r"positions from 0 up, got \[-1\]", lambda: regard.Rows([-1])),
+        (ValueError, "knows the targets previous, own, next, induction, got 'last'", lambda: regard.At("last")),
+        (ValueError, "needs a target", lambda: regard.At()),
+    ):
+        with pytest.raises(error, match=message):
+            make()

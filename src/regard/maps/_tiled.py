@@ -20,7 +20,7 @@ from regard.maps._request import Answer, Request, segments_as_values, segments_f
 from regard.maps._scores import Scores, apply_mask_
 
 # Numbers in one strip: a buffer that stays in a CPU's cache, or that keeps a GPU busy.
-_STRIP = {"cpu": 2**19, "cuda": 2**26}
+_STRIP = {"cpu": 2**20, "cuda": 2**26}
 _ROWS_AT_LEAST = 128
 # Hides a logit, and times a probability of 0 gives 0, which −inf would not.
 _HIDDEN = -1e30
@@ -64,7 +64,9 @@ def strips(scores: Scores) -> Iterator[Strip]:
     batch, heads, queries, keys = scores.shape
     groups, key_heads = scores.groups, scores.key.shape[1]
     room = _STRIP.get(scores.query.device.type, _STRIP["cuda"])
-    rows = min(queries, max(_ROWS_AT_LEAST // groups, room // (groups * keys), 1))
+    # Under a triangle a strip's upper half is partly wasted, so it is kept low, and made of more heads instead.
+    fitting = 1 if scores.is_causal else room // (groups * keys)
+    rows = min(queries, max(_ROWS_AT_LEAST // groups, fitting, 1))
     heads_at_once = max(1, min(key_heads, room // (groups * rows * keys)))
     batch_at_once = max(1, min(batch, room // (heads * rows * keys)))
     for b in range(0, batch, batch_at_once):
@@ -208,19 +210,16 @@ def _forward(scores: Scores, request: Request) -> Answer:
             expected = shifted.mul_(exps).sum(dim=-1, keepdim=True) / total
             strip.of_queries(entropy).copy_((total.log() - expected * work.unit).squeeze(-1).clamp_(min=0))
         if mass is not None:
-            sums = [_sum_runs(exps, runs) for runs in request.segments]
-            strip.of_queries(mass).copy_(torch.stack(sums, dim=-1).div_(total))
+            part = strip.of_queries(mass)
+            for number, runs in enumerate(request.segments):
+                part[..., number] = sum(exps[..., run].sum(dim=-1) for run in runs)
+            part.div_(total)
         if forward is not None and values is not None:
             strip.of_queries(forward).copy_(product(exps, strip.of_keys(values, per_query_head)).div_(total))
         if transposed is not None and weights is not None:
             part = product(exps.transpose(-1, -2), strip.of_queries(weights) / total)
             strip.of_keys(transposed, per_query_head=True).add_(part)
     return Answer(logsumexp, forward, transposed, entropy=entropy, mass=mass)
-
-
-def _sum_runs(exps: Tensor, runs: tuple[slice, ...]) -> Tensor:
-    sums = [exps[..., run].sum(dim=-1) for run in runs]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -50,11 +50,10 @@ class Recording:
             beam_indices: what ``generate`` returns of that name under beam search. Without it a batch row is a beam's
                 slot, which changes hands between steps; with it, one of the sequences returned.
         """
-        parts = [
-            statistic.finish(self._variables(statistic, beam_indices))
-            for statistic in self._statistics
-            if self._sequences
-        ]
+        measured = {layer: [s for s in sequences if s.parts] for layer, sequences in self._sequences.items()}
+        measured = {layer: sequences for layer, sequences in measured.items() if sequences}
+        every = self._statistics if measured else ()
+        parts = [statistic.finish(_variables(statistic, measured, beam_indices)) for statistic in every]
         dataset = xarray.merge(parts, join="outer", compat="no_conflicts") if parts else xarray.Dataset()
         if "pass" in dataset.dims and dataset.sizes["pass"] == 1:
             dataset = dataset.isel({"pass": 0}, drop=True)
@@ -71,44 +70,6 @@ class Recording:
 
         return Plot(self.dataset())
 
-    def _variables(self, statistic: Statistic, beam_indices: Tensor | None) -> xarray.Dataset:
-        variables = {
-            name: self._variable(name, dims, statistic, beam_indices) for name, dims in statistic.dimensions().items()
-        }
-        return xarray.Dataset(variables)
-
-    def _variable(
-        self, name: str, dims: tuple[str, ...], statistic: Statistic, beam_indices: Tensor | None
-    ) -> xarray.DataArray:
-        slots = max(
-            part.measured[name].shape[0] for parts in self._sequences.values() for s in parts for part in s.parts
-        )
-        joined = {
-            layer: [s.join(name, dims, _rows(s, name, beam_indices, slots)) for s in sequences]
-            for layer, sequences in self._sequences.items()
-        }
-        heads = {layer: sequences[0].parts[0].heads for layer, sequences in self._sequences.items()}
-        arrays = [array for sequences in joined.values() for array in sequences]
-        sizes = [max(array.shape[axis] for array in arrays) for axis in range(arrays[0].ndim)]
-        every_head = sorted({head for index in heads.values() for head in index})
-        passes = max(len(sequences) for sequences in joined.values())
-        full = numpy.full(
-            (passes, len(joined), sizes[0], len(every_head), *sizes[2:]), numpy.nan, dtype=arrays[0].dtype
-        )
-        for number, (layer, sequences) in enumerate(joined.items()):
-            columns = [every_head.index(head) for head in heads[layer]]
-            for index, array in enumerate(sequences):
-                inner: tuple[Any, ...] = tuple(slice(size) for size in array.shape[2:])
-                for column, values in zip(columns, array.swapaxes(0, 1), strict=True):
-                    full[(index, number, slice(array.shape[0]), column, *inner)] = values
-        coordinates: dict[str, object] = {"layer": list(joined), "head": every_head, "batch": range(sizes[0])}
-        coordinates |= {dim: range(size) for dim, size in zip(dims, sizes[2:], strict=True)}
-        coordinates |= {dim: labels for dim, labels in statistic.coordinates().items() if dim in dims}
-        labels = {dim: list(cast("Items[object]", values)) for dim, values in coordinates.items()}
-        return xarray.DataArray(
-            full, labels, ("pass", "layer", "batch", "head", *dims), name, attrs=dict(statistic.attributes())
-        )
-
 
 def save(dataset: xarray.Dataset, path: str | Path) -> None:
     """Write a dataset to one netCDF file."""
@@ -118,6 +79,44 @@ def save(dataset: xarray.Dataset, path: str | Path) -> None:
 def load(path: str | Path) -> xarray.Dataset:
     """Read a dataset that ``Recording.save`` or ``regard look --save`` wrote."""
     return xarray.load_dataset(path, engine=_ENGINE)
+
+
+_Measured = dict[str, list[Sequence]]
+
+
+def _variables(statistic: Statistic, measured: _Measured, beam_indices: Tensor | None) -> xarray.Dataset:
+    dimensions = statistic.dimensions().items()
+    return xarray.Dataset({name: _variable(name, dims, statistic, measured, beam_indices) for name, dims in dimensions})
+
+
+def _variable(
+    name: str, dims: tuple[str, ...], statistic: Statistic, measured: _Measured, beam_indices: Tensor | None
+) -> xarray.DataArray:
+    """One variable of all layers and passes, (pass, layer, batch, head, *dims), NaN where some are shorter."""
+    slots = max(part.measured[name].shape[0] for sequences in measured.values() for s in sequences for part in s.parts)
+    joined = {
+        layer: [s.join(name, dims, _rows(s, name, beam_indices, slots)) for s in sequences]
+        for layer, sequences in measured.items()
+    }
+    heads = {layer: sequences[0].parts[0].heads for layer, sequences in measured.items()}
+    every_head = sorted({head for index in heads.values() for head in index})
+    arrays = [array for sequences in joined.values() for array in sequences]
+    batch, _, *sizes = [max(array.shape[axis] for array in arrays) for axis in range(arrays[0].ndim)]
+    passes = max(len(sequences) for sequences in joined.values())
+    full = numpy.full((passes, len(joined), batch, len(every_head), *sizes), numpy.nan, dtype=arrays[0].dtype)
+    for number, (layer, sequences) in enumerate(joined.items()):
+        columns = [every_head.index(head) for head in heads[layer]]
+        for index, array in enumerate(sequences):
+            inner: tuple[Any, ...] = tuple(slice(size) for size in array.shape[2:])
+            for column, values in zip(columns, array.swapaxes(0, 1), strict=True):
+                full[(index, number, slice(array.shape[0]), column, *inner)] = values
+    coordinates: dict[str, Any] = {"layer": list(joined), "head": every_head, "batch": range(batch)}
+    coordinates |= {dim: range(size) for dim, size in zip(dims, sizes, strict=True)}
+    coordinates |= {dim: labels for dim, labels in statistic.coordinates().items() if dim in dims}
+    labels = {dim: list(values) for dim, values in coordinates.items()}
+    return xarray.DataArray(
+        full, labels, ("pass", "layer", "batch", "head", *dims), name, attrs=dict(statistic.attributes())
+    )
 
 
 def _rows(sequence: Sequence, name: str, beam_indices: Tensor | None, slots: int) -> list[Tensor | None]:

@@ -31,7 +31,7 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
 
     Args:
         model: an ``nn.Module`` whose attention goes through ``scaled_dot_product_attention`` or ``nn.MultiheadAttention``,
-            as transformers' does with ``attn_implementation="sdpa"``; or None for every call made in the block.
+            as transformers' does with ``attn_implementation="sdpa"``; left out or None, every call made in the block.
         statistics: what to read, such as ``regard.Entropy()``.
         layers: the number of an attention call in order, a glob on the path of the module that makes it, or several.
         heads: the number of a query head, several, or a mapping from layers to heads.
@@ -57,7 +57,7 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
 
     def __init__(
         self,
-        model: Module | None = None,
+        model: Module | Statistic | None = None,
         *statistics: Statistic,
         layers: Layers | None = None,
         heads: Heads | Mapping[int | str, Heads] | None = None,
@@ -66,9 +66,11 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
         share: bool = True,
     ) -> None:
         if isinstance(model, Statistic):
-            model, statistics = None, (model, *statistics)
-        _check(model, statistics, keep_maps)
-        self._model = model
+            statistics, watched = (model, *statistics), None
+        else:
+            watched = model
+        _check(watched, statistics, keep_maps)
+        self._model = watched
         self._statistics = statistics
         self._layers, self._heads = layers, heads
         self._token_mask = None if token_mask is None else _check_mask(token_mask)
@@ -77,8 +79,8 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
         self._blocks: list[_Block] = []
 
     def __enter__(self) -> Recording:
-        block = _Block(self._model, self._statistics, Selection(self._layers, self._heads), self._token_mask)
-        block.keep_maps, block.share = self._keep_maps, self._share
+        selection = Selection(self._layers, self._heads)
+        block = _Block(self._model, self._statistics, selection, self._token_mask, self._keep_maps, self._share)
         block.enter()
         self._blocks.append(block)
         return block.recording
@@ -96,13 +98,19 @@ class _Block:
     """One entry into a watch: listens to calls, places them in their text, and has them measured."""
 
     def __init__(
-        self, model: Module | None, statistics: tuple[Statistic, ...], selection: Selection, token_mask: Tensor | None
+        self,
+        model: Module | None,
+        statistics: tuple[Statistic, ...],
+        selection: Selection,
+        token_mask: Tensor | None,
+        keep_maps: bool,
+        share: bool,
     ) -> None:
         self.recording = Recording(statistics)
-        self.keep_maps = False
-        self.share = True
+        self.statistics = statistics
+        self.share = share
+        self._keep_maps = keep_maps
         self._model = model
-        self._statistics = statistics
         self._selection = selection
         self._token_mask = token_mask
         self._cache = CacheWatch()
@@ -147,13 +155,8 @@ class _Block:
         if call.path not in self.recording.layers:
             self.recording.layers.append(call.path)
         sequence.parts.append(part)
-        if self.keep_maps:
+        if self._keep_maps:
             self.recording.maps.setdefault(call.path, []).append(attention)
-
-    @property
-    def statistics(self) -> tuple[Statistic, ...]:
-        """What to read."""
-        return self._statistics
 
     def _place(self, call: AttentionCall) -> tuple[Sequence, AttentionCall]:
         sequences = self.recording._sequences.setdefault(call.path, [])

@@ -1,0 +1,39 @@
+"""The README's Python runs as shown."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_examples_run_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+    assert "{'layer': 2, 'batch': 1, 'head': 2, 'query': 119, 'target': 2}" in capsys.readouterr().out
+    assert Path("seen.nc").exists()
+
+
+def test_contributing_example_is_a_statistic() -> None:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    import regard
+
+    text = (README.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names: dict[str, type[regard.Statistic]] = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], names)
+    q, k = torch.randn(2, 1, 2, 9, 8)
+    near = names["Near"](2)  # type: ignore[call-arg]
+    with regard.watch(near, keep_maps=True) as seen:
+        scaled_dot_product_attention(q, k, k)
+    (maps,) = seen.maps.values()
+    band = (torch.arange(9)[:, None] - torch.arange(9)).abs() <= 2
+    torch.testing.assert_close(torch.tensor(seen.dataset().near[0].values), (maps[0].dense() * band).sum(-1))

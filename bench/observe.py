@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import gc
 import multiprocessing
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -115,13 +117,14 @@ def operator_table(lengths: list[int], device: str, dtype: torch.dtype) -> Table
 
 
 def in_fresh_process(function: Callable[..., float], *arguments: object) -> float:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def peak() -> float:
-    """The most memory that this process has held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory that this process has held, in bytes; getrusage would count its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * float(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
 def extra_memory(run: Run, device: str) -> float:

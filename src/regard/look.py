@@ -211,6 +211,10 @@ def _peak_memory(device: torch.device) -> int:
     """The most memory held by the process, or on a GPU by its tensors, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says on Linux may be the parent's
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

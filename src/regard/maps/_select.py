@@ -7,8 +7,11 @@ from typing import Literal, get_args
 import torch
 
 from regard.maps import _dense, _fused, _tiled
-from regard.maps._request import Answer, RefusedError, Request
+from regard.maps._request import ALIGNMENT, Answer, RefusedError, Request
 from regard.maps._scores import Scores
+
+# From this many keys on, on a CPU, masses are better carried by the fused operator than summed in strips.
+_LONG = 8192
 
 KernelName = Literal["auto", "dense", "tiled", "fused"]
 
@@ -36,13 +39,15 @@ def evaluate(scores: Scores, request: Request, kernel: KernelName) -> Answer:
 def _fused_serves(scores: Scores, request: Request) -> bool:
     """Where the fused operator is the faster one.
 
-    On a CPU that is the product with values as wide as the heads and nothing else: every other question costs it wider
-    tensors, a second call or a copy of the mask, while a strip answers it in passing. On a GPU it nearly always is.
+    On a CPU that is the product with values as wide as the heads, in long texts together with masses: every other question
+    costs it wider tensors, a second call or a copy of the mask, while a strip answers it in passing. On a GPU it nearly
+    always is.
     """
     if scores.query.device.type != "cpu":
         return scores.query.device.type == "cuda"
-    other_questions = request.entropy or request.segments or request.weights is not None or request.received is not None
+    other_questions = request.entropy or request.weights is not None or request.received is not None
     if request.values is None or other_questions or scores.mask is not None:
         return False
     width, head_dim = request.values.shape[-1], scores.query.shape[-1]
-    return head_dim // 2 <= width <= head_dim
+    few_masses = len(request.segments) <= (ALIGNMENT if scores.shape[3] >= _LONG else 0)
+    return head_dim // 2 <= width <= head_dim and few_masses

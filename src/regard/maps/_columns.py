@@ -25,6 +25,9 @@ def runs(segments: Segments, keys: int) -> tuple[tuple[slice, ...], ...] | None:
 
 
 def _runs_of(chosen: Tensor) -> tuple[slice, ...]:
+    first, last = int(chosen[0]), int(chosen[-1])
+    if last - first + 1 == len(chosen) and bool((chosen.diff() == 1).all()):
+        return (slice(first, last + 1),)
     chosen = torch.unique(chosen)
     begins = torch.cat([chosen.new_ones(1, dtype=torch.bool), chosen.diff() > 1])
     starts = chosen[begins].tolist()

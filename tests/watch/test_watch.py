@@ -139,6 +139,16 @@ def test_inputs_of_other_dimensions(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(seen.dataset().received[0], expected, atol=1e-5)
 
 
+def test_mask_of_fewer_dimensions_than_the_call() -> None:
+    q, k, v = torch.randn(3, 2, 3, 4, 6, 8)
+    mask = torch.rand(3, 4, 6, 6) > 0.3
+    mask[..., 0] = True
+    with regard.watch(regard.Received()) as seen:
+        F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    logits = (q.double() @ k.double().transpose(-1, -2) * 8**-0.5).masked_fill(~mask, -torch.inf)
+    np.testing.assert_allclose(seen.dataset().received[0], logits.softmax(-1).sum(-2).flatten(0, 1), atol=1e-5)
+
+
 def test_causal_bias() -> None:
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 7, 8)
     with regard.watch(regard.Received(), keep_maps=True) as seen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,17 +70,18 @@ def normalize(call: AttentionCall, module: Module | None) -> AttentionCall:
     call = _unpack_grouped_heads(_spell_out_causal_bias(call), module)
     if call.query.ndim == 4:
         return call
-    reshape: Callable[[Tensor], Tensor]
-    mask = call.attn_mask
-    if call.query.ndim < 4:  # (tokens, dim) or (batch, tokens, dim): one head
-        reshape = lambda tensor: tensor.unsqueeze(-3)[(None,) * (4 - tensor.ndim - 1)]  # noqa: E731
-        mask = mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
-    else:
-        lead = call.query.shape[:-3]
-        reshape = lambda tensor: tensor.expand(*lead, *tensor.shape[-3:]).flatten(0, -4)  # noqa: E731
-        mask = reshape(mask) if mask is not None and mask.ndim > 4 else mask
-    query, key, value = (reshape(tensor) for tensor in (call.query, call.key, call.value))
+    mask, lead = call.attn_mask, call.query.shape[:-3]
+    if mask is not None and mask.ndim > (2 if call.query.ndim < 4 else 3):
+        mask = _to_four(mask, lead)
+    query, key, value = (_to_four(tensor, lead) for tensor in (call.query, call.key, call.value))
     return replace(call, query=query, key=key, value=value, attn_mask=mask)
+
+
+def _to_four(tensor: Tensor, lead: torch.Size) -> Tensor:
+    """Four dimensions from fewer, as one head; from more, the leading ones as one batch."""
+    if not lead:
+        return tensor.reshape(-1, 1, *tensor.shape[-2:])
+    return tensor.expand(*lead, *tensor.shape[-3:]).flatten(0, -4)
 
 
 def _spell_out_causal_bias(call: AttentionCall) -> AttentionCall:

@@ -136,10 +136,9 @@ def _bias(scores: Scores, dtype: torch.dtype) -> Tensor | None:
     if scores.mask is None:
         return None
     visible = scores.visible()
+    sees_something = visible.any(dim=-1, keepdim=True)
     bias = torch.zeros_like(scores.mask, dtype=dtype) if scores.mask.dtype == torch.bool else scores.mask.to(dtype)
-    return bias.masked_fill(~visible & visible.any(dim=-1, keepdim=True), -math.inf).masked_fill(
-        ~visible.any(dim=-1, keepdim=True), 0.0
-    )
+    return bias.masked_fill(~visible & sees_something, -math.inf).masked_fill(~sees_something, 0.0)
 
 
 def _attend_cpu(

@@ -21,6 +21,7 @@ class Question:
     side: Literal["values", "weights", "received", "entropy", "segments"]
     columns: Tensor | None = None
     segments: tuple[tuple[slice, ...], ...] = ()
+    argument: object = None  # what the key identifies, kept alive so that no other object takes its identity
     native: bool = False  # good enough in the inputs' own half precision, as plain attention is
 
 
@@ -32,11 +33,13 @@ class Pass:
         self.kernel = kernel
         self._questions: dict[Hashable, Question] = {}
         self._answers: dict[Hashable, Tensor] = {}
+        self._arguments: dict[Hashable, object] = {}
 
     def ask(self, key: Hashable, question: Question) -> None:
         """Add a question, unless it was asked before."""
-        if key not in self._answers:
+        if not self._answered(key):
             self._questions.setdefault(key, question)
+            self._arguments[key] = question.argument
 
     @property
     def pending(self) -> bool:
@@ -45,12 +48,17 @@ class Pass:
 
     def knows(self, key: Hashable) -> bool:
         """Whether the question was asked."""
-        return key in self._questions or key in self._answers
+        return key in self._questions or self._answered(key)
+
+    def _answered(self, key: Hashable) -> bool:
+        """Whether the answer is there, with its gradient if one is wanted now."""
+        return key in self._answers and (self._answers[key].requires_grad or not self.scores.requires_grad)
 
     def take(self, key: Hashable) -> Tensor:
         """The answer, which is forgotten; but for the log-sum-exp, which is small and often wanted again."""
-        if key not in self._answers or (self.scores.requires_grad and not self._answers[key].requires_grad):
+        if not self._answered(key):
             self._run()
+        self._arguments.pop(key, None)
         keep = key == "logsumexp" and not self._answers[key].requires_grad
         return self._answers[key] if keep else self._answers.pop(key)
 

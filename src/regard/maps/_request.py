@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -72,14 +71,6 @@ def segments_from_values(request: Request, answer: Answer) -> Answer:
     width = answer.forward.shape[-1] - len(request.segments)
     forward = None if request.values is None else answer.forward[..., :width]
     return replace(answer, forward=forward, mass=answer.forward[..., width:])
-
-
-class Kernel(Protocol):
-    """One way of evaluating a request."""
-
-    def __call__(self, scores: Scores, request: Request) -> Answer:
-        """Evaluate the request; raise RefusedError where this kernel cannot."""
-        ...
 
 
 class RefusedError(Exception):

@@ -76,7 +76,6 @@ class AttentionMap:
     def _bind(self, scores: Scores, kernel: KernelName) -> None:
         self._scores = scores
         self._pass = Pass(scores, kernel)
-        self._arguments: list[object] = []  # announced ones are known by identity, so they must live on
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -310,7 +309,7 @@ class AttentionMap:
             )
         columns = values.expand(batch, heads if values.shape[1] == heads else key_heads, -1, -1)
         native = values.dtype == self._scores.query.dtype
-        self._announce("product", values, Question("values", columns, native=native))
+        self._pass.ask(("product", id(values)), Question("values", columns, argument=values, native=native))
 
     def _ask_mass(self, segments: Segments) -> None:
         if self._pass.knows(("mass", id(segments))):
@@ -318,11 +317,11 @@ class AttentionMap:
         batch, _, _, keys = self.shape
         runs = _columns.runs(segments, keys)
         if runs is not None:
-            self._announce("mass", segments, Question("segments", segments=runs))
+            self._pass.ask(("mass", id(segments)), Question("segments", segments=runs, argument=segments))
         else:
             columns = _columns.indicator_columns(segments, keys, batch, self.device)
             columns = columns.expand(batch, self._scores.key.shape[1], -1, -1)
-            self._announce("mass", segments, Question("values", columns))
+            self._pass.ask(("mass", id(segments)), Question("values", columns, argument=segments))
 
     def _ask_received(self, weights: Tensor | None = None) -> None:
         batch, heads, queries, _ = self.shape
@@ -331,7 +330,8 @@ class AttentionMap:
             self._pass.ask("received", Question("received", column))
         else:
             column = self._weight_column(weights, (batch, heads, queries))
-            self._announce("received", weights, Question("weights", column.unsqueeze(-1)))
+            question = Question("weights", column.unsqueeze(-1), argument=weights)
+            self._pass.ask(("received", id(weights)), question)
 
     def _weight_column(self, weights: Tensor, shape: tuple[int, int, int]) -> Tensor:
         batch, heads, queries = shape
@@ -339,10 +339,6 @@ class AttentionMap:
         if len(sizes) != 3 or sizes[0] not in (1, batch) or sizes[1] not in (1, heads) or sizes[2] != queries:
             raise ValueError(f"received() needs weights of shape ({batch} or 1, {heads} or 1, {queries}), got {sizes}")
         return weights.to(self.device, self.dtype).expand(shape)
-
-    def _announce(self, name: str, argument: object, question: Question) -> None:
-        self._arguments.append(argument)
-        self._pass.ask((name, id(argument)), question)
 
 
 class TransposedMap:

@@ -38,10 +38,7 @@ class Received(Statistic):
     def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
         """Have it computed in the shared pass."""
         self._weights = query_weights(self.queries, call)
-        if self._weights is None:
-            attention.expect("received")
-        else:
-            attention.expect("received", self._weights)
+        attention.expect("received", self._weights)
 
     def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
         """(B, H, M)."""

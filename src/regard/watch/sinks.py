@@ -44,10 +44,7 @@ class Sinks(Statistic):
     def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
         """Have it computed in the shared pass."""
         self._weights = query_weights(None, call)
-        if self._weights is None:
-            attention.expect("received")
-        else:
-            attention.expect("received", self._weights)
+        attention.expect("received", self._weights)
 
     def measure(self, attention: AttentionMap, call: AttentionCall) -> Mapping[str, Tensor]:
         """What each key receives, and from how many queries it could."""

@@ -43,10 +43,7 @@ class ValueNorm(Statistic):
         self._weights = query_weights(None, call)
         self._values = call.value.detach().to(attention.dtype)
         attention.expect("product", self._values)
-        if self._weights is None:
-            attention.expect("received")
-        else:
-            attention.expect("received", self._weights)
+        attention.expect("received", self._weights)
 
     def measure(self, attention: AttentionMap, call: AttentionCall) -> Mapping[str, Tensor]:
         """Norms by query; by key, what is moved."""

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import regard
 from regard.steer import Edit
@@ -75,35 +75,31 @@ def operator_table(length: int, device: str, repeats: int) -> Table:
     return table
 
 
-def decode_table(prompt: int, steps: int, device: str, rounds: int) -> Table:
+def decode_table(width: int, layers: int, prompt: int, steps: int, device: str, rounds: int) -> Table:
     config = LlamaConfig(
-        hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, intermediate_size=1408,
-        vocab_size=8192, max_position_embeddings=16384, eos_token_id=None, pad_token_id=0,
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4, vocab_size=8192,
+        intermediate_size=11 * width // 4, max_position_embeddings=16384, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().to(device)
     ids = torch.randint(3, 8000, (1, prompt), device=device)
 
-    def write(block: Callable[[], AbstractContextManager[object]], implementation: str) -> Run:
-        def run() -> None:
-            model.set_attn_implementation(implementation)
-            with block(), torch.inference_mode():
-                model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False)
+    def seconds_per_step(block: AbstractContextManager[object], implementation: str) -> float:
+        model.set_attn_implementation(implementation)
+        with block, torch.inference_mode():
+            seen = model(ids, past_key_values=DynamicCache(config=config))
+            token, cache = seen.logits[:, -1:].argmax(-1), seen.past_key_values
+            return statistics.median(clock(lambda: model(token, past_key_values=cache), device) for _ in range(steps))
 
-        return run
-
-    runs = {
-        "plain": write(nullcontext, "sdpa"),
-        "three edits": write(lambda: regard.steer(model, *MODEL_EDITS), "sdpa"),
-        "eager, unedited": write(nullcontext, "eager"),
+    runs: dict[str, Callable[[], float]] = {
+        "plain": lambda: seconds_per_step(nullcontext(), "sdpa"),
+        "three edits": lambda: seconds_per_step(regard.steer(model, *MODEL_EDITS), "sdpa"),
+        "eager, unedited": lambda: seconds_per_step(nullcontext(), "eager"),
     }
-    for run in runs.values():
-        run()
-    times = [{name: clock(run, device) for name, run in runs.items()} for _ in range(rounds)]
-    table = Table(
-        "run", "tokens/s", "ratio to plain", title=f"decoding {steps} tokens after {prompt:,}, Llama of 8 layers"
-    )
+    times = [{name: run() for name, run in runs.items()} for _ in range(rounds)]
+    title = f"decoding after {prompt:,} tokens, Llama of {layers} layers, d = {width}"
+    table = Table("run", "tokens/s", "ratio to plain", title=title)
     for name in runs:
-        rate = statistics.median(steps / of[name] for of in times)
+        rate = statistics.median(1 / of[name] for of in times)
         table.add_row(name, f"{rate:.1f}", f"{statistics.median(of['plain'] / of[name] for of in times):.2f}×")
     return table
 
@@ -115,7 +111,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     console = Console(width=100)
     console.print(operator_table(1024 if quick else 4096, device, 5 if quick else 15))
-    console.print(decode_table(256 if quick else 1024, 16 if quick else 64, device, 2 if quick else 5))
+    for width, layers in ((512, 8), (1024, 16)):
+        console.print(
+            decode_table(width, layers, 256 if quick else 1024, 16 if quick else 40, device, 3 if quick else 9)
+        )
 
 
 if __name__ == "__main__":

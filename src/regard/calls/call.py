@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from regard.maps import AttentionMap
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,22 @@ class AttentionCall:
     factors: tuple[Factor, ...] = ()
     own: Tensor | None = None
     gate: Tensor | None = None
-    memo: dict[object, Tensor] | None = None
+    memo: dict[object, Any] | None = None
 
-    def remember(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+    def remember(self, key: object, make: Callable[[], _Made]) -> _Made:
         """What ``make`` returns, made once for all calls of a pass that share their ``memo``."""
         if self.memo is None:
             return make()
         if key not in self.memo:
             self.memo[key] = make()
-        return self.memo[key]
+        made: _Made = self.memo[key]
+        return made
+
+    def changed(self, **fields: Any) -> AttentionCall:
+        """A copy with these fields. `dataclasses.replace` is clearer and slower; this is for what is done at every call."""
+        other = object.__new__(AttentionCall)
+        other.__dict__.update(self.__dict__, **fields)
+        return other
 
     @property
     def factor(self) -> float:
@@ -133,7 +142,7 @@ class AttentionCall:
 
 def normalize(call: AttentionCall, module: Module | None) -> AttentionCall:
     """Bring a call of any shape that SDPA takes to four dimensions and a plain mask."""
-    call = _unpack_grouped_heads(_spell_out_causal_bias(call), module)
+    call = _unpack_grouped_heads(call, module)
     if call.query.ndim == 4:
         return call
     mask, lead = call.attn_mask, call.query.shape[:-3]
@@ -150,23 +159,14 @@ def _to_four(tensor: Tensor, lead: torch.Size) -> Tensor:
     return tensor.expand(*lead, *tensor.shape[-3:]).flatten(0, -4)
 
 
-def _spell_out_causal_bias(call: AttentionCall) -> AttentionCall:
-    bias = call.attn_mask
-    if not isinstance(bias, CausalBias):
-        return call
-    if bias.variant == CausalVariant.UPPER_LEFT or bias.seq_len_q == bias.seq_len_kv:
-        return replace(call, attn_mask=None, is_causal=True)
-    shape = (bias.seq_len_q, bias.seq_len_kv)
-    triangle = torch.ones(shape, dtype=torch.bool, device=call.query.device).tril(shape[1] - shape[0])
-    return replace(call, attn_mask=triangle)
-
-
 def _unpack_grouped_heads(call: AttentionCall, module: Module | None) -> AttentionCall:
     """Undo a packing of transformers: at a masked decode step it passes the query heads of a group as if tokens."""
     groups = getattr(module, "num_key_value_groups", 1)
-    heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
     batch, rows, tokens, width = call.query.shape[-4:] if call.query.ndim == 4 else (0, 0, 0, 0)
-    if groups == 1 or tokens != groups or rows * groups != heads or call.key.shape[1] != rows:
+    if groups == 1 or tokens != groups or call.key.shape[1] != rows:
+        return call
+    heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+    if rows * groups != heads:
         return call
     mask = call.attn_mask
     if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
-from torch.nn import Module
+from torch.nn import Module, MultiheadAttention
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 _BARE = "scaled_dot_product_attention"
+_NEVER_ATTENDS = ("Norm", "Embedding", "MLP")
 
 
 class ModuleStack:
@@ -31,7 +31,7 @@ class ModuleStack:
         self.positional: tuple[Any, ...] = ()
         self._names: dict[Module, str] = {}
         self._running: list[Module] = []
-        self._seen_in_pass: Counter[str] = Counter()
+        self._seen_in_pass: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         self._thread = 0
 
@@ -40,16 +40,16 @@ class ModuleStack:
         if self.model is None:
             self._handles = [
                 register_module_forward_pre_hook(lambda module, args: self._enter(module, args, {})),
-                register_module_forward_hook(lambda module, args, output: self._leave(module), always_call=True),
+                register_module_forward_hook(self._leave, always_call=True),
             ]
             return self
-        self._names = {module: name for name, module in self.model.named_modules()}
+        self._names = {module: _without_wrappers(name) for name, module in self.model.named_modules()}
         for module in self._names:
             if module is not self.model and not _may_attend(module):
                 continue
             self._handles += [
                 module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
-                module.register_forward_hook(lambda module, args, output: self._leave(module), always_call=True),
+                module.register_forward_hook(self._leave, always_call=True),
             ]
         return self
 
@@ -74,15 +74,15 @@ class ModuleStack:
     def next_label(self) -> str:
         """The running module's path; ``path#1`` for its second call within a pass, and so on."""
         path = self._path()
-        number = self._seen_in_pass[path]
-        self._seen_in_pass[path] += 1
+        number = self._seen_in_pass.get(path, 0)
+        self._seen_in_pass[path] = number + 1
         return f"{path}#{number}" if number else path
 
     def _path(self) -> str:
         if not self._running:
             return _BARE
         if self.model is not None:
-            return _without_wrappers(self._names[self._running[-1]]) or type(self.model).__name__
+            return self._names[self._running[-1]] or type(self.model).__name__
         path = type(self._running[0]).__name__
         for parent, child in zip(self._running, self._running[1:], strict=False):
             name = next((name for name, module in parent.named_modules() if module is child), type(child).__name__)
@@ -99,15 +99,17 @@ class ModuleStack:
             self._begin(self)
         self._running.append(module)
 
-    def _leave(self, module: Module) -> None:
+    def _leave(self, module: Module, args: object, output: object) -> None:
         if threading.get_ident() == self._thread and self._running and self._running[-1] is module:
             self._running.pop()
 
 
 def _may_attend(module: Module) -> bool:
-    """Whether a call could be made in this module itself; not in PyTorch's own layers, whose hooks would only cost time."""
+    """Whether a call could be made in this module itself. The hooks of others, such as norms, would only cost time."""
+    if any(name in type(module).__name__ for name in _NEVER_ATTENDS):
+        return False
     own_layer = type(module).__module__.startswith("torch.nn.modules.") and not any(module.children())
-    return not own_layer or type(module).__module__ in ("torch.nn.modules.activation", "torch.nn.modules.transformer")
+    return not own_layer or isinstance(module, MultiheadAttention)
 
 
 def _without_wrappers(path: str) -> str:

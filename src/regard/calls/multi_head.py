@@ -1,17 +1,12 @@
-"""nn.MultiheadAttention through the seam.
-
-``F.multi_head_attention_forward`` is itself a function that modes intercept, and while one handles it, it does not see
-the attention call inside. So it is run here from a copy of itself in which two names have another meaning.
-"""
+"""nn.MultiheadAttention through the seam, also where its caller wants the matrix."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import FunctionType
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,21 +14,21 @@ from regard.calls.call import AttentionCall
 from regard.calls.run import edited_dense
 from regard.maps import AttentionMap
 
-Attend = Callable[..., Tensor]
+_PLAIN = functional.multi_head_attention_forward
 
 
-def multi_head_attention(attend: Attend, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """``F.multi_head_attention_forward`` with every attention call made by ``attend``, which tells ``kept`` what it ran."""
+def multi_head_attention(
+    keeping: Callable[[], AbstractContextManager[list[AttentionCall]]], *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """``F.multi_head_attention_forward`` by the fused call that the seam sees; ``keeping`` collects the calls that run."""
     arguments = dict(zip(_parameters(), args, strict=False)) | kwargs
-    need_weights = arguments.get("need_weights", True)
-    average = arguments.get("average_attn_weights", True)
-    kept: list[AttentionCall] = []
-    # With need_weights PyTorch would leave the fused call for a stored matrix of its own; ours is put in its place.
-    output, _ = _with_attend(functools.partial(attend, kept=kept))(**(arguments | {"need_weights": False}))
-    if not need_weights:
-        return output, None
+    if not arguments.get("need_weights", True):
+        return _PLAIN(**arguments)
+    # PyTorch would leave the fused call for a stored matrix of its own; ours is put in its place.
+    with keeping() as kept:
+        output, _ = _PLAIN(**(arguments | {"need_weights": False}))
     weights = _weights(kept[0])
-    weights = weights.mean(dim=1) if average else weights
+    weights = weights.mean(dim=1) if arguments.get("average_attn_weights", True) else weights
     batched = arguments["query"].ndim == 3
     return output, weights if batched else weights.squeeze(0)
 
@@ -49,17 +44,5 @@ def _weights(call: AttentionCall) -> Tensor:
 
 @functools.cache
 def _parameters() -> tuple[str, ...]:
-    code = functional.multi_head_attention_forward.__code__
+    code = _PLAIN.__code__
     return code.co_varnames[: code.co_argcount]
-
-
-def _with_attend(attend: Attend) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    function = functional.multi_head_attention_forward
-    names = vars(functional) | {"has_torch_function": _nobody_intercepts, "scaled_dot_product_attention": attend}
-    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-def _nobody_intercepts(tensors: tuple[torch.Tensor, ...]) -> bool:
-    return False

@@ -24,9 +24,12 @@ def selected(positions: Positions | None, start: int, length: int) -> Tensor:
         return torch.nn.functional.pad(known, (0, end - known.shape[-1]))[..., start:]
     whole = torch.zeros(end, dtype=torch.bool)
     if isinstance(positions, slice):
-        whole[list(range(end)[positions])] = True
+        chosen = range(end)[positions]
+        chosen = chosen if chosen.step > 0 else chosen[::-1]
+        whole[chosen.start : chosen.stop : chosen.step] = True
     else:
-        index = torch.as_tensor(list(positions) if isinstance(positions, range) else positions).long().reshape(-1)
-        index = torch.where(index < 0, index + end, index)
-        whole[index[(index >= 0) & (index < end)]] = True
+        index = positions.reshape(-1).tolist() if isinstance(positions, Tensor) else positions
+        for position in [index] if isinstance(index, int) else index:
+            if -end <= position < end:
+                whole[position] = True
     return whole[start:]

@@ -7,6 +7,7 @@ is plain attention on ``[Q, u/scale]`` and ``[K, w]``, so that an edit costs a f
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from regard.calls.call import AttentionCall
+from regard.calls.interception import plain_attention
 from regard.maps import AttentionMap, with_columns
 
 _WIDTH = 8  # the fused operators want widths that are multiples of it
@@ -27,10 +29,10 @@ _HIDDEN_ELSEWHERE = -1e30
 def run(call: AttentionCall) -> Tensor:
     """The output of an edited call, (B, H, N, Dv), exact but for rounding; differentiable."""
     call = _expand_heads(call)
-    outputs = [(rows, _softmax_product(call, value)) for rows, value in _values(call)]
-    output = outputs[0][1]
-    for rows, other in outputs[1:]:
-        output = torch.where(rows[..., None], other, output)
+    value, others = _values(call)
+    output = _softmax_product(call, value)
+    for rows, other in others:
+        output = torch.where(rows[..., None], _softmax_product(call, other), output)
     if call.own is not None:
         output = torch.where(call.own[..., None], _own_values(call), output)
     if call.gate is not None:
@@ -88,14 +90,14 @@ def _softmax_product(call: AttentionCall, value: Tensor) -> Tensor:
 
 def _with_bias(call: AttentionCall, value: Tensor) -> Tensor:
     """The same for a few queries, as in a decoding step: a bias of (queries, keys) instead of wider keys."""
-    bias = _bias(call)
-    blind = bias.isneginf().all(dim=-1, keepdim=True)
-    output = _attend(call, call.query, call.key, value, bias.masked_fill(blind, 0.0).to(value.dtype), False, call.scale)
-    return output.masked_fill(blind, 0.0)
+    key = ("bias", *map(id, call.columns), id(call.attn_mask), call.is_causal)
+    bias, blind, *_ = call.remember(key, lambda: (*_bias(call), call.columns, call.attn_mask))
+    output = _attend(call, call.query, call.key, value, bias, False, call.scale)
+    return output if blind is None else output.masked_fill(blind, 0.0)
 
 
-def _bias(call: AttentionCall) -> Tensor:
-    """Mask, triangle and columns as one additive mask, in float32 at least; for few queries only."""
+def _bias(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Mask, triangle and columns as one additive mask; which rows (B, H, N, 1) see nothing, None where nothing is hidden."""
     queries, keys = call.query.shape[2], call.key.shape[2]
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     bias = torch.zeros(1, 1, queries, keys, device=call.query.device, dtype=dtype)
@@ -108,7 +110,10 @@ def _bias(call: AttentionCall) -> Tensor:
     for column in call.columns:
         term = column.query[..., None] * column.key[:, None, None, :]
         bias = bias.masked_fill(term > 0, -math.inf) if column.hides else bias + term
-    return bias
+    if not (call.is_causal or call.attn_mask is not None or any(column.hides for column in call.columns)):
+        return bias.to(call.value.dtype), None
+    blind = bias.isneginf().all(dim=-1, keepdim=True)
+    return bias.masked_fill(blind, 0.0).to(call.value.dtype), blind
 
 
 def _blind(call: AttentionCall) -> Tensor | None:
@@ -161,19 +166,22 @@ def _expand_heads(call: AttentionCall) -> AttentionCall:
     return replace(call, key=key, value=value, enable_gqa=False)
 
 
-def _values(call: AttentionCall) -> list[tuple[Tensor, Tensor]]:
-    """V as each set of queries sees it: (rows (B|1, H|1, N), value); later ones hold where several do."""
-    variants = [(call.query.new_ones(1, 1, 1, dtype=torch.bool), call.value)]
+def _values(call: AttentionCall) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """V, and as other sets of queries see it: (rows (B|1, H|1, N), value); later ones hold where several do."""
+    value, others = call.value, list[tuple[Tensor, Tensor]]()
     for factor in call.factors:
-        if factor.query.shape[2] == 1:
-            chosen = factor.query[..., None] & factor.key[:, None, :, None]
-            variants = [(rows, torch.where(chosen, value * factor.by, value)) for rows, value in variants]
+        every_row = factor.query.shape[2] == 1
+        keys = factor.key[:, None, :, None]
+        scaled = functools.partial(_scaled, chosen=factor.query[..., None] & keys if every_row else keys, by=factor.by)
+        if every_row:
+            value, others = scaled(value), [(rows, scaled(other)) for rows, other in others]
         else:
-            chosen = factor.key[:, None, :, None]
-            variants += [
-                (rows & factor.query, torch.where(chosen, value * factor.by, value)) for rows, value in variants
-            ]
-    return variants
+            others += [(factor.query, scaled(value)), *((rows & factor.query, scaled(other)) for rows, other in others)]
+    return value, others
+
+
+def _scaled(value: Tensor, chosen: Tensor, by: float) -> Tensor:
+    return torch.where(chosen, value * by, value)
 
 
 def _own_values(call: AttentionCall) -> Tensor:
@@ -192,6 +200,4 @@ def _attend(
     causal: bool,
     scale: float | None,
 ) -> Tensor:
-    return functional.scaled_dot_product_attention(
-        query, key, value, mask, call.dropout_p, causal, scale=scale, enable_gqa=call.enable_gqa
-    )
+    return plain_attention(query, key, value, mask, call.dropout_p, causal, scale=scale, enable_gqa=call.enable_gqa)

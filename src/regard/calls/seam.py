@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from regard.calls.call import AttentionCall
+from regard.calls.interception import Interception, plain_attention
 from regard.calls.multi_head import multi_head_attention
 from regard.calls.run import edited_map, run
 from regard.maps import AttentionMap
-
-Attend = Callable[..., Tensor]
-_ATTENTION = functional.scaled_dot_product_attention
-_MULTI_HEAD = functional.multi_head_attention_forward
 
 
 class Reading(Protocol):
@@ -62,6 +58,8 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.listeners: list[Listener] = []
         self.editors: list[Editor] = []
+        self.busy = False  # with a call: what is computed for it is not looked at
+        self.kept: list[AttentionCall] | None = None
 
 
 _local = _Local()
@@ -80,47 +78,53 @@ def edit_calls(editor: Editor) -> AbstractContextManager[None]:
 
 @contextmanager
 def _join(members: list[_Member], member: _Member) -> Iterator[None]:
-    outermost = not (_local.listeners or _local.editors)
     members.append(member)
     try:
-        with _Seam() if outermost else nullcontext():
+        with _interception:
             yield
     finally:
         members.remove(member)
 
 
-class _Seam(TorchFunctionMode):
-    """Sees each PyTorch function that is called, whatever name it was imported under."""
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is _ATTENTION:
-            return attend(*args, **(kwargs or {}))
-        if function is _MULTI_HEAD:
-            return multi_head_attention(attend, *args, **(kwargs or {}))
-        return function(*args, **kwargs) if kwargs else function(*args)  # every function comes by here
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """What runs in place of PyTorch's attention, in every thread, while one of them listens."""
+    if _local.busy or not (_local.listeners or _local.editors):
+        return plain_attention(*args, **kwargs)
+    _local.busy = True
+    try:
+        return _attend(AttentionCall(*args, **kwargs))
+    finally:
+        _local.busy = False
 
 
-def attend(*args: Any, kept: list[AttentionCall] | None = None, **kwargs: Any) -> Tensor:
-    """Scaled dot-product attention, changed by the editors and read by whoever listens; ``kept`` gets the call that runs."""
-    if _recomputing():
-        if kept is not None:
-            kept.append(_bind(*args, **kwargs))
-        if _local.editors:
-            raise RuntimeError(
-                "attention cannot be steered under gradient checkpointing; disable it, or the edits' block"
-            )
-        return _ATTENTION(*args, **kwargs)
-    call = _bind(*args, **kwargs)
+@contextmanager
+def _keeping() -> Iterator[list[AttentionCall]]:
+    """The calls that run in the block, as edited."""
+    before, _local.kept = _local.kept, []
+    try:
+        yield _local.kept
+    finally:
+        _local.kept = before
+
+
+_interception = Interception(_attention, functools.partial(multi_head_attention, _keeping))
+
+
+def _attend(call: AttentionCall) -> Tensor:
+    """Scaled dot-product attention, changed by the editors and read by whoever listens."""
+    recomputing = _recomputing()
+    if recomputing and _local.editors:
+        raise RuntimeError("attention cannot be steered under gradient checkpointing; disable it, or the edits' block")
     edited = _edit(call)
-    if kept is not None:
-        kept.append(call if edited is None else edited)
+    if _local.kept is not None:
+        _local.kept.append(call if edited is None else edited)
+    if recomputing:
+        return _run_plain(call)
     noticed = [found for found in (listener.notice(call, edited) for listener in _local.listeners) if found is not None]
     if edited is not None:
         return _run(call, edited, [reading for _, reading in noticed])
     if not noticed:
-        return _ATTENTION(*args, **kwargs)
+        return _run_plain(call)
     normal = noticed[0][0]
     readings = [reading for _, reading in noticed]
     shares = all(reading.shares for reading in readings) and _may_share(call, normal)
@@ -129,64 +133,48 @@ def attend(*args: Any, kept: list[AttentionCall] | None = None, **kwargs: Any) -
         for reading in readings:
             reading.ask(attention)
         shared = _share(call, attention) if shares else None
-    output = _ATTENTION(*args, **kwargs) if shared is None else shared
+    output = _run_plain(call) if shared is None else shared
     with torch.no_grad():
         for reading in readings:
             reading.take(attention)
     return output
 
 
+def _run_plain(call: AttentionCall) -> Tensor:
+    return plain_attention(
+        call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal,
+        scale=call.scale, enable_gqa=call.enable_gqa,
+    )  # fmt: skip
+
+
 def _edit(call: AttentionCall) -> AttentionCall | None:
     """What the editors make of a call; None if they leave it alone."""
     edited: AttentionCall | None = None
-    device = call.query.device.type
-    if _local.editors and torch.is_autocast_enabled(
-        device
-    ):  # what the operator would do, before edits that it would round
-        call = call.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        for editor in _local.editors:
-            further = editor.edit(call, edited)
-            edited = edited if further is None else further
+    for editor in _local.editors:
+        further = editor.edit(call, edited)
+        edited = edited if further is None else further
     return edited
 
 
 def _run(call: AttentionCall, edited: AttentionCall, readings: list[Reading]) -> Tensor:
     """The output of an edited call, in the form of the model's own, and what is to be read of its matrix."""
-    device = call.query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else call.value.dtype
-    with torch.autocast(device, enabled=False):
-        if readings:
-            with torch.no_grad():
-                attention = edited_map(edited)
-                for reading in readings:
-                    reading.ask(attention)
-                for reading in readings:
-                    reading.take(attention)
-        output = run(edited)
-    return output.reshape(*call.query.shape[:-1], output.shape[-1]).to(dtype)
-
-
-def _bind(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> AttentionCall:
-    return AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if readings:
+        with torch.no_grad():
+            attention = edited_map(edited)
+            for reading in readings:
+                reading.ask(attention)
+            for reading in readings:
+                reading.take(attention)
+    output = run(edited)
+    return output.reshape(*call.query.shape[:-1], output.shape[-1]).to(call.value.dtype)
 
 
 def _may_share(call: AttentionCall, normal: AttentionCall) -> bool:
     """Whether the model's own output may come from the pass that answers the questions."""
     tensors = (call.query, call.key, call.value, call.attn_mask)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    autocast = torch.is_autocast_enabled(call.query.device.type)
     same_call = normal.query is call.query and normal.key is call.key
-    return same_call and not (differentiable or autocast or call.dropout_p)
+    return same_call and not (differentiable or call.dropout_p)
 
 
 def _share(call: AttentionCall, attention: AttentionMap) -> Tensor | None:

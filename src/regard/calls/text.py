@@ -18,7 +18,7 @@ class Text:
     end: int = 0
     keys: int = 0
     batch: int = 0
-    _last_key: Tensor | None = None
+    _last_key: Tensor | None = None  # of the first call
 
     def place(self, call: AttentionCall, past: int | None) -> tuple[bool, int, int]:
         """Whether a call goes on with this text, and the positions of its first query and key.
@@ -37,11 +37,10 @@ class Text:
         return continues, start, 0 if fixed else start + queries - keys
 
     def extend(self, call: AttentionCall, query_start: int, token_ids: Tensor | None) -> None:
-        """Take note of a call that goes on with this text."""
+        """Take note of a call that goes on with this text, and of the ids of all its tokens."""
         self.batch, _, queries, _ = call.query.shape
         self.keys = call.key.shape[2]
         self.end = query_start + queries
-        self._last_key = call.key[..., -1, :].detach().clone()
-        if token_ids is not None and self.token_ids is not None:
-            token_ids = torch.cat([self.token_ids, token_ids], dim=1)
+        if self._last_key is None:
+            self._last_key = call.key[..., -1, :].detach().clone()
         self.token_ids = token_ids

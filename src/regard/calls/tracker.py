@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,12 +28,13 @@ class Tracker:
 
     def __init__(self, model: Module | None) -> None:
         self.layers: list[str] = []
+        self._numbers: dict[str, int] = {}
         self._model = model
         self._cache = CacheWatch()
         self._modules = ModuleStack(model, self._cache.begin)
         self._texts: dict[str, Text] = {}
         self._texts_by_cache: WeakKeyDictionary[object, dict[str, Text]] = WeakKeyDictionary()
-        self._memo: dict[object, Tensor] = {}
+        self._memo: dict[object, Any] = {}
         self._pass = -1
         self._exit = ExitStack()
 
@@ -54,10 +54,11 @@ class Tracker:
         if not self._modules.active:
             return None
         path = self._modules.next_label()
-        if path not in self.layers:
+        if path not in self._numbers:
+            self._numbers[path] = len(self.layers)
             self.layers.append(path)
         normal = normalize(call, self._modules.module)
-        return replace(normal, path=path, layer=self.layers.index(path), pass_index=self._modules.pass_index)
+        return normal.changed(path=path, layer=self._numbers[path], pass_index=self._modules.pass_index)
 
     def place(self, call: AttentionCall) -> tuple[AttentionCall, Text]:
         """The named call with its positions and token ids, and the text that it goes on with or begins."""
@@ -67,14 +68,23 @@ class Tracker:
         if not continues:
             text = Text()
         texts[call.path] = text
-        text.token_ids = self._cache.reordered(text.token_ids)
-        text.extend(call, query_start, self._token_ids(call))
         if call.pass_index != self._pass:  # within a pass, most layers ask for the same sets of positions
             self._memo, self._pass = {}, call.pass_index
-        placed = replace(
-            call, query_start=query_start, key_start=key_start, token_ids=text.token_ids, memo=self._memo
+        text.extend(call, query_start, self._longer_ids(text.token_ids, call))
+        placed = call.changed(
+            query_start=query_start, key_start=key_start, token_ids=text.token_ids, memo=self._memo
         )  # fmt: skip
         return placed, text
+
+    def _longer_ids(self, before: Tensor | None, call: AttentionCall) -> Tensor | None:
+        """The ids of the text so far and of the call's tokens; the layers of a pass that share the text share the tensor."""
+        key = ("ids", id(before), call.query.shape[2], "decoder" in call.path)
+        if key not in self._memo:
+            own = self._token_ids(call)
+            known = self._cache.reordered(before)
+            self._memo[key] = (own if own is None or known is None else torch.cat([known, own], dim=1), before)
+        longer: Tensor | None = self._memo[key][0]
+        return longer
 
     def _texts_of_cache(self) -> dict[str, Text]:
         """The texts that go on with the pass's cache, by path: generations may take turns, each with a cache of its own."""

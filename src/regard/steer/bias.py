@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from regard.calls import AttentionCall, Where
-from regard.steer.edit import Edit, check_number, column, key_set, query_set
+from regard.calls import AttentionCall, Column, Where
+from regard.steer.edit import Edit, check_number, column, key_set, query_set, with_column
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,5 +39,8 @@ class Bias(Edit):
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """One more column."""
-        added = column(query_set(self.queries, call, heads), float(self.by), key_set(self.keys, call), call)
-        return replace(call, columns=(*call.columns, added))
+
+        def make() -> Column:
+            return column(query_set(self.queries, call, heads), float(self.by), key_set(self.keys, call), call)
+
+        return with_column(self, call, heads, make)

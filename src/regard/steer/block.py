@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from regard.calls import AttentionCall, Where
-from regard.steer.edit import Edit, hiding, key_set, query_set
+from regard.calls import AttentionCall, Column, Where
+from regard.steer.edit import Edit, hiding, key_set, query_set, with_column
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,5 +35,8 @@ class Block(Edit):
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """One more hiding column."""
-        added = hiding(query_set(self.queries, call, heads), key_set(self.keys, call), call)
-        return replace(call, columns=(*call.columns, added))
+
+        def make() -> Column:
+            return hiding(query_set(self.queries, call, heads), key_set(self.keys, call), call)
+
+        return with_column(self, call, heads, make)

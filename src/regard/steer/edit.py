@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -69,6 +69,16 @@ def query_set(where: Where | None, call: AttentionCall, heads: Tensor) -> Tensor
     return chosen & resolve(where, call, call.query_start, call.query.shape[2])[:, None]
 
 
+def with_column(edit: Edit, call: AttentionCall, heads: Tensor, make: Callable[[], Column]) -> AttentionCall:
+    """The call with one more column, made once for the layers of a pass for which it is the same."""
+    shape = (call.query.shape[0], call.query.shape[2], call.key.shape[2], call.query_start, call.key_start)
+    key = (id(edit), id(heads), shape, call.query.dtype, call.query.device)
+    column, *_ = call.remember(
+        key, lambda: (make(), edit, heads)
+    )  # which, while they are kept, have their ids to themselves
+    return call.changed(columns=(*call.columns, column))
+
+
 def column(rows: Tensor, by: float | Tensor, keys: Tensor, call: AttentionCall) -> Column:
     """The term ``by`` of the logits for these rows and keys, in the precision of the call and at least in float32."""
     dtype = torch.promote_types(call.query.dtype, torch.float32)
@@ -83,7 +93,8 @@ def hiding(rows: Tensor, keys: Tensor, call: AttentionCall) -> Column:
 def resolve(where: Where, call: AttentionCall, start: int, length: int) -> Tensor:
     """(B|1, length) boolean: which of the tokens start … start + length − 1 are meant."""
     key = ("positions", id(where), start, length, call.query.shape[0], call.query.device)
-    return call.remember(key, lambda: _resolve(where, call, start, length))
+    chosen, _ = call.remember(key, lambda: (_resolve(where, call, start, length), where))
+    return chosen
 
 
 def _resolve(where: Where, call: AttentionCall, start: int, length: int) -> Tensor:

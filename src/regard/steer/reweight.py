@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from regard.calls import AttentionCall, Factor, Where
-from regard.steer.edit import Edit, check_number, column, hiding, key_set, query_set
+from regard.calls import AttentionCall, Column, Factor, Where
+from regard.steer.edit import Edit, check_number, column, hiding, key_set, query_set, with_column
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,9 +46,12 @@ class Reweight(Edit):
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """One more column, or factor."""
-        keys, queries = key_set(self.keys, call), query_set(self.queries, call, heads)
+
+        def make() -> Column:
+            keys, queries = key_set(self.keys, call), query_set(self.queries, call, heads)
+            return column(queries, math.log(self.by), keys, call) if self.by else hiding(queries, keys, call)
+
         if not self.renormalize:
+            keys, queries = key_set(self.keys, call), query_set(self.queries, call, heads)
             return replace(call, factors=(*call.factors, Factor(queries, keys, float(self.by))))
-        if self.by == 0:
-            return replace(call, columns=(*call.columns, hiding(queries, keys, call)))
-        return replace(call, columns=(*call.columns, column(queries, math.log(self.by), keys, call)))
+        return with_column(self, call, heads, make)

@@ -78,6 +78,8 @@ class _Block:
     def __init__(self, model: Module | None, edits: tuple[Edit, ...]) -> None:
         self._edits = [(edit, _selection(edit)) for edit in edits]
         self._tracker = Tracker(model)
+        self._plan: dict[object, list[tuple[Edit, Tensor]]] = {}
+        self._masks: dict[object, Tensor] = {}
         self._queries = self._keys = 0  # as far as the texts seen went
         self._exit = ExitStack()
 
@@ -100,34 +102,43 @@ class _Block:
         named = self._tracker.name(call)
         if named is None:
             return None
-        wanted = [(edit, s) for edit, s in self._edits if s.wants(named.path, named.layer)]
+        wanted = self._wanted(named)
         if not wanted:
             return None
         placed, _ = self._tracker.place(named)
         self._queries = max(self._queries, placed.query_start + placed.query.shape[2])
         placed = placed if edited is None else edited.placed_as(placed)
-        for edit, selection in wanted:
-            chosen = selection.heads(placed.path, placed.layer, placed.query.shape[1])
-            placed = edit.apply(placed, _mask(chosen, placed))
+        for edit, heads in wanted:
+            placed = edit.apply(placed, heads)
         self._keys = max(self._keys, placed.key_start + placed.key.shape[2])
         return placed
+
+    def _wanted(self, call: AttentionCall) -> list[tuple[Edit, Tensor]]:
+        """The edits of this layer, each with its heads; found once, since it is asked at every step of ``generate``."""
+        key = (call.path, call.query.shape[1], call.query.device)
+        if key not in self._plan:
+            self._plan[key] = [
+                (edit, self._mask(selection.heads(call.path, call.layer, call.query.shape[1]), call))
+                for edit, selection in self._edits
+                if selection.wants(call.path, call.layer)
+            ]
+        return self._plan[key]
+
+    def _mask(self, heads: list[int] | None, call: AttentionCall) -> Tensor:
+        """The chosen heads as booleans, (Hq,), or of length 1 where all are chosen; one tensor for all layers."""
+        length, device = 1 if heads is None else call.query.shape[1], call.query.device
+        key = (str(heads), length, device)
+        if key not in self._masks:
+            mask = torch.zeros(length, dtype=torch.bool)
+            mask[slice(None) if heads is None else heads] = True
+            self._masks[key] = mask.to(device)
+        return self._masks[key]
 
 
 def _selection(edit: Edit) -> Selection:
     """Heads given by layer choose the layers too, where nothing else does."""
     layers = list(edit.heads) if edit.layers is None and isinstance(edit.heads, Mapping) else edit.layers
     return Selection(layers, edit.heads)
-
-
-def _mask(heads: list[int] | None, call: AttentionCall) -> Tensor:
-    """The chosen heads as booleans, (Hq,), or of length 1 where all are chosen."""
-
-    def make() -> Tensor:
-        mask = torch.zeros(1 if heads is None else call.query.shape[1], dtype=torch.bool)
-        mask[slice(None) if heads is None else heads] = True
-        return mask.to(call.query.device)
-
-    return call.remember(("heads", str(heads), call.query.shape[1], call.query.device), make)
 
 
 def _check_positions(what: str, where: Where, tokens: int) -> None:

@@ -1,5 +1,7 @@
 """Run attention, see it, steer it: attention matrices that are never stored, in any PyTorch model."""
 
+from regard import cache
+from regard.cache import compress
 from regard.calls import AttentionCall
 from regard.maps import AttentionMap
 from regard.mini import mini
@@ -69,7 +71,9 @@ __all__ = [
     "Temperature",
     "TopK",
     "ValueNorm",
+    "cache",
     "capture",
+    "compress",
     "load",
     "load_recipe",
     "locate",

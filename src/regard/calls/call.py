@@ -160,15 +160,21 @@ def _to_four(tensor: Tensor, lead: torch.Size) -> Tensor:
 
 
 def _unpack_grouped_heads(call: AttentionCall, module: Module | None) -> AttentionCall:
-    """Undo a packing of transformers: at a masked decode step it passes the query heads of a group as if tokens."""
+    """Undo a packing of transformers, if a module's call is packed."""
     groups = getattr(module, "num_key_value_groups", 1)
-    batch, rows, tokens, width = call.query.shape[-4:] if call.query.ndim == 4 else (0, 0, 0, 0)
+    _, rows, tokens, _ = call.query.shape[-4:] if call.query.ndim == 4 else (0, 0, 0, 0)
     if groups == 1 or tokens != groups or call.key.shape[1] != rows:
         return call
     heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
     if rows * groups != heads:
         return call
+    return unpacked(call)
+
+
+def unpacked(call: AttentionCall) -> AttentionCall:
+    """A decode step with its query heads as heads: with a mask, transformers passes those of a group as if tokens."""
+    batch, rows, groups, width = call.query.shape
     mask = call.attn_mask
     if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
-        mask = mask.reshape(mask.shape[0], heads, 1, -1)
-    return replace(call, query=call.query.reshape(batch, heads, 1, width), attn_mask=mask, enable_gqa=True)
+        mask = mask.reshape(mask.shape[0], rows * groups, 1, -1)
+    return replace(call, query=call.query.reshape(batch, rows * groups, 1, width), attn_mask=mask, enable_gqa=True)

@@ -54,8 +54,44 @@ class Editor(Protocol):
         ...
 
 
+class Kept(Protocol):
+    """A call whose keys and values somebody keeps, who may have dropped some of those that the model believes to be there."""
+
+    @property
+    def dropped(self) -> bool:
+        """Whether some are gone."""
+        ...
+
+    @property
+    def call(self) -> AttentionCall:
+        """The call in its normal form."""
+        ...
+
+    @property
+    def reading(self) -> Reading | None:
+        """What to read of it, on all keys."""
+        ...
+
+    def attend(self) -> Tensor:
+        """The output over the keys that are left."""
+        ...
+
+    def restore(self) -> AttentionCall:
+        """The same as a call on all keys, of which those that are gone are masked."""
+        ...
+
+
+class Keeper(Protocol):
+    """Somebody who keeps keys and values."""
+
+    def find(self, call: AttentionCall) -> Kept | None:
+        """What is kept for this call, if anything."""
+        ...
+
+
 class _Local(threading.local):
     def __init__(self) -> None:
+        self.keepers: list[Keeper] = []
         self.listeners: list[Listener] = []
         self.editors: list[Editor] = []
         self.busy = False  # with a call: what is computed for it is not looked at
@@ -76,6 +112,11 @@ def edit_calls(editor: Editor) -> AbstractContextManager[None]:
     return _join(_local.editors, editor)
 
 
+def keep(keeper: Keeper) -> AbstractContextManager[None]:
+    """Let the keeper find this thread's attention calls that are his, until the block ends."""
+    return _join(_local.keepers, keeper)
+
+
 @contextmanager
 def _join(members: list[_Member], member: _Member) -> Iterator[None]:
     members.append(member)
@@ -88,11 +129,11 @@ def _join(members: list[_Member], member: _Member) -> Iterator[None]:
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
     """What runs in place of PyTorch's attention, in every thread, while one of them listens."""
-    if _local.busy or not (_local.listeners or _local.editors):
+    if _local.busy or not (_local.listeners or _local.editors or _local.keepers):
         return plain_attention(*args, **kwargs)
     _local.busy = True
     try:
-        return _attend(AttentionCall(*args, **kwargs))
+        return _find(AttentionCall(*args, **kwargs))
     finally:
         _local.busy = False
 
@@ -110,8 +151,23 @@ def _keeping() -> Iterator[list[AttentionCall]]:
 _interception = Interception(_attention, functools.partial(multi_head_attention, _keeping))
 
 
-def _attend(call: AttentionCall) -> Tensor:
-    """Scaled dot-product attention, changed by the editors and read by whoever listens."""
+def _find(call: AttentionCall) -> Tensor:
+    """A call on the keys that it comes with, or on those that are kept for it."""
+    kept = next((kept for keeper in _local.keepers if (kept := keeper.find(call)) is not None), None)
+    if kept is None:
+        return _attend(call, [])
+    if not kept.dropped:
+        return _attend(call, [(kept.call, kept.reading)] if kept.reading else [])
+    if _local.editors or _local.listeners:
+        restored = kept.restore()
+        output = _attend(restored, [(restored, kept.reading)] if kept.reading else [])
+    else:
+        output = kept.attend()
+    return output.reshape(*call.query.shape[:-1], output.shape[-1])
+
+
+def _attend(call: AttentionCall, noticed: list[tuple[AttentionCall, Reading]]) -> Tensor:
+    """Scaled dot-product attention, changed by the editors and read by whoever listens, and by who noticed it already."""
     recomputing = _recomputing()
     if recomputing and _local.editors:
         raise RuntimeError("attention cannot be steered under gradient checkpointing; disable it, or the edits' block")
@@ -120,7 +176,7 @@ def _attend(call: AttentionCall) -> Tensor:
         _local.kept.append(call if edited is None else edited)
     if recomputing:
         return _run_plain(call)
-    noticed = [found for found in (listener.notice(call, edited) for listener in _local.listeners) if found is not None]
+    noticed += [found for listener in _local.listeners if (found := listener.notice(call, edited)) is not None]
     if edited is not None:
         return _run(call, edited, [reading for _, reading in noticed])
     if not noticed:

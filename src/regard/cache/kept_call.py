@@ -1,0 +1,196 @@
+"""One attention call over the entries that are left of its cache."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from regard.calls import AttentionCall, Reading
+from regard.maps import AttentionMap
+
+if TYPE_CHECKING:
+    from regard.cache.compress import compress
+    from regard.cache.layer import HeadGroup, KeptLayer
+
+
+class KeptCall:
+    """A call of a layer whose entries are kept; ``tokens`` of its keys are new."""
+
+    def __init__(self, keeper: compress, layer: KeptLayer, call: AttentionCall, tokens: int) -> None:
+        self.keeper = keeper
+        self.layer = layer
+        self.call = call
+        self.tokens = tokens
+        self.dropped = layer.dropped
+        policy = keeper.policy
+        reads = tokens if policy.reads is None else min(policy.reads, tokens)
+        later = policy.every is not None or policy.accumulates
+        self.observed = reads if tokens > 1 or later else 0  # of how many last queries the attention is read
+
+    @property
+    def reading(self) -> Reading | None:
+        """Itself, where the policy reads attention."""
+        return self if self.observed else None
+
+    @property
+    def shares(self) -> bool:
+        """The policy's question may be answered in the pass that makes the output."""
+        return True
+
+    @functools.cached_property
+    def real(self) -> Tensor | None:
+        """(B, tokens so far): real tokens, as far as the last query may see them; None for all."""
+        mask = self._mask()
+        if mask is None:
+            return None
+        return _visible(mask[:, 0, -1]).expand(self.call.query.shape[0], -1)
+
+    def restore(self) -> AttentionCall:
+        """The call on a key for every token so far; those that are gone are zeros, and masked."""
+        batch, _, tokens, _ = self.call.query.shape
+        groups, seen = self.layer.groups, self.layer.seen
+        heads = sum(len(group.heads) for group in groups)
+        key, value = (
+            groups[0].keys.new_zeros(batch, heads, seen + 1, t.shape[3]) for t in (groups[0].keys, groups[0].values)
+        )
+        left = torch.zeros(batch, heads, seen + 1, dtype=torch.bool, device=key.device)
+        for group in groups:
+            index = group.all_positions()
+            index = torch.where(index < 0, seen, index)  # empty slots go to the end, which is cut off
+            for full, own in (
+                (key, group.keys),
+                (value, group.values),
+                (left, torch.ones_like(index, dtype=torch.bool)),
+            ):
+                wide = index if own.ndim == 3 else index[..., None].expand_as(own)
+                full[:, group.heads] = full[:, group.heads].scatter(2, wide, own)
+        shared = self.call.query.shape[1] // heads
+        left = left[:, :, None, :seen].repeat_interleave(shared, dim=1)
+        mask = self._mask()
+        if mask is None:
+            mask = left & torch.ones(tokens, seen, dtype=torch.bool, device=key.device).tril(seen - tokens)
+        else:
+            mask = mask & left if mask.dtype == torch.bool else mask.masked_fill(~left, -math.inf)
+        restored = replace(
+            self.call, key=key[:, :, :seen], value=value[:, :, :seen], attn_mask=mask, is_causal=False, enable_gqa=True
+        )
+        if not self.observed:
+            self.keeper.drop(self)
+        return restored
+
+    def ask(self, attention: AttentionMap) -> None:
+        """Announce what all queries give, where the policy reads them all."""
+        if self.observed == self.tokens > 1:
+            attention.expect("received", *self._weights)
+
+    def take(self, attention: AttentionMap) -> None:
+        """Read what the entries received, then drop."""
+        received = self._received(attention)
+        for group in self.layer.groups:
+            positions = group.all_positions()
+            own = received[:, group.heads].gather(2, positions.clamp(min=0))
+            group.receive(own.masked_fill(positions < 0, 0.0))
+        self.keeper.drop(self)
+
+    def attend(self) -> Tensor:
+        """The output, (B, Hq, N, D), over the entries that are left."""
+        groups = self.layer.groups
+        outputs = [self._attend(group) for group in groups]
+        self.keeper.drop(self)
+        if len(groups) == 1:
+            return outputs[0]
+        output = outputs[0].new_empty(*self.call.query.shape[:3], outputs[0].shape[-1])
+        for group, part in zip(groups, outputs, strict=True):
+            output[:, self._query_heads(group)] = part
+        return output
+
+    def _attend(self, group: HeadGroup) -> Tensor:
+        query = self.call.query if len(self.layer.groups) == 1 else self.call.query[:, self._query_heads(group)]
+        mask = self._mask_of(group, query.shape[1])
+        if self.observed and self.tokens == 1:
+            return self._step(group, query, mask)
+        shared = query.shape[1] > len(group.heads)
+        if self.observed:
+            with torch.no_grad():
+                attention = AttentionMap(query, group.keys, mask, False, self.call.factor, shared)
+                group.receive(self._received(attention))
+        return functional.scaled_dot_product_attention(
+            query, group.keys, group.values, mask, self.call.dropout_p, False, scale=self.call.factor, enable_gqa=shared
+        )
+
+    def _step(self, group: HeadGroup, query: Tensor, mask: Tensor | None) -> Tensor:
+        """One query, whose small matrix is at hand."""
+        batch, heads, _, width = query.shape
+        shared = heads // len(group.heads)
+        logits = (query.view(batch, -1, shared, width) @ group.keys.mT).float() * self.call.factor
+        if mask is not None:
+            mask = mask.expand(-1, heads, -1, -1).reshape(mask.shape[0], -1, shared, group.length)
+            logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+        matrix = logits.softmax(dim=-1).nan_to_num(0.0)
+        group.receive(matrix.detach().mean(dim=2))
+        return (matrix.to(group.values.dtype) @ group.values).view(batch, heads, 1, -1)
+
+    def _received(self, attention: AttentionMap) -> Tensor:
+        """(B, Hk, keys): what the keys receive from the queries that are read, the mean over the heads of a group."""
+        if self.observed == self.tokens > 1:
+            received = attention.received(*self._weights)
+        else:
+            rows = attention.rows(slice(self.tokens - self.observed, self.tokens))
+            for weights in self._weights:
+                rows = rows * weights[:, :, -self.observed :, None]
+            received = rows.sum(dim=2)
+        key_heads = received.shape[1] * self._key_heads // self.call.query.shape[1]
+        return received.view(received.shape[0], key_heads, -1, received.shape[2]).mean(dim=2)
+
+    @property
+    def _key_heads(self) -> int:
+        return sum(len(group.heads) for group in self.layer.groups)
+
+    @functools.cached_property
+    def _weights(self) -> tuple[Tensor, ...]:
+        """(B, 1, N): one for each real query and zero for padding; none where all are real."""
+        if self.real is None:
+            return ()
+        queries = self.real[:, None, -self.tokens :]
+        return () if bool(queries.all()) else (queries.float(),)
+
+    def _query_heads(self, group: HeadGroup) -> list[int]:
+        shared = self.call.query.shape[1] // self._key_heads
+        return [head * shared + member for head in group.heads for member in range(shared)]
+
+    def _mask(self) -> Tensor | None:
+        """The call's mask in four dimensions."""
+        mask = self.call.attn_mask
+        return mask if mask is None or mask.ndim == 4 else mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+
+    def _mask_of(self, group: HeadGroup, heads: int) -> Tensor | None:
+        """The mask on a group's entries, (B, 1 or its query heads, N, L)."""
+        mask = self._mask()
+        if mask is None and self.tokens == 1 and not group.has_empty:
+            return None
+        positions = group.all_positions()[:, :, None]  # (B, h, 1, L)
+        if mask is None:
+            queries = torch.arange(self.layer.seen - self.tokens, self.layer.seen, device=positions.device)
+            found = (positions <= queries[:, None]) & (positions >= 0)
+            return found.repeat_interleave(heads // found.shape[1], dim=1)
+        shape = (positions.shape[0], -1 if mask.shape[1] == 1 else heads, -1, -1)
+        if mask.shape[1] > 1:
+            mask = mask[:, self._query_heads(group)]
+        shared = heads // positions.shape[1]
+        index = positions.repeat_interleave(shared, dim=1).clamp(min=0).expand(-1, -1, self.tokens, -1)
+        found = mask.expand(shape[0], heads, -1, -1).gather(3, index)
+        if not group.has_empty:
+            return found
+        empty = (positions < 0).repeat_interleave(shared, dim=1)
+        return found & ~empty if found.dtype == torch.bool else found.masked_fill(empty, -math.inf)
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """Where a mask lets a query look, boolean or additive."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

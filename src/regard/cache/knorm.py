@@ -1,0 +1,32 @@
+"""Keys of small norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.cache.policy import Entries, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knorm(Policy):
+    """Keep the keys of the smallest norm, which tend to be attended to most: ``score_j = −‖k_j‖``.
+
+    Reads no attention, and so costs next to nothing.
+
+    Args:
+        budget, prefill, every, by_layer, by_head: as for every `Policy`.
+
+    A. Devoto et al. (2024), A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression.
+
+    >>> import regard
+    >>> print(regard.cache.Knorm(budget=0.5))
+    Knorm(budget=0.5)
+    """
+
+    def score(self, entries: Entries) -> Tensor:
+        """Minus the key's norm."""
+        norm: Tensor = torch.linalg.vector_norm(entries.keys.float(), dim=-1)
+        return -norm

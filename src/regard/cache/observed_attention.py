@@ -1,0 +1,58 @@
+"""What was attended to most so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.cache.policy import Entries, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObservedAttention(Policy):
+    """Keep the most recent tokens and the heavy hitters, those that all queries so far attended to most:
+
+    ``score_j = Σ_i P_ij``, over the prompt's queries and each decoding step's, the mean over the query heads of a group.
+
+    Args:
+        budget, prefill, by_layer, by_head: as for every `Policy`.
+        recent: the share of the budget that goes to the most recent tokens.
+        average: divide by the number of queries that could see the entry, which a plain sum favours the first ones by.
+        every: 1, as in the paper.
+
+    Z. Zhang et al. (2023), H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models.
+
+    >>> import regard
+    >>> print(regard.cache.ObservedAttention(budget=512, recent=0.25))
+    ObservedAttention(budget=512, recent=0.25)
+    """
+
+    recent: float = 0.5
+    average: bool = False
+    every: int | None = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.recent <= 1:
+            raise ValueError(f"ObservedAttention: recent must be a share from 0 to 1, got {self.recent!r}")
+
+    @property
+    def reads(self) -> None:
+        """Every query."""
+        return None
+
+    @property
+    def accumulates(self) -> bool:
+        """The sum goes on."""
+        return True
+
+    def score(self, entries: Entries) -> Tensor:
+        """Received attention; the recent tokens are kept."""
+        received = entries.received
+        if self.average:
+            received = received / (entries.seen - entries.positions).clamp(min=1)
+        budget = self._shares(entries)
+        recent = (budget * self.recent).long()[:, None, None]
+        return received.masked_fill(entries.real & (entries.positions >= entries.seen - recent), torch.inf)

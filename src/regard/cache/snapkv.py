@@ -1,0 +1,62 @@
+"""What the end of the prompt looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from regard.cache.policy import Entries, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(Policy):
+    """Keep the last ``window`` tokens, and of those before them the ones that they attend to most, in clusters:
+
+    ``score_j = pool_{|m| ≤ kernel // 2} Σ_{i in window} P_i,j+m``, P being the mean over the query heads of a group.
+
+    Args:
+        budget, prefill, every, by_layer, by_head: as for every `Policy`; the budget includes the window.
+        window: the last tokens, whose attention is read.
+        kernel: the width of the pooling, odd; 1 for none.
+        pooling: "mean" or "max".
+
+    Y. Li et al. (2024), SnapKV: LLM Knows What You are Looking for Before Generation.
+
+    >>> import regard
+    >>> print(regard.cache.SnapKV(budget=0.25))
+    SnapKV(budget=0.25)
+    """
+
+    window: int = 32
+    kernel: int = 5
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"SnapKV: window must be at least 1 token, got {self.window}")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"SnapKV: kernel must be odd and at least 1, got {self.kernel}")
+        if self.pooling not in ("mean", "max"):
+            raise ValueError(f'SnapKV: pooling must be "mean" or "max", got {self.pooling!r}')
+
+    @property
+    def least(self) -> int:
+        """The window."""
+        return self.window
+
+    @property
+    def reads(self) -> int:
+        """The window's queries."""
+        return self.window
+
+    def score(self, entries: Entries) -> Tensor:
+        """Received attention, pooled over neighbours; the window itself is kept."""
+        window = entries.recent(self.window)
+        received = entries.received.masked_fill(window | ~entries.real, 0.0)
+        pool = functional.avg_pool1d if self.pooling == "mean" else functional.max_pool1d
+        pooled = pool(received, self.kernel, stride=1, padding=self.kernel // 2)
+        return pooled.masked_fill(window, torch.inf)

@@ -1,0 +1,41 @@
+"""The first tokens and the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.cache.policy import Entries, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLM(Policy):
+    """Keep ``sinks`` first tokens and, of the rest of the budget, the most recent: ``score_j = j``, infinite for j < sinks.
+
+    Args:
+        budget, prefill, by_layer, by_head: as for every `Policy`.
+        sinks: first tokens to keep.
+        every: 1, as in the paper: each step drops one token.
+
+    Left out: the paper counts positions within the cache; here they go on as in the text.
+
+    G. Xiao et al. (2024), Efficient Streaming Language Models with Attention Sinks.
+
+    >>> import regard
+    >>> print(regard.cache.StreamingLLM(budget=256, sinks=8))
+    StreamingLLM(budget=256, sinks=8)
+    """
+
+    sinks: int = 4
+    every: int | None = 1
+
+    @property
+    def least(self) -> int:
+        """The sinks, and the token itself."""
+        return self.sinks + 1
+
+    def score(self, entries: Entries) -> Tensor:
+        """The position."""
+        return entries.positions.float().masked_fill(entries.sinks(self.sinks), torch.inf)

@@ -1,0 +1,44 @@
+"""Small decoders of every kind."""
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": None}  # fmt: skip
+GROUPED = SMALL | {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
+GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": None}  # fmt: skip
+
+DECODERS = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=None)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GROUPED, sliding_window=8, sliding_window_pattern=3)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
+}
+
+
+def decoder(name: str) -> hf.PreTrainedModel:
+    """A random model with attention far from uniform."""
+    torch.manual_seed(0)
+    model = DECODERS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+@pytest.fixture
+def llama() -> hf.PreTrainedModel:
+    return decoder("llama")
+
+
+def texts(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
+    """Left-padded texts of these lengths."""
+    longest = max(lengths)
+    ids = torch.randint(3, 97, (len(lengths), longest), generator=torch.Generator().manual_seed(seed))
+    mask = torch.stack([torch.arange(longest) >= longest - length for length in lengths]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}

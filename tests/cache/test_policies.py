@@ -1,0 +1,229 @@
+"""What each policy keeps, held to its rule on the stored matrix in float64."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+import regard
+from regard.cache import TOVA, Entries, KeepAll, Knorm, ObservedAttention, Policy, Random, SnapKV, StreamingLLM
+from tests.cache.conftest import decoder, texts
+from tests.cache.reference import best, matrix, of_key_heads
+
+LLAMA = decoder("llama")
+
+
+def calls_of(model: hf.PreTrainedModel, run: Callable[[], Any]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Queries, and the keys of all tokens, of each layer and pass, of an uncompressed run."""
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def note(call: regard.AttentionCall, heads: Tensor) -> regard.AttentionCall:
+        key = call.key[:, :: call.key.shape[1] // 2] if call.key.shape[1] > 2 else call.key
+        found.setdefault(call.layer, []).append((call.query, key))
+        return call
+
+    with torch.no_grad(), regard.steer(model, regard.Custom(note)):
+        run()
+    return [found[layer] for layer in sorted(found)]
+
+
+def kept_after_prompt(policy: Policy, inputs: dict[str, Tensor]) -> list[Tensor]:
+    with torch.no_grad(), regard.compress(LLAMA, policy) as cache:
+        LLAMA(**inputs)
+    return [layer.positions for layer in cache.report().layers]
+
+
+def share(budget: float) -> Callable[[int], int]:
+    return lambda real: math.ceil(real * budget - 1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(6, 40), min_size=1, max_size=3), st.sampled_from([0.3, 0.5, 0.75]), st.integers(0, 99))
+def test_snapkv(lengths: list[int], budget: float, seed: int) -> None:
+    inputs = texts(*lengths, seed=seed)
+    real = inputs["attention_mask"].bool()
+    window, pooling = 1 + seed % 2, ("mean", "max")[seed % 2]
+    kept = kept_after_prompt(SnapKV(budget=budget, window=window, kernel=3, pooling=pooling), inputs)
+    for layer, ((query, key),) in enumerate(calls_of(LLAMA, lambda: LLAMA(**inputs))):
+        received = of_key_heads(matrix(query[:, :, -window:], key, real).sum(2), key.shape[1])
+        received[..., -window:] = 0
+        pooled = (avg_pool1d if pooling == "mean" else max_pool1d)(received, 3, stride=1, padding=1)
+        pooled[..., -window:] = math.inf
+        assert torch.equal(kept[layer], best(pooled, real, share(budget))), layer
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(6, 40), min_size=1, max_size=3), st.sampled_from([0.3, 0.5, 0.75]), st.booleans())
+def test_observed_attention(lengths: list[int], budget: float, average: bool) -> None:
+    inputs = texts(*lengths)
+    real = inputs["attention_mask"].bool()
+    kept = kept_after_prompt(ObservedAttention(budget=budget, recent=0.4, average=average), inputs)
+    for layer, ((query, key),) in enumerate(calls_of(LLAMA, lambda: LLAMA(**inputs))):
+        weights = matrix(query, key, real) * real[:, None, :, None]
+        scores = of_key_heads(weights.sum(2), key.shape[1])
+        if average:
+            scores = scores / torch.arange(real.shape[1], 0, -1)
+        for row, tokens in enumerate(real.sum(1).tolist()):
+            recent = int(0.4 * share(budget)(tokens))
+            scores[row, :, real.shape[1] - recent :] = math.inf
+        assert torch.equal(kept[layer], best(scores, real, share(budget))), layer
+
+
+@pytest.mark.parametrize("lengths", [(20,), (20, 9)])
+def test_tova(lengths: tuple[int, ...]) -> None:
+    inputs = texts(*lengths)
+    real = inputs["attention_mask"].bool()
+    kept = kept_after_prompt(TOVA(budget=0.4), inputs)
+    for layer, ((query, key),) in enumerate(calls_of(LLAMA, lambda: LLAMA(**inputs))):
+        scores = matrix(query[:, :, -1:], key, real)[:, :, 0].mean(1, keepdim=True).expand(-1, key.shape[1], -1)
+        assert torch.equal(kept[layer], best(scores, real, share(0.4))), layer
+
+
+@pytest.mark.parametrize("lengths", [(20,), (20, 9)])
+def test_streaming_llm(lengths: tuple[int, ...]) -> None:
+    inputs = texts(*lengths)
+    real = inputs["attention_mask"].bool()
+    for kept in kept_after_prompt(StreamingLLM(budget=6, sinks=2), inputs):
+        for row, length in enumerate(lengths):
+            first = 20 - length
+            expected = [first, first + 1, 16, 17, 18, 19]
+            assert kept[row].nonzero()[:, 1].tolist() == expected * 2
+    assert real.shape == kept[:, 0].shape
+
+
+def test_knorm() -> None:
+    inputs = texts(20, 9)
+    real = inputs["attention_mask"].bool()
+    kept = kept_after_prompt(Knorm(budget=0.5), inputs)
+    for layer, ((_, key),) in enumerate(calls_of(LLAMA, lambda: LLAMA(**inputs))):
+        assert torch.equal(kept[layer], best(-key.double().norm(dim=-1), real, share(0.5)))
+
+
+def test_decoding_goes_on_with_the_rule() -> None:
+    """Of a policy that evicts at every step, entries and scores followed by hand through a whole generation."""
+    inputs, steps = texts(12), 6
+    for policy in (TOVA(budget=5), ObservedAttention(budget=5, recent=0.4), StreamingLLM(budget=5, sinks=1)):
+        with torch.no_grad(), regard.compress(LLAMA, policy) as cache:
+            written = LLAMA.generate(**inputs, max_new_tokens=steps + 1, do_sample=False)
+        kept = [layer.positions[0] for layer in cache.report().layers]
+        # By hand: the model's own layers on the same tokens, each attending to what is left only.
+        expected = by_hand(policy, written[:, :-1], prompt=12)
+        for layer, positions in enumerate(kept):
+            found = [row.nonzero()[:, 0].tolist() for row in positions]
+            assert found == expected[layer], (policy, layer)
+
+
+def by_hand(policy: Policy, ids: Tensor, prompt: int) -> list[list[list[int]]]:
+    """The positions left in each layer and key head at the end: every pass run anew on a mask of what was left."""
+    layers, heads = 3, 2
+    left = [[list[int]() for _ in range(heads)] for _ in range(layers)]
+    sums = torch.zeros(layers, heads, ids.shape[1], dtype=torch.float64)
+    hidden: list[set[tuple[int, int, int]]] = []  # (layer, head, key) hidden from the query of a step
+
+    def edit(call: regard.AttentionCall, chosen: Tensor) -> regard.AttentionCall:
+        tokens = call.query.shape[2]
+        visible = torch.ones(tokens, tokens, dtype=torch.bool).tril().repeat(1, heads, 1, 1)
+        for step, gone in enumerate(hidden):
+            for layer, head, key in gone:
+                if layer == call.layer and prompt + step < tokens:
+                    visible[0, head, prompt + step, key] = False
+        return regard.AttentionCall(call.query, call.key, call.value, visible.repeat_interleave(2, 1), enable_gqa=True)
+
+    for end in range(prompt, ids.shape[1] + 1):
+        found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+        def note(call: regard.AttentionCall, chosen: Tensor, found: Any = found) -> regard.AttentionCall:
+            found[call.layer] = (call.query, call.key, call.attn_mask)
+            return call
+
+        with torch.no_grad(), regard.steer(LLAMA, regard.Custom(edit)), regard.steer(LLAMA, regard.Custom(note)):
+            LLAMA(input_ids=ids[:, :end])
+        gone = set()
+        for layer, (query, key, visible) in found.items():
+            logits = query.double() @ key.double().repeat_interleave(2, 1).mT / math.sqrt(query.shape[-1])
+            rows = logits.masked_fill(~visible, -math.inf).softmax(-1)
+            new = rows if end == prompt else rows[:, :, -1:]
+            received = of_key_heads(new.sum(2), heads)[0]
+            sums[layer, :, :end] += received
+            last = of_key_heads(rows[:, :, -1], heads)[0].mean(0)
+            for head in range(heads):
+                entries = left[layer][head] + (list(range(prompt)) if end == prompt else [end - 1])
+                scores = {
+                    "TOVA": lambda key, last=last: float(last[key]),
+                    "StreamingLLM": lambda key: math.inf if key < 1 else key,
+                    "ObservedAttention": lambda key, layer=layer, head=head, end=end: (
+                        math.inf if key >= end - 2 else float(sums[layer, head, key])
+                    ),
+                }[type(policy).__name__]
+                left[layer][head] = sorted(sorted(entries, key=scores, reverse=True)[:5])
+                gone |= {(layer, head, key) for key in range(end) if key not in left[layer][head]}
+        hidden.append(gone)
+    return left
+
+
+def test_random_is_the_same_for_the_same_seed() -> None:
+    inputs = texts(20)
+    first, again, other = (kept_after_prompt(Random(budget=0.5, seed=seed), inputs) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert all(kept.sum(-1).eq(10).all() for kept in first)
+
+
+def test_layers_share_in_a_pyramid() -> None:
+    kept = kept_after_prompt(Knorm(budget=10, by_layer="pyramid"), texts(40))
+    assert [int(k.sum()) for k in kept] == [2 * 20, 2 * 10, 2 * 1]
+    kept = kept_after_prompt(Knorm(budget=10, by_layer=[0.5, 1, 1.5]), texts(40))
+    assert [int(k.sum()) for k in kept] == [2 * 5, 2 * 10, 2 * 15]
+
+
+def test_heads_share_by_score() -> None:
+    """The layer's best entries over all heads, after a fifth of its share for each."""
+
+    class Given(Policy):
+        def score(self, entries: Entries) -> Tensor:
+            return -(entries.positions + torch.tensor([0, 100])[None, :, None]).float()
+
+    (kept, *_) = kept_after_prompt(Given(budget=10, by_head="adaptive"), texts(40))
+    assert kept.sum(-1).tolist() == [[18, 2]]
+    assert kept[0, 0, :18].all()
+    assert kept[0, 1, :2].all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SnapKV(budget=0.0), r"share of the tokens must be above 0 and at most 1, got 0.0"),
+        (lambda: SnapKV(budget=1.5), r"above 0 and at most 1, got 1.5"),
+        (lambda: SnapKV(budget=float("nan")), r"above 0 and at most 1, got nan"),
+        (lambda: SnapKV(budget=16), r"SnapKV: always keeps 32 entries, but the budget is 16"),
+        (lambda: SnapKV(budget="much"), r"a number of entries or a share of the tokens, got 'much'"),
+        (lambda: StreamingLLM(budget=4), r"StreamingLLM: always keeps 5 entries, but the budget is 4"),
+        (lambda: SnapKV(kernel=4), r"kernel must be odd"),
+        (lambda: SnapKV(window=0), r"window must be at least 1"),
+        (lambda: SnapKV(pooling="sum"), r'pooling must be "mean" or "max", got \'sum\''),
+        (lambda: Knorm(every=0), r"every must be a number of steps of at least 1"),
+        (lambda: Knorm(by_layer="cone"), r'by_layer must be "uniform", "pyramid" or factors, got \'cone\''),
+        (lambda: Knorm(by_head="best"), r'by_head must be "uniform" or "adaptive"'),
+        (lambda: ObservedAttention(recent=2), r"recent must be a share from 0 to 1, got 2"),
+        (lambda: KeepAll(budget=0.5), r"takes no budget; got 0.5"),
+    ],
+)
+def test_bad_arguments(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_budget_below_the_window_of_a_short_prompt() -> None:
+    with pytest.raises(
+        ValueError, match=r"always keeps 32 entries, but the budget, 0.25 of 40 tokens, is 10: raise it"
+    ):
+        kept_after_prompt(SnapKV(budget=0.25), texts(40))
+    with pytest.raises(ValueError, match=r"by_layer has 2 factors, the model 3 layers"):
+        kept_after_prompt(Knorm(budget=0.5, by_layer=[1, 2]), texts(40))

@@ -10,12 +10,7 @@ has FlexAttention as one more column.
 from __future__ import annotations
 
 import argparse
-import gc
-import multiprocessing
-import re
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -25,7 +20,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import regard
-from timing import Run, compare
+from measuring import Run, compare, extra_memory, in_fresh_process
 
 HEADS, WIDTH = 8, 64
 EAGER_AT_MOST = 8192
@@ -89,30 +84,6 @@ def operator_table(lengths: list[int], device: str, dtype: torch.dtype) -> Table
         cells += [f"{ratios['flex']:.2f}×"] if device == "cuda" else []
         table.add_row(f"{length:,}", f"{1000 * seconds:.1f}", *cells)
     return table
-
-
-def in_fresh_process(function: Callable[..., float], *arguments: object) -> float:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def peak() -> float:
-    """The most memory that this process has held, in bytes; getrusage would count its parent's."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * float(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
-
-
-def extra_memory(run: Run, device: str) -> float:
-    """Bytes by which a run raises the peak."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    before = peak()
-    run()
-    return peak() - before
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import regard
+from measuring import Run, clock, compare
 from regard.steer import Edit
-from timing import Run, clock, compare
 
 HEADS, WIDTH = 8, 64
 EIGHT = tuple(regard.Reweight(keys=slice(9 * i, 9 * i + 5), by=1.2 + 0.2 * i, heads=[i]) for i in range(8))

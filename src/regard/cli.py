@@ -19,6 +19,7 @@ except ImportError as error:
     raise SystemExit('regard: the command line needs typer and rich: pip install "regard[hf,report]"') from error
 
 if TYPE_CHECKING:
+    from regard.cache.trial import Trial
     from regard.compare import Comparison
 
 console = Console(stderr=True)
@@ -106,6 +107,66 @@ def steer(
         with console.status("reading"):
             found = compare(loaded, tokenizer, content, edits, likeliest=likeliest, complete=complete)
         _show(found)
+
+
+@app.command()
+def cache(
+    text: Annotated[
+        str | None,
+        typer.Option(help="The text itself, a text file, or - for the standard input; by default a chapter."),
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="Such as snapkv, or 'SnapKV(window=16, by_head=\"adaptive\")'.")
+    ] = "snapkv",
+    budget: Annotated[str, typer.Option(help="Entries of each head, or a share of the tokens such as 0.25.")] = "0.25",
+    model: Annotated[
+        str | None, typer.Option(help="Folder or name of a language model; by default the bundled one.")
+    ] = None,
+    complete: Annotated[int, typer.Option(min=0, help="Write this many tokens.")] = 20,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Compress a model's key-value cache, and see what is kept and what is then said."""
+    with _errors():
+        from regard import demo, mini
+        from regard.cache import Policy
+        from regard.cache.trial import trial
+        from regard.look import load
+        from regard.notation import parse
+
+        _quiet()
+        chosen = parse(policy, Policy, "policy", "SnapKV(window=16)", budget=_budget(budget))
+        content = demo.text() if text is None else _given(text)
+        with console.status(f"loading {model or mini.name}"):
+            loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
+        with console.status("reading"):
+            found = trial(loaded, tokenizer, content, chosen, complete)
+        _show_kept(found)
+
+
+def _budget(written: str) -> int | float:
+    try:
+        return int(written) if written.strip().isdecimal() else float(written)
+    except ValueError as error:
+        raise ValueError(f"the budget must be a number of entries or a share such as 0.25, got {written!r}") from error
+
+
+def _show_kept(found: Trial) -> None:
+    """The report, the text shaded by how many heads keep each token, and the completions."""
+    out = Console()
+    out.print(Text(str(found.report)))
+    coloured = out.is_terminal and not out.no_color
+    out.print(Text("\nthe bluer a token, the more heads keep it" if coloured else "\nwhat no head keeps is shown as ·"))
+    shaded = Text()
+    for piece, share in zip(found.tokens, found.shares, strict=True):
+        level = round(255 - 150 * share)
+        shown = piece if share or coloured else "·"
+        shaded.append(shown, f"black on rgb({level},{level},255)" if share else "dim")
+    out.print(shaded, soft_wrap=True)
+    out.print()
+    if found.plain or found.compressed:
+        for name, said in (("full cache", found.plain), ("compressed", found.compressed)):
+            out.print(Text.assemble((f"{name:>10} ", "bold"), said), soft_wrap=True)
 
 
 def _show(found: Comparison) -> None:

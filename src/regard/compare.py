@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from regard.complete import complete as write
+from regard.complete import encode
 from regard.steer import Edit, locate, steer
 
 
@@ -53,13 +55,8 @@ def compare(
     >>> found.plain.completion
     ' 48213'
     """
-    if not text.strip():
-        raise ValueError("the text is empty")
     located = tuple(locate(edit, text, tokenizer) for edit in edits)
-    inputs = {
-        name: tensor.to(next(model.parameters()).device)
-        for name, tensor in _encode(model, tokenizer, text, complete).items()
-    }
+    inputs = encode(model, tokenizer, text, complete)
     plain, steered = (_read(model, tokenizer, inputs, block, complete) for block in ((), located))
     tokens = {int(token) for scores, _ in (plain, steered) for token in scores.topk(likeliest).indices}
     order = sorted(tokens, key=lambda token: -float(plain[0][token]))
@@ -70,27 +67,14 @@ def compare(
     return Comparison(located, *said)
 
 
-def _encode(model: Any, tokenizer: Any, text: str, complete: int) -> dict[str, torch.Tensor]:
-    encoded = tokenizer(text, return_tensors="pt", verbose=False)
-    tokens, limit = encoded["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and tokens + complete > limit:
-        raise ValueError(
-            f"the text has {tokens:,} tokens, and {complete} are to be written, but the model has positions for {limit:,}"
-        )
-    device = next(model.parameters()).device
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
-
-
 def _read(
     model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], edits: Sequence[Edit], complete: int
 ) -> tuple[torch.Tensor, str]:
     """The distribution of the next token, and what is written."""
     block: Callable[[], Any] = (lambda: steer(model, *edits)) if edits else ExitStack
-    with torch.inference_mode():
-        with block():
-            scores = model(**inputs).logits[0, -1].float().softmax(-1).cpu()
-        if not complete:
-            return scores, ""
-        with block():
-            written = model.generate(**inputs, max_new_tokens=complete, do_sample=False)
-    return scores, tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    with torch.inference_mode(), block():
+        scores = model(**inputs).logits[0, -1].float().softmax(-1).cpu()
+    if not complete:
+        return scores, ""
+    with block():
+        return scores, write(model, tokenizer, inputs, complete)

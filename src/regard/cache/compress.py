@@ -14,6 +14,7 @@ from torch.nn import Module
 from regard.cache.kept_call import KeptCall
 from regard.cache.policy import Policy
 from regard.cache.report import Report, report
+from regard.cache.restricted_call import RestrictedCall
 from regard.calls import AttentionCall, enter_all, keep
 from regard.calls.call import unpacked
 
@@ -83,7 +84,7 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         self._exit.close()
         self._pending = None
         for layer in self._adopted:
-            layer.keeper = None
+            layer.keeper, layer.state = None, {}
         if kind is None and not self._adopted:
             raise RuntimeError(_explain_no_cache(self.model, self._passes))
 
@@ -143,8 +144,10 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         if self._pending is None or threading.get_ident() != self._thread:
             return None
         (layer, tokens), self._pending = self._pending, None
-        kept = KeptCall(self, layer, call if call.query.shape[2] == tokens else unpacked(call), tokens)
-        if not kept.observed and not layer.dropped:  # the call has all it needs
+        local = self.policy.local
+        kind = KeptCall if local is None or tokens > 1 or layer.seen <= sum(local) else RestrictedCall
+        kept = kind(self, layer, call if call.query.shape[2] == tokens else unpacked(call), tokens)
+        if not kept.observed and not kept.dropped:  # the call has all it needs
             self.drop(kept)
         return kept
 

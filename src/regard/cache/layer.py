@@ -96,6 +96,7 @@ class KeptLayer(CacheLayerMixin):
         self.layers = layers
         self.keeper: compress | None = keeper
         self.groups: list[HeadGroup] = []
+        self.state: dict[str, Tensor] = {}  # what the policy remembers, with a row for each text
         self.seen = 0  # tokens so far, dropped ones too: rotary positions go on from here
         self.steps = 0  # decoding steps since the last prompt
         self.dropped = False
@@ -208,7 +209,8 @@ class KeptLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.groups, self.seen, self.steps, self.dropped, self.is_initialized = [], 0, 0, False, False
+        self.groups, self.state, self.seen, self.steps = [], {}, 0, 0
+        self.dropped = self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search."""
@@ -242,3 +244,4 @@ class KeptLayer(CacheLayerMixin):
         for group in self.groups:
             for name in group.tensors:
                 setattr(group, name, change(getattr(group, name)))
+        self.state = {name: change(tensor) for name, tensor in self.state.items()}

@@ -50,6 +50,23 @@ class Entries:
         return self.real & (self.positions >= self.seen - number)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a policy sees of one layer in a decoding step where each head may leave all but its local entries unread.
+
+    Shapes are of query heads by the key head that they share. ``query`` (batch, key heads, shared, width) is multiplied by
+    the call's scale, ``mass`` (batch, key heads, shared) is the logarithm of Σ exp(logit) over the local entries. ``keys``
+    (batch, key heads, tokens, width) are those of all tokens, ``first`` (batch,) the position of each text's first real one.
+    ``state`` is what the policy remembers of the layer: tensors with a row for each text, which follow a beam search.
+    """
+
+    query: Tensor
+    mass: Tensor
+    keys: Tensor
+    first: Tensor
+    state: dict[str, Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
     """A rule that scores the entries of a cache; the best ones are kept, as many as the budget allows.
@@ -111,6 +128,15 @@ class Policy(ABC):
     def accumulates(self) -> bool:
         """Whether attention read in earlier calls counts on after a compression."""
         return False
+
+    @property
+    def local(self) -> tuple[int, int] | None:
+        """How many first and last tokens are local, if heads may do with these in a decoding step, as `is_local` says."""
+        return None
+
+    def is_local(self, step: Step) -> Tensor:
+        """(batch, key heads, shared), boolean: the query heads that attend to their local entries only."""
+        raise NotImplementedError(f"{type(self).__name__} has local entries, and needs is_local to say who does with them")
 
     @abstractmethod
     def score(self, entries: Entries) -> Tensor:

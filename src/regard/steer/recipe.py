@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from regard import notation
 from regard.steer.edit import Edit
 
 
@@ -48,7 +47,10 @@ def load_recipe(path: str | Path) -> list[Edit]:
     if not isinstance(read, list) or not all(isinstance(entry, dict) and "edit" in entry for entry in read):
         raise ValueError(f'{path} is no recipe: expected a list of objects, each with an "edit" such as "Reweight"')
     return [
-        _make(entry["edit"], {name: _from_json(value) for name, value in entry.items() if name != "edit"})
+        notation.make(
+            notation.kind_named(entry["edit"], Edit, "edit"),
+            {name: _from_json(value) for name, value in entry.items() if name != "edit"},
+        )
         for entry in read
     ]
 
@@ -62,19 +64,8 @@ def parse_edit(text: str) -> Edit:
     >>> parse_edit('Block(keys=slice(0, 3), queries=[-1])')
     Block(keys=slice(0, 3, None), queries=[-1])
     """
-    try:
-        call = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"cannot read the edit {text!r}: {error.msg}") from error
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        raise ValueError(f'expected an edit such as Reweight(keys=[0], by=0.5), got "{text}"')
-    kind = _kind(call.func.id)
-    names = [field.name for field in fields(kind) if not field.kw_only]
-    if len(call.args) > len(names):
-        raise ValueError(f"{call.func.id} takes at most {len(names)} arguments without a name, got {len(call.args)}")
-    given = dict(zip(names, (_literal(node, text) for node in call.args), strict=False))
-    given |= {word.arg: _literal(word.value, text) for word in call.keywords if word.arg}
-    return _make(call.func.id, given)
+    edit: Edit = notation.parse(text, Edit, "edit", "Reweight(keys=[0], by=0.5)")
+    return edit
 
 
 def locate(edit: Edit, text: str, tokenizer: Any) -> Edit:
@@ -111,43 +102,6 @@ def _tokens(passage: str, text: str, offsets: Sequence[tuple[int, int]]) -> list
     start = text.find(passage)
     stop = start + len(passage)
     return [number for number, (first, last) in enumerate(offsets) if first < stop and last > start]
-
-
-def _subclasses(kind: Any) -> Iterator[type[Edit]]:
-    for subclass in kind.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
-
-
-def _kind(name: str) -> type[Edit]:
-    known = {kind.__name__: kind for kind in _subclasses(Edit) if not kind.__name__.startswith("_")}
-    if name not in known:
-        near = get_close_matches(name, known, 1, 0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
-        raise ValueError(f"there is no edit {name!r}{hint}")
-    return known[name]
-
-
-def _make(name: str, arguments: Mapping[str, Any]) -> Edit:
-    kind = _kind(name)
-    known = [field.name for field in fields(kind)]
-    for argument in arguments:
-        if argument not in known:
-            raise ValueError(f"{name} has no argument {argument!r}; it takes {', '.join(known)}")
-    try:
-        return kind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{name} cannot be made from {', '.join(arguments) or 'nothing'}: {error}") from error
-
-
-def _literal(node: ast.expr, text: str) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("slice", "range"):
-        numbers = [ast.literal_eval(argument) for argument in node.args]
-        return slice(*numbers) if node.func.id == "slice" else range(*numbers)
-    try:
-        return ast.literal_eval(node)
-    except ValueError as error:
-        raise ValueError(f'"{ast.unparse(node)}" in {text!r} is no plain value') from error
 
 
 def _to_json(value: Any, edit: Edit, name: str) -> Any:

@@ -1,0 +1,203 @@
+"""What it costs to compress a cache, what it gains, and what is lost by it.
+
+    python bench/cache.py [--quick]                                    time and memory, on a Llama of 8 layers
+    python bench/cache.py --facts [--held-out BOOKS] [--samples 200]   facts recalled against the budget, on the bundled model
+
+The first prints the time of reading a prompt with a policy as a ratio to plain, and then tokens per second and peak memory of
+decoding with a quarter of the cache. The second prints one table of exact-match answers, with Wilson's 95% intervals, and
+draws it (--plot FILE).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import regard
+from measuring import clock, compare, extra_memory, in_fresh_process
+from regard.cache import (
+    TOVA,
+    KeepAll,
+    Knorm,
+    ObservedAttention,
+    Policy,
+    Random,
+    SnapKV,
+    StreamingLLM,
+)
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from training.evaluate import DIGITS, FactRow, fact_row, proportion
+from training.tasks import Material
+
+from steering_quality import held_out_books
+
+READING: dict[str, Policy] = {
+    "observed attention": ObservedAttention(budget=0.25),
+    "SnapKV": SnapKV(budget=0.25),
+    "SnapKV, by head": SnapKV(budget=0.25, by_head="adaptive"),
+    "TOVA": TOVA(budget=0.25),
+    "StreamingLLM": StreamingLLM(budget=0.25),
+    "Knorm": Knorm(budget=0.25),
+    "keep all": KeepAll(),
+}
+QUARTER = 0.25
+BUDGETS = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
+LENGTH, DISTRACTORS, BATCH, SEED = 512, 4, 8, 11
+
+
+def llama(device: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1408,
+        vocab_size=8192, max_position_embeddings=32768, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().to(device)
+
+
+def block(model: LlamaForCausalLM, policy: Policy | None) -> AbstractContextManager[object]:
+    return nullcontext() if policy is None else regard.compress(model, policy)
+
+
+def tokens(length: int, device: str) -> Tensor:
+    return torch.randint(3, 8000, (1, length), generator=torch.Generator().manual_seed(length)).to(device)
+
+
+def read(model: LlamaForCausalLM, ids: Tensor, policy: Policy | None) -> DynamicCache:
+    with torch.inference_mode(), block(model, policy):
+        cache: DynamicCache = model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1).past_key_values
+    return cache
+
+
+def reading_table(length: int, device: str, repeats: int) -> Table:
+    model, ids = llama(device), tokens(length, device)
+    runs: dict[str, Callable[[], object]] = {"plain": partial(read, model, ids, None)}
+    runs |= {name: partial(read, model, ids, policy) for name, policy in READING.items()}
+    seconds, ratios = compare(runs, device, repeats)
+    table = Table("policy, a quarter of the cache", "ratio to plain", title=f"reading {length:,} tokens: plain {seconds:.2f} s")
+    for name in list(runs)[1:]:
+        table.add_row(name, f"{ratios[name]:.2f}×")
+    return table
+
+
+def seconds_per_step(model: LlamaForCausalLM, ids: Tensor, policy: Policy | None, steps: int, device: str) -> float:
+    with torch.inference_mode(), block(model, policy):
+        cache = model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1).past_key_values
+        token = ids[:, :1]
+        return statistics.median(clock(lambda: model(token, past_key_values=cache), device) for _ in range(steps))
+
+
+def decoding_memory(length: int, device: str, policy: Policy | None) -> float:
+    """Bytes by which reading a text and 8 steps of decoding raise the peak, beyond what a short text does."""
+    model = llama(device)
+    seconds_per_step(model, tokens(64, device), None, 1, device)
+    return extra_memory(lambda: seconds_per_step(model, tokens(length, device), policy, 8, device), device)
+
+
+def decoding_table(length: int, device: str, rounds: int) -> Table:
+    model, ids = llama(device), tokens(length, device)
+    policies: dict[str, Policy | None] = {"plain": None} | {
+        name: READING[name] for name in ("SnapKV", "SnapKV, by head", "observed attention", "TOVA", "StreamingLLM")
+    }
+    times = [
+        {name: seconds_per_step(model, ids, policy, 12, device) for name, policy in policies.items()} for _ in range(rounds)
+    ]
+    table = Table("policy", "tokens/s", "ratio to plain", "cache, MB", "peak, MB", title=f"decoding after {length:,} tokens")
+    for name, policy in policies.items():
+        ratio = statistics.median(of["plain"] / of[name] for of in times)
+        held = read(model, ids, policy)
+        size = sum(t.nbytes for layer in held.layers for t in _tensors(layer))
+        peak = in_fresh_process(decoding_memory, length, device, policy)
+        rate = statistics.median(1 / of[name] for of in times)
+        table.add_row(name, f"{rate:.1f}", f"{ratio:.2f}×", f"{size / 1e6:.0f}", f"{peak / 1e6:.0f}")
+    return table
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    groups = getattr(layer, "groups", [layer])
+    return [tensor for group in groups for tensor in (group.keys, group.values)]
+
+
+# --- facts -----------------------------------------------------------------------------------------------------------------
+
+
+def policies(budget: float, heads: Any) -> dict[str, Policy]:
+    """Every policy at a budget, with a window that the smallest budgets have room for."""
+    return {
+        "observed attention": ObservedAttention(budget=budget),
+        "SnapKV": SnapKV(budget=budget, window=8),
+        "SnapKV, by head": SnapKV(budget=budget, window=8, by_head="adaptive"),
+        "SnapKV, pyramid": SnapKV(budget=budget, window=8, by_layer="pyramid"),
+        "TOVA": TOVA(budget=budget),
+        "StreamingLLM": StreamingLLM(budget=budget),
+        "Knorm": Knorm(budget=budget),
+        "random": Random(budget=budget),
+    }
+
+
+def recalled(model: Any, rows: list[FactRow], policy: Policy) -> int:
+    """How many answers are written out right, all five digits."""
+    hits = 0
+    for start in range(0, len(rows), BATCH):
+        ids = torch.from_numpy(np.stack([row.ids for row in rows[start : start + BATCH]]))
+        prompt, answer = ids[:, :-DIGITS], ids[:, -DIGITS:]
+        with torch.inference_mode(), regard.compress(model, policy):
+            written = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=DIGITS, do_sample=False
+            )
+        hits += int((written[:, -DIGITS:] == answer).all(dim=1).sum())
+    return hits
+
+
+def facts(folder: Path | None, samples: int) -> dict[str, dict[float, tuple[float, float, float]]]:
+    """Accuracy with its interval, by policy and budget."""
+    model, tokenizer = regard.mini()
+    material = Material(held_out_books(folder, tokenizer), tokenizer, held_out=True)
+    random = np.random.default_rng(SEED)
+    rows = [fact_row(material, random, LENGTH, DISTRACTORS) for _ in range(samples)]
+    found: dict[str, dict[float, tuple[float, float, float]]] = {}
+    with Progress(transient=True) as bar:
+        task = bar.add_task("policies", total=len(BUDGETS) * len(policies(1.0, None)))
+        for budget in BUDGETS:
+            for name, policy in policies(budget, None).items():
+                figure = proportion(name, recalled(model, rows, policy), samples)
+                found.setdefault(name, {})[budget] = (figure.value, figure.low, figure.high)
+                bar.advance(task)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="shorter texts, fewer rounds and samples")
+    parser.add_argument("--facts", action="store_true", help="recall against the budget, instead of time and memory")
+    parser.add_argument("--held-out", type=Path, help="folder of books; by default the chapter that ships")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--plot", type=Path, help="write the recall as a picture, .html or what kaleido writes")
+    arguments = parser.parse_args()
+    console = Console(width=130)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.facts:
+        found = facts(arguments.held_out, 24 if arguments.quick else arguments.samples)
+        console.print(facts_table(found))
+        return
+    for length, repeats in ((1024, 3),) if arguments.quick else ((4096, 7), (16384, 3)):
+        console.print(reading_table(length, device, repeats))
+        console.print(decoding_table(length, device, repeats))
+
+
+if __name__ == "__main__":
+    main()

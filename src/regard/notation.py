@@ -1,0 +1,83 @@
+"""Edits and policies as one writes them in Python, read from text: a name, and plain values for its arguments."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+
+def parse(text: str, base: type, what: str, example: str, **given: Any) -> Any:
+    """Make an instance of a subclass of ``base`` from its name and arguments; ``given`` are further arguments.
+
+    Raises:
+        ValueError: anything but a known name, or a call of it with plain values.
+
+    >>> from regard.cache import Policy
+    >>> print(parse("snapkv(window=8)", Policy, "policy", "SnapKV(window=16)", budget=0.25))
+    SnapKV(budget=0.25, window=8)
+    """
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"cannot read the {what} {text!r}: {error.msg}") from error
+    call = ast.Call(call, [], []) if isinstance(call, ast.Name) else call
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        article = "an" if what[0] in "aeiou" else "a"
+        raise ValueError(f'expected {article} {what} such as {example}, got "{text}"')
+    kind = kind_named(call.func.id, base, what)
+    names = [field.name for field in fields(kind) if not field.kw_only]
+    if len(call.args) > len(names):
+        raise ValueError(f"{kind.__name__} takes at most {len(names)} arguments without a name, got {len(call.args)}")
+    arguments = dict(zip(names, (_literal(node, text) for node in call.args), strict=False))
+    arguments |= {word.arg: _literal(word.value, text) for word in call.keywords if word.arg}
+    twice = [name for name in arguments if name in given]
+    if twice:
+        raise ValueError(f"{kind.__name__}: {twice[0]} is given twice, as {given[twice[0]]!r} and in {text!r}")
+    return make(kind, given | arguments)
+
+
+def kind_named(name: str, base: type, what: str) -> Any:
+    """The subclass of this name, in capitals or not."""
+    known = {kind.__name__: kind for kind in _subclasses(base) if not kind.__name__.startswith("_")}
+    plain = {_plain(written): written for written in known}
+    if name not in known and _plain(name) not in plain:
+        near = get_close_matches(_plain(name), plain, 1, 0.5)
+        hint = f"; did you mean {plain[near[0]]}?" if near else f"; known are {', '.join(sorted(known))}"
+        raise ValueError(f"there is no {what} {name!r}{hint}")
+    return known.get(name) or known[plain[_plain(name)]]
+
+
+def make(kind: Any, arguments: Mapping[str, Any]) -> Any:
+    """An instance, or a ValueError that says which arguments there are."""
+    known = [field.name for field in fields(kind)]
+    for argument in arguments:
+        if argument not in known:
+            raise ValueError(f"{kind.__name__} has no argument {argument!r}; it takes {', '.join(known)}")
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        given = ", ".join(arguments) or "nothing"
+        raise ValueError(f"{kind.__name__} cannot be made from {given}: {error}") from error
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())
+
+
+def _subclasses(kind: Any) -> Iterator[Any]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _literal(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("slice", "range"):
+        numbers = [ast.literal_eval(argument) for argument in node.args]
+        return slice(*numbers) if node.func.id == "slice" else range(*numbers)
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise ValueError(f'"{ast.unparse(node)}" in {text!r} is no plain value') from error

@@ -1,0 +1,61 @@
+"""`regard cache`: what is kept, the text shaded by it, and what is then said."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.nn import Module
+from typer.testing import CliRunner
+
+from regard import cli
+from regard.cache import KeepAll, StreamingLLM
+from regard.cache.trial import trial
+
+TEXT = "The code of Ada is 48213. They slept. It rained all day. The code of Ada is"
+runner = CliRunner()
+
+
+def test_shares_tell_what_is_kept(mini: tuple[Module, Any]) -> None:
+    model, tokenizer = mini
+    found = trial(model, tokenizer, TEXT, StreamingLLM(budget=10, sinks=2), complete=6)
+    tokens = len(tokenizer(TEXT)["input_ids"])
+    assert "".join(found.tokens) == TEXT
+    assert found.shares == [1.0] * 2 + [0.0] * (tokens - 10) + [1.0] * 8
+    assert found.plain == " 48213"
+    assert found.compressed != " 48213"
+    assert trial(model, tokenizer, TEXT, KeepAll(), complete=6).compressed == " 48213"
+
+
+def test_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT + "\n")
+    arguments = ["--text", str(path), "--policy", "streaming_llm(sinks=2)", "--budget", "10", "--complete", "6"]
+    result = runner.invoke(cli.app, ["cache", *arguments])
+    assert result.exit_code == 0, result.output
+    assert "StreamingLLM(budget=10, sinks=2): " in result.output
+    assert "layer   3: 10 of" in result.output
+    assert "full cache  48213" in result.output
+    assert "compressed " in result.output
+    assert "The·" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "snpkv"], "there is no policy 'snpkv'; did you mean SnapKV?"),
+        (["--policy", "SnapKV(windw=4)"], "SnapKV has no argument 'windw'; it takes budget"),
+        (["--policy", "SnapKV(budget=3)"], "budget is given twice, as 0.25 and in"),
+        (["--policy", "7"], "expected a policy such as SnapKV(window=16)"),
+        (["--budget", "2.5"], "above 0 and at most 1, got 2.5"),
+        (["--budget", "much"], "a share such as 0.25, got 'much'"),
+        (["--budget", "20"], "SnapKV: always keeps 32 entries, but the budget is 20"),
+        ([], "always keeps 32 entries, but the budget, 0.25 of"),
+        (["--text", " "], "the text is empty"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], message: str) -> None:
+    text = [] if "--text" in arguments else ["--text", TEXT]
+    result = runner.invoke(cli.app, ["cache", *arguments, *text])
+    assert result.exit_code == 1
+    assert message in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output

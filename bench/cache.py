@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -55,7 +56,7 @@ READING: dict[str, Policy] = {
     "Knorm": Knorm(budget=0.25),
     "keep all": KeepAll(),
 }
-QUARTER = 0.25
+Recall = dict[str, dict[float, tuple[float, float, float]]]  # exact match and its interval, by policy and budget
 BUDGETS = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
 LENGTH, DISTRACTORS, BATCH, SEED = 512, 4, 8, 11
 
@@ -79,7 +80,9 @@ def tokens(length: int, device: str) -> Tensor:
 
 def read(model: LlamaForCausalLM, ids: Tensor, policy: Policy | None) -> DynamicCache:
     with torch.inference_mode(), block(model, policy):
-        cache: DynamicCache = model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1).past_key_values
+        cache: DynamicCache = model(
+            ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1
+        ).past_key_values
     return cache
 
 
@@ -88,7 +91,9 @@ def reading_table(length: int, device: str, repeats: int) -> Table:
     runs: dict[str, Callable[[], object]] = {"plain": partial(read, model, ids, None)}
     runs |= {name: partial(read, model, ids, policy) for name, policy in READING.items()}
     seconds, ratios = compare(runs, device, repeats)
-    table = Table("policy, a quarter of the cache", "ratio to plain", title=f"reading {length:,} tokens: plain {seconds:.2f} s")
+    table = Table(
+        "policy, a quarter of the cache", "ratio to plain", title=f"reading {length:,} tokens, {seconds:.2f} s"
+    )
     for name in list(runs)[1:]:
         table.add_row(name, f"{ratios[name]:.2f}×")
     return table
@@ -114,9 +119,12 @@ def decoding_table(length: int, device: str, rounds: int) -> Table:
         name: READING[name] for name in ("SnapKV", "SnapKV, by head", "observed attention", "TOVA", "StreamingLLM")
     }
     times = [
-        {name: seconds_per_step(model, ids, policy, 12, device) for name, policy in policies.items()} for _ in range(rounds)
+        {name: seconds_per_step(model, ids, policy, 12, device) for name, policy in policies.items()}
+        for _ in range(rounds)
     ]
-    table = Table("policy", "tokens/s", "ratio to plain", "cache, MB", "peak, MB", title=f"decoding after {length:,} tokens")
+    table = Table(
+        "policy", "tokens/s", "ratio to plain", "cache, MB", "peak, MB", title=f"decoding after {length:,} tokens"
+    )
     for name, policy in policies.items():
         ratio = statistics.median(of["plain"] / of[name] for of in times)
         held = read(model, ids, policy)
@@ -163,13 +171,13 @@ def recalled(model: Any, rows: list[FactRow], policy: Policy) -> int:
     return hits
 
 
-def facts(folder: Path | None, samples: int) -> dict[str, dict[float, tuple[float, float, float]]]:
+def facts(folder: Path | None, samples: int) -> Recall:
     """Accuracy with its interval, by policy and budget."""
     model, tokenizer = regard.mini()
     material = Material(held_out_books(folder, tokenizer), tokenizer, held_out=True)
     random = np.random.default_rng(SEED)
     rows = [fact_row(material, random, LENGTH, DISTRACTORS) for _ in range(samples)]
-    found: dict[str, dict[float, tuple[float, float, float]]] = {}
+    found: Recall = {}
     with Progress(transient=True) as bar:
         task = bar.add_task("policies", total=len(BUDGETS) * len(policies(1.0, None)))
         for budget in BUDGETS:
@@ -180,19 +188,54 @@ def facts(folder: Path | None, samples: int) -> dict[str, dict[float, tuple[floa
     return found
 
 
+def facts_table(found: Recall, samples: int) -> Table:
+    title = f"{samples} facts asked for, {DISTRACTORS} distractors, {LENGTH} tokens: exact match, 95% interval"
+    table = Table("policy", *(f"{budget:.0%}" for budget in BUDGETS), title=title)
+    for name, of in found.items():
+        table.add_row(name, *(f"{value:.2f} ({low:.2f} … {high:.2f})" for value, low, high in of.values()))
+    return table
+
+
+def facts_plot(found: Recall, samples: int) -> go.Figure:
+    """Accuracy against budget, a line for each policy, with whiskers for the intervals."""
+    figure = go.Figure()
+    for name, of in found.items():
+        values, lows, highs = (np.array(column) for column in zip(*of.values(), strict=True))
+        whiskers = {
+            "type": "data",
+            "symmetric": False,
+            "array": highs - values,
+            "arrayminus": values - lows,
+            "thickness": 1,
+        }
+        figure.add_scatter(
+            x=[100 * budget for budget in of], y=100 * values, error_y=whiskers, name=name, mode="lines+markers"
+        )
+    figure.update_layout(
+        template="plotly_white", width=900, height=480, margin={"t": 60, "b": 50, "l": 60, "r": 20},
+        title=f"Facts recalled with a compressed cache (bundled model, {samples} questions, {LENGTH} tokens)",
+        xaxis={"title": "entries kept, % (log scale)", "type": "log", "tickvals": [100 * budget for budget in BUDGETS]},
+        yaxis={"title": "answers right, %", "range": [0, 102]},
+    )  # fmt: skip
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter texts, fewer rounds and samples")
     parser.add_argument("--facts", action="store_true", help="recall against the budget, instead of time and memory")
     parser.add_argument("--held-out", type=Path, help="folder of books; by default the chapter that ships")
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--plot", type=Path, help="write the recall as a picture, .html or what kaleido writes")
+    parser.add_argument("--plot", type=Path, help="write the recall as a picture, an HTML page")
     arguments = parser.parse_args()
     console = Console(width=130)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.facts:
-        found = facts(arguments.held_out, 24 if arguments.quick else arguments.samples)
-        console.print(facts_table(found))
+        samples = 24 if arguments.quick else arguments.samples
+        found = facts(arguments.held_out, samples)
+        console.print(facts_table(found, samples))
+        if arguments.plot:
+            facts_plot(found, samples).write_html(arguments.plot)
         return
     for length, repeats in ((1024, 3),) if arguments.quick else ((4096, 7), (16384, 3)):
         console.print(reading_table(length, device, repeats))

@@ -227,3 +227,46 @@ def test_budget_below_the_window_of_a_short_prompt() -> None:
         kept_after_prompt(SnapKV(budget=0.25), texts(40))
     with pytest.raises(ValueError, match=r"by_layer has 2 factors, the model 3 layers"):
         kept_after_prompt(Knorm(budget=0.5, by_layer=[1, 2]), texts(40))
+
+
+def test_pooling_goes_by_the_text_while_decoding() -> None:
+    """Of SnapKV at every step, the order of the entries: neighbours are those of the text."""
+    with torch.no_grad(), regard.compress(LLAMA, SnapKV(budget=6, window=2, kernel=3, every=1)):
+        past = LLAMA(**texts(12)).past_key_values
+        for token in range(5):
+            LLAMA(torch.full((1, 1), 3 + token), past_key_values=past)
+    for layer in past.layers:
+        for group in layer.groups:
+            positions = group.all_positions()
+            assert torch.equal(positions, positions.sort(dim=-1).values)
+            assert group.length == 6
+
+
+def test_full_heads_are_not_copied_when_others_drop() -> None:
+    class Uneven(Policy):
+        def score(self, entries: Entries) -> Tensor:
+            return entries.positions.float()
+
+        def counts(self, entries: Entries, scores: Tensor) -> Tensor:
+            return torch.stack([entries.tokens, torch.full_like(entries.tokens, 5)], dim=1)
+
+    with torch.no_grad(), regard.compress(LLAMA, Uneven(every=1)) as cache:
+        past = LLAMA(**texts(12)).past_key_values
+        for _ in range(3):
+            LLAMA(torch.ones(1, 1, dtype=torch.long), past_key_values=past)
+            held = {group.heads[0]: group.keys.data_ptr() for group in past.layers[0].groups}
+        LLAMA(torch.ones(1, 1, dtype=torch.long), past_key_values=past)
+    assert {group.heads[0]: group.keys.data_ptr() for group in past.layers[0].groups} == held
+    assert cache.report().layers[0].kept == [16, 5]
+    left = cache.report().layers[0].positions[0, 1]
+    assert left.nonzero()[:, 0].tolist() == [11, 12, 13, 14, 15]
+
+
+def test_what_was_made_in_inference_mode_is_not_written_into_outside() -> None:
+    with regard.compress(LLAMA, StreamingLLM(budget=6)) as cache:
+        with torch.inference_mode():
+            past = LLAMA(**texts(12)).past_key_values
+            LLAMA(torch.ones(1, 1, dtype=torch.long), past_key_values=past)
+        with torch.no_grad():
+            LLAMA(torch.ones(1, 1, dtype=torch.long), past_key_values=past)
+    assert cache.report().layers[0].positions[0, 0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 12, 13]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
 from regard.cache.kept_call import KeptCall
@@ -60,6 +62,9 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         self._cache: Any = None  # the last one
         self._adopted: list[KeptLayer] = []
         self._memory: dict[Any, Any] = {}
+        self._beside: Any = None
+        self._ids: Tensor | None = None  # of the pass's tokens
+        self._first: KeptLayer | None = None
         self._pending: tuple[KeptLayer, int] | None = None
         self._passes = 0
         self._thread = 0
@@ -70,6 +75,7 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
             raise RuntimeError(f"{type(self.model).__name__} is being compressed already; leave that block first")
         self._thread = threading.get_ident()
         self._exit = enter_all(
+            self._enter_beside(),
             keep(self),
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.model.register_forward_hook(self._end),
@@ -88,6 +94,11 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         if kind is None and not self._adopted:
             raise RuntimeError(_explain_no_cache(self.model, self._passes))
 
+    @contextmanager
+    def _enter_beside(self) -> Iterator[None]:
+        with self.policy.beside(self.model) as self._beside:
+            yield
+
     def report(self) -> Report:
         """What is kept in the last cache, by layer and head."""
         if self._cache is None:
@@ -103,6 +114,7 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         if threading.get_ident() != self._thread:
             return None
         self._passes += 1
+        self._ids = _token_ids(args, kwargs)
         given = kwargs.get("past_key_values")
         config: Any = getattr(model, "config", None)
         if given is None and kwargs.get("use_cache") is not False and config is not None:
@@ -130,6 +142,9 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         """The attention call that follows is this layer's, with so many new tokens."""
         self._refuse_pending()
         self._pending = (layer, tokens)
+        if layer.rank == 0:
+            self._first = layer
+            layer.take_ids(self._ids, tokens)
 
     def _refuse_pending(self) -> None:
         if self._pending is not None:
@@ -157,11 +172,19 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         layer.steps = layer.steps + 1 if kept.tokens == 1 and layer.seen > 1 else 0
         if not policy.due(kept.tokens, layer.steps):
             return
-        entries = layer.entries(kept.real, self._memory)
+        ids = None if self._first is None else self._first.token_ids
+        entries = layer.entries(kept.real, self._memory, new=kept.tokens, token_ids=ids, beside=self._beside)
         scores = policy.score(entries).masked_fill(~entries.real, -torch.inf)
-        layer.keep(scores, policy.counts(entries, scores).minimum(entries.real.sum(dim=-1)))
+        counts = policy.counts(entries, scores).minimum(entries.real.sum(dim=-1))
+        layer.keep(scores, counts, policy.pools)
         if not policy.accumulates:
             layer.forget()
+
+
+def _token_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The ids (B, n) of a pass's tokens, where the model is given any."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return ids if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() else None
 
 
 def _explain_no_cache(model: Module, passes: int) -> str:

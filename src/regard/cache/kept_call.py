@@ -16,7 +16,8 @@ from regard.maps import AttentionMap
 
 if TYPE_CHECKING:
     from regard.cache.compress import compress
-    from regard.cache.layer import HeadGroup, KeptLayer
+    from regard.cache.head_group import HeadGroup
+    from regard.cache.layer import KeptLayer
 
 
 class KeptCall:

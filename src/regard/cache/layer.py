@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,77 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import CacheLayerMixin
 
+from regard.cache.head_group import HeadGroup, merge
 from regard.cache.policy import Entries
 
 if TYPE_CHECKING:
     from regard.cache.compress import compress
-
-
-@dataclass
-class HeadGroup:
-    """The entries of those key heads of a layer that hold equally many.
-
-    ``keys`` and ``values`` are (B, h, L, D). Their first entries stand at ``positions`` (B, h, K) of the text, −1 for a slot
-    that is empty since another row of the batch holds more; those after them at ``start`` and on. ``received``
-    (B, h, L) is the attention that each entry was given, where the policy reads it.
-    """
-
-    heads: list[int]
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    start: int
-    received: Tensor
-
-    @property
-    def length(self) -> int:
-        """Entries of each head."""
-        return int(self.keys.shape[2])
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """The names of what has a row for each text of the batch."""
-        return ("keys", "values", "positions", "received")
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add the keys and values of new tokens, (B, h, n, D)."""
-        self.keys = torch.cat([self.keys, keys], dim=2)
-        self.values = torch.cat([self.values, values], dim=2)
-        if self.received.numel():
-            self.received = functional.pad(self.received, (0, keys.shape[2]))
-
-    def all_positions(self) -> Tensor:
-        """(B, h, L): where in the text each entry stands, −1 for an empty slot."""
-        later = torch.arange(self.length - self.positions.shape[2], device=self.keys.device) + self.start
-        return torch.cat([self.positions, later.expand(*self.positions.shape[:2], -1)], dim=2)
-
-    @functools.cached_property
-    def has_empty(self) -> bool:
-        """Whether some slots hold no entry."""
-        return bool((self.positions < 0).any())
-
-    def receive(self, attention: Tensor) -> None:
-        """Add attention (B, h, L) to what the entries received."""
-        self.received = self.received + attention if self.received.numel() else attention
-
-    def select(self, heads: list[int], index: Tensor, empty: Tensor) -> HeadGroup:
-        """Some of its heads, by their place in it, with these entries only, (B, h, K); ``empty`` slots hold none."""
-        keys, values = (
-            tensor[:, heads].gather(2, index[..., None].expand(-1, -1, -1, tensor.shape[3]))
-            for tensor in (self.keys, self.values)
-        )
-        positions = self.all_positions()[:, heads].gather(2, index).masked_fill(empty, -1)
-        received = self.received[:, heads].gather(2, index) if self.received.numel() else self.received[:, heads]
-        start = self.start + self.length - self.positions.shape[2]
-        return HeadGroup([self.heads[head] for head in heads], keys, values, positions, start, received)
-
-
-def _merge(groups: list[HeadGroup]) -> HeadGroup:
-    """Groups of equally many entries as one."""
-    if len(groups) == 1:
-        return groups[0]
-    tensors = {name: torch.cat([getattr(group, name) for group in groups], dim=1) for name in groups[0].tensors}
-    return HeadGroup([head for group in groups for head in group.heads], start=groups[0].start, **tensors)
 
 
 class KeptLayer(CacheLayerMixin):
@@ -100,6 +32,7 @@ class KeptLayer(CacheLayerMixin):
         self.seen = 0  # tokens so far, dropped ones too: rotary positions go on from here
         self.steps = 0  # decoding steps since the last prompt
         self.dropped = False
+        self.token_ids: Tensor | None = None  # (B, tokens seen), in the first layer, for all of them
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Begin with keys and values (B, Hk, N, D) that nothing was dropped of."""
@@ -130,13 +63,25 @@ class KeptLayer(CacheLayerMixin):
             return key_states, value_states
         return self.groups[0].keys, self.groups[0].values
 
+    def take_ids(self, ids: Tensor | None, tokens: int) -> None:
+        """Take note of the ids (B, n) of new tokens; those of a text of which some are not known are not known."""
+        before, self.token_ids = self.token_ids, None
+        if ids is None or ids.shape[1] != tokens:
+            return
+        if self.seen == tokens:
+            self.token_ids = ids
+        elif before is not None:
+            self.token_ids = torch.cat([before, ids], dim=1)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Begin with no tokens."""
         self.fill(key_states[:, :, :0], value_states[:, :, :0])
 
-    def entries(self, real: Tensor | None, memory: dict[Any, Any]) -> Entries:
-        """What a policy sees of the layer; ``real`` (B, tokens so far) tells tokens from padding."""
-        keys, values, positions, received = (self._of_all_heads(name) for name in self.groups[0].tensors)
+    def entries(self, real: Tensor | None, memory: dict[Any, Any], **further: Any) -> Entries:
+        """What a policy sees of the layer; ``real`` (B, tokens so far) tells tokens from padding, the others are fields."""
+        keys, values, positions, received = (
+            self._of_all_heads(name) for name in ("keys", "values", "positions", "received")
+        )
         batch = keys.shape[0]
         there = positions >= 0
         if real is None:
@@ -147,7 +92,7 @@ class KeptLayer(CacheLayerMixin):
             index = positions.clamp(min=0)
             there = there & real[:, None].expand(-1, index.shape[1], -1).gather(2, index)
         return Entries(
-            self.rank, self.layers, keys, values, positions, there, received, first, self.seen, memory
+            self.rank, self.layers, keys, values, positions, there, received, first, self.seen, memory, **further
         )  # fmt: skip
 
     def _of_all_heads(self, name: str) -> Tensor:
@@ -165,29 +110,30 @@ class KeptLayer(CacheLayerMixin):
         order = torch.tensor([head for group in self.groups for head in group.heads]).argsort()
         return torch.cat(parts, dim=1)[:, order]
 
-    def keep(self, scores: Tensor, counts: Tensor) -> None:
-        """Drop all but the entries of the highest scores (B, Hk, L), as many of each head as the counts (B, Hk) say."""
-        lengths = [
-            next(group.length for group in self.groups if head in group.heads) for head in range(counts.shape[1])
-        ]
-        longest = counts.amax(dim=0).tolist()
-        if all(kept >= length for kept, length in zip(longest, lengths, strict=True)):
+    def keep(self, scores: Tensor, counts: Tensor, in_order: bool) -> None:
+        """Drop all but the entries of the highest scores (B, Hk, L), as many of each head as the counts (B, Hk) say.
+
+        With ``in_order`` the entries stay in the order of the text; else the last one may take the place of one that goes.
+        """
+        longest, fewest = counts.amax(dim=0).tolist(), counts.amin(dim=0).tolist()
+        lost = ((scores > -torch.inf).sum(dim=-1) > counts).any(dim=0).tolist()  # also from a shorter text alone
+        done, rest = [], []
+        for group in self.groups:
+            kept = {longest[head] for head in group.heads} | {fewest[head] for head in group.heads}
+            if min(longest[head] for head in group.heads) >= group.length and not any(
+                lost[head] for head in group.heads
+            ):
+                done.append(group)
+            elif self.dropped and not in_order and kept == {group.length - 1} and group.can_replace():
+                group.replace(scores[:, group.heads, : group.length].argmin(dim=-1))
+                done.append(group)
+            else:
+                rest.append(group)
+        if not rest:
             return
         best = scores.argsort(dim=-1, descending=True, stable=True)
-        groups = []
-        for number in sorted(set(longest)):
-            parts = []
-            for group in self.groups:
-                places = [place for place, head in enumerate(group.heads) if longest[head] == number]
-                if places:
-                    heads = [group.heads[place] for place in places]
-                    empty = torch.arange(number, device=counts.device) >= counts[:, heads, None]
-                    index = (
-                        best[:, heads, :number].masked_fill(empty, -1).sort(dim=-1).values
-                    )  # in the order of the text
-                    parts.append(group.select(places, index.clamp(min=0), index < 0))
-            groups.append(_merge(parts))
-        self.groups = groups
+        numbers = sorted({longest[head] for group in rest for head in group.heads})
+        self.groups = done + [_best(rest, best, counts, longest, number) for number in numbers]
         self.dropped = True
 
     def forget(self) -> None:
@@ -211,6 +157,7 @@ class KeptLayer(CacheLayerMixin):
         """Forget everything."""
         self.groups, self.state, self.seen, self.steps = [], {}, 0, 0
         self.dropped = self.is_initialized = False
+        self.token_ids = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search."""
@@ -238,10 +185,23 @@ class KeptLayer(CacheLayerMixin):
 
     def numbers(self) -> int:
         """Bytes of keys and values."""
-        return sum(t.numel() * t.element_size() for group in self.groups for t in (group.keys, group.values))
+        return sum(group.bytes for group in self.groups)
 
     def _rows(self, change: Any) -> None:
         for group in self.groups:
-            for name in group.tensors:
-                setattr(group, name, change(getattr(group, name)))
+            group.change_rows(change)
+        self.token_ids = None if self.token_ids is None else change(self.token_ids)
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
+
+
+def _best(groups: list[HeadGroup], best: Tensor, counts: Tensor, longest: list[int], number: int) -> HeadGroup:
+    """The heads that keep this number of entries, and those entries, in the order in which they stand."""
+    parts = []
+    for group in groups:
+        places = [place for place, head in enumerate(group.heads) if longest[head] == number]
+        if places:
+            heads = [group.heads[place] for place in places]
+            empty = torch.arange(number, device=counts.device) >= counts[:, heads, None]
+            index = best[:, heads, :number].masked_fill(empty, -1).sort(dim=-1).values
+            parts.append(group.select(places, index.clamp(min=0), index < 0))
+    return merge(parts)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 _PYRAMID = 20  # how much more the first layer gets than the last, of PyramidKV
 
@@ -21,8 +23,9 @@ class Entries:
     Tensors are (batch, key heads, entries), except ``keys`` and ``values`` with their width in addition. ``positions`` are
     those in the text, ``real`` tells entries from padding and empty slots, ``received`` is the attention that each was given
     by the queries that the policy reads, the mean over the query heads of a group. ``first`` (batch, 1, 1) is the
-    position of each text's first real token and ``seen`` the number of tokens so far, padding included. ``memory``
-    is a policy's own, shared by the layers of a cache.
+    position of each text's first real token and ``seen`` the number of tokens so far, padding included, of which this pass
+    brought the last ``new``. ``memory`` is a policy's own, shared by the layers of a cache. ``token_ids`` (batch, seen) are
+    the text's, None if the model was not given all of them as input_ids. ``beside`` is what `Policy.beside` gave.
     """
 
     layer: int
@@ -35,6 +38,9 @@ class Entries:
     first: Tensor
     seen: int
     memory: dict[Any, Any]
+    new: int = 0
+    token_ids: Tensor | None = None
+    beside: Any = None
 
     @property
     def tokens(self) -> Tensor:
@@ -94,6 +100,9 @@ class Policy(ABC):
     frees: ClassVar[bool] = True
     """Whether dropped entries leave the memory."""
 
+    pools: ClassVar[bool] = False
+    """Whether an entry's score depends on its neighbours', so that entries have to stay in the order of the text."""
+
     floor: ClassVar[float] = 0.2
     """The part of its share that a head has for sure with ``by_head="adaptive"``."""
 
@@ -136,7 +145,11 @@ class Policy(ABC):
 
     def is_local(self, step: Step) -> Tensor:
         """(batch, key heads, shared), boolean: the query heads that attend to their local entries only."""
-        raise NotImplementedError(f"{type(self).__name__} has local entries, and needs is_local to say who does with them")
+        raise NotImplementedError(f"{type(self).__name__} names local entries; it needs is_local too, to say for whom")
+
+    def beside(self, model: Module) -> AbstractContextManager[Any]:
+        """What is to run beside the model in the block of `compress`, with what it gives in every `Entries`; nothing here."""
+        return nullcontext()
 
     @abstractmethod
     def score(self, entries: Entries) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class SnapKV(Policy):
     >>> print(regard.cache.SnapKV(budget=0.25))
     SnapKV(budget=0.25)
     """
+
+    pools: ClassVar[bool] = True
 
     window: int = 32
     kernel: int = 5

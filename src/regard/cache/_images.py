@@ -1,0 +1,77 @@
+"""What policies have in common that drop nothing but image tokens."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from regard.cache.policy import Entries, Policy, ceil
+from regard.calls import AttentionCall, Where
+from regard.steer.edit import resolve
+from regard.steer.vision.image_tokens import image_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ImagePolicy(Policy):
+    """A policy that chooses once, in the pass that reads an image, which of its tokens stay; text stays in any case.
+
+    What is left of images of earlier turns stays too.
+    """
+
+    image: Where | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, usual in (("prefill", True), ("every", None), ("by_layer", "uniform"), ("by_head", "uniform")):
+            if getattr(self, name) != usual:
+                raise ValueError(
+                    f"{type(self).__name__} chooses image tokens once for all heads, when it reads them: it takes no {name}"
+                )
+
+    def beside(self, model: Module) -> AbstractContextManager[Any]:
+        """Where the image tokens are."""
+        return nullcontext(self.image_of(model))
+
+    def image_of(self, model: Module) -> Where:
+        """The image tokens that were named, or those that the model's config names."""
+        return image_tokens(model) if self.image is None else self.image
+
+    def counts(self, entries: Entries, scores: Tensor) -> Tensor:
+        """Text, and the image tokens that stay: those that score above 0."""
+        return (scores > 0).sum(dim=-1)
+
+    def new_image(self, entries: Entries, image: Where) -> Tensor:
+        """(batch, seen) boolean: the image tokens that this pass brought."""
+        call = AttentionCall(
+            entries.keys, entries.keys, entries.values, path="the cache", token_ids=entries.token_ids
+        )  # as which positions are resolved
+        place = torch.arange(entries.seen, device=entries.keys.device)
+        found = resolve(image, call, 0, entries.seen) & (place >= entries.first[:, 0])
+        if not bool(found.any(dim=1).all()):
+            row = int((~found.any(dim=1)).nonzero()[0])
+            raise ValueError(
+                f"{type(self).__name__} drops image tokens, and text {row} of the batch has none among its "
+                f"{int(entries.tokens[row])} tokens: pass the image, or say with image= where it stands"
+            )
+        return found & (place >= entries.seen - entries.new)
+
+    def targets(self, tokens: Tensor) -> Tensor:
+        """How many of so many image tokens stay."""
+        return tokens.clamp(max=self.budget) if isinstance(self.budget, int) else ceil(tokens * self.budget)
+
+
+def best(scores: Tensor, among: Tensor, numbers: Tensor) -> Tensor:
+    """(rows, tokens) boolean: the highest scores among some tokens, so many of each row; of equals the first."""
+    order = scores.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return among & (order.argsort(dim=1) < numbers[:, None])
+
+
+def at_entries(stay: Tensor, entries: Entries) -> Tensor:
+    """1 for the entries of tokens (batch, seen) that stay, 0 for the others."""
+    stay = stay[:, None].expand(-1, entries.positions.shape[1], -1)
+    return stay.gather(2, entries.positions.clamp(min=0)).to(entries.received.dtype)

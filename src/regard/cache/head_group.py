@@ -1,0 +1,121 @@
+"""The entries of key heads that hold equally many: a block of keys and values, and where in the text they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass
+class HeadGroup:
+    """Keys and values (B, h, L, D) of some key heads of a layer.
+
+    The first entries stand at ``positions`` (B, h, K) of the text, −1 for a slot that is empty since another row of the
+    batch holds more; those after them at ``start`` and on. ``received`` (B, h, L) is the attention that each
+    entry was given, where the policy reads it.
+    """
+
+    heads: list[int]
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    start: int
+    received: Tensor
+    has_empty: bool = False
+    _rooms: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Entries of each head."""
+        return int(self.keys.shape[2])
+
+    @property
+    def bytes(self) -> int:
+        """What keys and values take, the room for further ones included."""
+        blocks = (self._rooms.get(name, getattr(self, name)) for name in ("keys", "values"))
+        return sum(block.numel() * block.element_size() for block in blocks)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add the keys and values of new tokens, (B, h, n, D)."""
+        self.keys, self.values = self._longer("keys", keys), self._longer("values", values)
+        if self.received.numel():
+            self.received = functional.pad(self.received, (0, keys.shape[2]))
+
+    def _longer(self, name: str, new: Tensor) -> Tensor:
+        """Keys or values with new ones at the end, where there is room for most tokens without a copy of all others."""
+        old, room = getattr(self, name), self._rooms.get(name)
+        end = old.shape[2] + new.shape[2]
+        if room is None or room.shape[2] < end or not _writable(room):
+            spare = new.new_empty(*old.shape[:2], max(8, end // 16), old.shape[3])
+            room = torch.cat([old, new, spare], dim=2)
+            self._rooms[name] = room
+        else:
+            room[:, :, old.shape[2] : end] = new
+        return room[:, :, :end]
+
+    def all_positions(self) -> Tensor:
+        """(B, h, L): where in the text each entry stands, −1 for an empty slot."""
+        later = torch.arange(self.length - self.positions.shape[2], device=self.keys.device) + self.start
+        return torch.cat([self.positions, later.expand(*self.positions.shape[:2], -1)], dim=2)
+
+    def receive(self, attention: Tensor) -> None:
+        """Add attention (B, h, L) to what the entries received."""
+        self.received = self.received + attention if self.received.numel() else attention
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Other texts of the batch, or in another order: the same for all that has a row for each."""
+        self._rooms.clear()
+        for name in ("keys", "values", "positions", "received"):
+            setattr(self, name, change(getattr(self, name)))
+
+    def select(self, heads: list[int], index: Tensor, empty: Tensor) -> HeadGroup:
+        """Some of its heads, by their place in it, with these entries only, (B, h, K); ``empty`` slots hold none."""
+        keys, values = (
+            tensor[:, heads].gather(2, index[..., None].expand(-1, -1, -1, tensor.shape[3]))
+            for tensor in (self.keys, self.values)
+        )
+        positions = self.all_positions()[:, heads].gather(2, index).masked_fill(empty, -1)
+        received = self.received[:, heads].gather(2, index) if self.received.numel() else self.received[:, heads]
+        names = [self.heads[head] for head in heads]
+        return HeadGroup(names, keys, values, positions, self._next(), received, bool((positions < 0).any()))
+
+    def can_replace(self) -> bool:
+        """Whether `replace` may write into what is there."""
+        return bool(self._rooms) and not self.has_empty and all(_writable(room) for room in self._rooms.values())
+
+    def replace(self, entry: Tensor) -> None:
+        """Drop one entry of each head, (B, h), and put the last one into its place: nothing else is copied."""
+        positions, start, last = self.all_positions(), self._next(), self.length - 1
+        blocks = [self.keys, self.values, positions, *([self.received] if self.received.numel() else [])]
+        for block in blocks:
+            place = entry[..., None] if block.ndim == 3 else entry[..., None, None].expand(-1, -1, 1, block.shape[3])
+            block.scatter_(2, place, block[:, :, last:].clone())
+        self.keys, self.values = self.keys[:, :, :last], self.values[:, :, :last]
+        self.positions, self.start, self.received = positions[..., :last], start, self.received[..., :last]
+
+    def _next(self) -> int:
+        """The position of the next token."""
+        return self.start + self.length - self.positions.shape[2]
+
+
+def merge(groups: list[HeadGroup]) -> HeadGroup:
+    """Groups of equally many entries as one."""
+    if len(groups) == 1:
+        return groups[0]
+    keys, values, positions, received = (
+        torch.cat([getattr(group, name) for group in groups], dim=1)
+        for name in ("keys", "values", "positions", "received")
+    )
+    heads = [head for group in groups for head in group.heads]
+    return HeadGroup(
+        heads, keys, values, positions, groups[0].start, received, any(group.has_empty for group in groups)
+    )
+
+
+def _writable(tensor: Tensor) -> bool:
+    """Whether a tensor may be changed in place: nobody differentiates through it, nor made it in inference mode alone."""
+    return not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not tensor.is_inference())

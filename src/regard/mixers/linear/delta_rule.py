@@ -1,0 +1,184 @@
+"""The delta rule: a memory that replaces what it holds for a key instead of adding to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, RMSNorm, functional
+
+from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear.forms import Form, check_form, check_heads
+from regard.mixers.linear.linear_attention import cut
+from regard.mixers.linear.mixer import Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.linear.short_convolution import ShortConvolution
+
+CHUNK = 64
+
+
+def delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    *,
+    log_decay: Tensor | None = None,
+    form: Form = "chunked",
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """``S_i = α_i (I − β_i k_i k_iᵀ) S_{i−1} + β_i k_i v_iᵀ,  o_i = S_iᵀ q_i``.
+
+    Written as ``S_i = α_i S_{i−1} + k_i u_iᵀ``, the corrections ``u_i = β_i (v_i − α_i S_{i−1}ᵀ k_i)`` of a chunk solve one
+    triangular system, so that chunks are products of matrices.
+
+    Args:
+        query, key: (B, H, N, Dk); keys of length 1, or β‖k‖² ≤ 2, keep the memory from growing.
+        value: (B, H, N, Dv).
+        beta: (B, H, N), how far a value replaces the old one, 0 to 1 (or 2).
+        state: S before the first token, (B, H, Dk, Dv); zeros by default.
+        log_decay: log α, (B, H, N), at most 0; none by default.
+        form: "parallel" one triangular system of all tokens, "chunked" one for each chunk, "recurrent" token by token.
+        chunk: tokens of a chunk.
+
+    Returns:
+        The output (B, H, N, Dv) in the values' dtype, and S after the last token, in float32 at least.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    I. Schlag et al. (2021), Linear Transformers Are Secretly Fast Weight Programmers; S. Yang et al. (2024), Parallelizing
+    Linear Transformers with the Delta Rule over Sequence Length.
+
+    >>> import torch
+    >>> q, k, v = torch.randn(3, 1, 2, 100, 16)
+    >>> k = torch.nn.functional.normalize(k, dim=-1)
+    >>> chunked, state = delta_rule(q, k, v, torch.rand(1, 2, 100))
+    >>> chunked.shape, state.shape
+    (torch.Size([1, 2, 100, 16]), torch.Size([1, 2, 16, 16]))
+    """
+    check_form(form)
+    check_heads(query, key, value)
+    for name, gate in (("beta", beta), ("log_decay", log_decay)):
+        if gate is not None and gate.shape != query.shape[:3]:
+            raise ValueError(f"{name} must be of shape {tuple(query.shape[:3])}, got {tuple(gate.shape)}")
+    shape = (*query.shape[:2], query.shape[3], value.shape[3])
+    if state is not None and state.shape != shape:
+        raise ValueError(f"the state must be of shape {shape}, got {tuple(state.shape)}")
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    q, k, v, b = (tensor.to(dtype) for tensor in (query, key, value, beta))
+    before = q.new_zeros(shape) if state is None else state.to(dtype)
+    decay = torch.zeros_like(b) if log_decay is None else log_decay.to(dtype)
+    if form == "recurrent":
+        output, after = _recurrent(q, k, v, b, decay, before)
+    else:
+        output, after = _chunked(
+            q, k, v, b, decay, before, q.shape[2] if form == "parallel" else min(chunk, q.shape[2])
+        )
+    return output.to(value.dtype), after
+
+
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, before: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    length = q.shape[2]
+    q, k, v, beta, decay = (cut(t, chunk) for t in (q, k, v, beta[..., None], decay[..., None]))
+    total = decay.cumsum(3)  # (B, H, chunks, chunk, 1)
+    end = total[:, :, :, -1:]
+    hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
+    between = (total - total.mT).masked_fill(hidden, -torch.inf).exp()
+    # (I + A) U = β (V − e^G K S): what earlier tokens of the chunk wrote for a key is taken into account.
+    system = (beta * (k @ k.mT) * between).tril(-1) + torch.eye(chunk, device=q.device, dtype=q.dtype)
+    right = torch.cat([beta * v, beta * total.exp() * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    written, read = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    within, seen, left = (q @ k.mT) * between, q * total.exp(), k * (end - total).exp()
+    outputs = []
+    for number in range(q.shape[2]):
+        corrections = written[:, :, number] - read[:, :, number] @ before
+        outputs.append(seen[:, :, number] @ before + within[:, :, number] @ corrections)
+        before = end[:, :, number].exp() * before + left[:, :, number].mT @ corrections
+    return torch.cat(outputs, dim=2)[:, :, :length], before
+
+
+def _recurrent(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for i in range(q.shape[2]):
+        before = decay[:, :, i, None, None].exp() * before
+        correction = beta[:, :, i, None, None] * (v[:, :, i, None] - k[:, :, i, None] @ before)
+        before = before + k[:, :, i, :, None] * correction
+        outputs.append(q[:, :, i, None] @ before)
+    return torch.cat(outputs, dim=2), before
+
+
+class DeltaRule(Mixer):
+    """The layer of DeltaNet: short convolutions and SiLU before queries, keys and values, keys and queries of length 1,
+    ``β = sigmoid(W x)``, an RMS norm of each head's output.
+
+    Args:
+        dim: of the tokens.
+        heads: that divide it.
+        convolution: tokens that the short convolutions see.
+
+    S. Yang et al. (2024), Parallelizing Linear Transformers with the Delta Rule over Sequence Length.
+
+    >>> import torch
+    >>> mixer, x = DeltaRule(32, heads=4), torch.randn(2, 10, 32)
+    >>> y, state = mixer(x)
+    >>> step, state = mixer.decode(torch.randn(2, 32), state)
+    >>> y.shape, step.shape, state.seen
+    (torch.Size([2, 10, 32]), torch.Size([2, 32]), 11)
+    """
+
+    def __init__(self, dim: int, heads: int = 4, convolution: int = 4) -> None:
+        super().__init__(dim)
+        check_divides(type(self).__name__, dim, heads)
+        self.heads = heads
+        self.inputs = Linear(dim, 3 * dim, bias=False)
+        self.convolution = ShortConvolution(3 * dim, convolution)
+        self.beta = Linear(dim, heads)
+        self.norm = RMSNorm(dim // heads, eps=1e-5)
+        self.output = Linear(dim, dim, bias=False)
+
+    def mix(
+        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Project, convolve, remember, read."""
+        query, key, value, tail = self._inputs(x, state, mask)
+        mixed, after = delta_rule(
+            query, key, value, self._beta(x, mask), None if state is None else state["memory"],
+            log_decay=self._log_decay(x, mask),
+        )  # fmt: skip
+        return self._outputs(x, mixed), {"memory": after, "tail": tail}
+
+    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
+        """The matrix of the values after their convolution."""
+        tensors = None if state is None else state.tensors
+        query, key, value, _ = self._inputs(x, tensors, None)
+        beta, decay = self._beta(x, None), self._log_decay(x, None)
+        batch, heads, tokens, _ = query.shape
+
+        def apply(values: Tensor) -> Tensor:
+            return delta_rule(query, key, values, beta, log_decay=decay)[0]
+
+        return HiddenMap(apply, (batch, heads, tokens, tokens), value)
+
+    def _inputs(
+        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, N, D), and the convolution's tail."""
+        convolved, tail = self.convolution(self.inputs(x), None if state is None else state["tail"], mask)
+        query, key, value = (split_heads(part, self.heads) for part in convolved.chunk(3, dim=-1))
+        return functional.normalize(query, dim=-1), functional.normalize(key, dim=-1), value, tail
+
+    def _beta(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        beta: Tensor = self.beta(x).sigmoid().mT
+        return beta if mask is None else beta * mask[:, None]
+
+    def _log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        return None
+
+    def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
+        y: Tensor = self.output(join_heads(self.norm(mixed)))
+        return y

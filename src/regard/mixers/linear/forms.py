@@ -1,0 +1,29 @@
+"""The three forms of a mechanism, and the checks that all share."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Form = Literal["parallel", "chunked", "recurrent"]
+"""The readable reference, the fast one for training and prompts, and the one that decodes token by token."""
+
+
+def check_form(form: str) -> None:
+    """Refuse a form of another name."""
+    if form not in get_args(Form):
+        raise ValueError(f"form must be one of {', '.join(get_args(Form))}; got {form!r}")
+
+
+def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse queries, keys and values that do not belong together."""
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+    if any(tensor.ndim != 4 for tensor in (query, key, value)):
+        raise ValueError(f"query, key and value must be (batch, heads, tokens, dim), got {shapes}")
+    if query.shape != key.shape or key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"query and key must be of one shape, and value differ in its last dimension only, got {shapes}"
+        )
+    if not query.shape[2]:
+        raise ValueError(f"there are no tokens: query is of shape {tuple(query.shape)}")

@@ -1,0 +1,45 @@
+"""The gated delta rule: a memory that replaces, and that forgets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, Parameter, functional
+
+from regard.mixers.linear.delta_rule import DeltaRule
+from regard.mixers.linear.mixer import join_heads
+
+
+class GatedDeltaRule(DeltaRule):
+    """The layer of Gated DeltaNet: `DeltaRule` with ``log α = −exp(a) · softplus(W x + b)`` and a SiLU gate on its output.
+
+    exp(a) begins between 1 and 16 and softplus(b) between 0.001 and 0.1, so that heads remember for different times.
+
+    Args:
+        dim: of the tokens.
+        heads: that divide it.
+        convolution: tokens that the short convolutions see.
+
+    S. Yang, J. Kautz and A. Hatamizadeh (2025), Gated Delta Networks: Improving Mamba2 with Delta Rule.
+
+    >>> import torch
+    >>> y, state = GatedDeltaRule(32, heads=4)(torch.randn(2, 10, 32))
+    >>> y.shape, state.tensors["memory"].shape
+    (torch.Size([2, 10, 32]), torch.Size([2, 4, 8, 8]))
+    """
+
+    def __init__(self, dim: int, heads: int = 4, convolution: int = 4) -> None:
+        super().__init__(dim, heads, convolution)
+        self.rate = Linear(dim, heads, bias=False)
+        self.log_scale = Parameter(torch.empty(heads).uniform_(1, 16).log())
+        step = torch.empty(heads).uniform_(-6.9, -2.3).exp()
+        self.bias = Parameter(step.expm1().log())  # the inverse of softplus
+        self.gate = Linear(dim, dim, bias=False)
+
+    def _log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        decay = (-self.log_scale.exp() * functional.softplus(self.rate(x) + self.bias)).mT
+        return decay if mask is None else decay * mask[:, None]
+
+    def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
+        y: Tensor = self.output(join_heads(self.norm(mixed)) * functional.silu(self.gate(x)))
+        return y

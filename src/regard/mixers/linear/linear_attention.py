@@ -1,0 +1,163 @@
+"""Linear attention with decay: the recurrence on which most mechanisms of this folder stand.
+
+S_i = diag(exp g_i) S_{i−1} + k_i v_iᵀ,    o_i = S_iᵀ q_i,    g_i ≤ 0
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from regard.mixers.linear.forms import Form, check_form, check_heads
+
+CHUNK = 64
+_CHUNK_OF_CHANNELS = 16  # with a decay for each channel, a chunk holds (chunk, chunk, channels) numbers
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    causal: bool = True,
+    form: Form = "chunked",
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """``o_i = Σ_{j≤i} (q_i · exp(G_i − G_j) k_j) v_j``, with G the running sum of the log decays.
+
+    Args:
+        query, key: (B, H, N, Dk); feature maps and scales are the caller's.
+        value: (B, H, N, Dv).
+        log_decay: at most 0; (H,) a constant of each head, (B, H, N) one for each token, (B, H, N, Dk) one for each channel;
+            None for none.
+        state: S before the first token, (B, H, Dk, Dv); zeros by default.
+        causal: else each token sees all, as far as the decay between them reaches: ``exp(−|G_i − G_j|)``.
+        form: "parallel" the quadratic reference, "chunked" linear in N, "recurrent" token by token.
+        chunk: tokens of a chunk.
+
+    Returns:
+        The output (B, H, N, Dv) in the values' dtype, and S after the last token, in float32 at least.
+
+    Raises:
+        ValueError: shapes that do not fit; a state where nothing is causal.
+
+    A. Katharopoulos et al. (2020), Transformers are RNNs; with decay, Y. Sun et al. (2023), Retentive Network.
+
+    >>> import torch
+    >>> q, k, v = torch.randn(3, 1, 2, 100, 16)
+    >>> decay = torch.tensor([-0.1, -0.01])
+    >>> chunked, state = linear_attention(q, k, v, decay)
+    >>> parallel, _ = linear_attention(q, k, v, decay, form="parallel")
+    >>> bool(torch.allclose(chunked, parallel, atol=1e-3))
+    True
+    """
+    check_form(form)
+    check_heads(query, key, value)
+    if not causal:
+        return _both_ways(query, key, value, log_decay, state, form, chunk)
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
+    decay = _spread(log_decay, q)
+    before = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3]) if state is None else _checked(state, q, v).to(dtype)
+    run = {"parallel": _parallel, "chunked": _chunked, "recurrent": _recurrent}[form]
+    output, after = run(q, k, v, decay, before, chunk)
+    return output.to(value.dtype), after
+
+
+def _both_ways(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, state: Tensor | None, form: Form, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """What comes before and what comes after, the token itself once; the decay from j to i is that of the tokens between."""
+    if state is not None:
+        raise ValueError("without causal=True there is no state to begin with: every token sees all others")
+    forward, after = linear_attention(query, key, value, log_decay, form=form, chunk=chunk)
+    turned = (query.flip(2), key.flip(2), value.flip(2))
+    if log_decay is not None and log_decay.ndim > 1:  # from j back to i < j, the decays are g_{i+1} … g_j
+        log_decay = functional.pad(log_decay.flip(2)[:, :, :-1], (0, 0) * (log_decay.ndim - 3) + (1, 0))
+    backward, _ = linear_attention(*turned, log_decay, form=form, chunk=chunk)
+    own = (query.float() * key.float()).sum(-1, keepdim=True) * value.float()
+    return (forward.float() + backward.flip(2).float() - own).to(value.dtype), after
+
+
+def _parallel(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """The matrix of all pairs."""
+    total = decay.cumsum(2)  # (B, H, N, 1 or Dk)
+    length = q.shape[2]
+    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    between = (total[:, :, :, None] - total[:, :, None]).masked_fill(hidden[..., None], -torch.inf)
+    matrix = torch.einsum("bhid,bhjd,bhijd->bhij", q, k, between.exp().expand(-1, -1, -1, -1, q.shape[3]))
+    output = matrix @ v + (q * total.exp()) @ before
+    left = (total[:, :, -1:] - total).exp()
+    return output, total[:, :, -1, :, None].exp() * before + (k * left).mT @ v
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Within chunks as in the parallel form, between them by the state at each chunk's start."""
+    batch, heads, length, _ = q.shape
+    chunk = min(chunk, length) if decay.shape[3] == 1 else min(chunk, length, _CHUNK_OF_CHANNELS)
+    q, k, v, decay = (cut(tensor, chunk) for tensor in (q, k, v, decay))  # (B, H, chunks, chunk, D)
+    total = decay.cumsum(3)
+    end = total[:, :, :, -1:]
+    inside = _inside(q, k, total) @ v
+    added = (k * (end - total).exp()).mT @ v  # what each chunk adds to the state
+    kept = end.exp().mT  # and what it leaves of it, (B, H, chunks, 1 or Dk, 1)
+    states = []
+    for number in range(q.shape[2]):
+        states.append(before)
+        before = kept[:, :, number] * before + added[:, :, number]
+    output = inside + (q * total.exp()) @ torch.stack(states, dim=2)
+    return output.reshape(batch, heads, -1, v.shape[-1])[:, :, :length], before
+
+
+def _inside(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
+    """The matrices of the chunks, (B, H, chunks, chunk, chunk)."""
+    length = q.shape[3]
+    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    if total.shape[-1] == 1:
+        between = (total - total.mT).masked_fill(hidden, -torch.inf)
+        return (q @ k.mT) * between.exp()
+    between = (total[:, :, :, :, None] - total[:, :, :, None]).masked_fill(hidden[..., None], -torch.inf)
+    matrices: Tensor = torch.einsum("bhnid,bhnjd,bhnijd->bhnij", q, k, between.exp())
+    return matrices
+
+
+def _recurrent(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Token by token."""
+    outputs = []
+    for token in range(q.shape[2]):
+        before = decay[:, :, token, :, None].exp() * before + k[:, :, token, :, None] * v[:, :, token, None]
+        outputs.append((q[:, :, token, None] @ before).squeeze(2))
+    return torch.stack(outputs, dim=2), before
+
+
+def cut(tensor: Tensor, chunk: int) -> Tensor:
+    """Whole chunks; zeros at the end neither add to the state nor decay it."""
+    padded = functional.pad(tensor, (0, 0, 0, -tensor.shape[2] % chunk))
+    return padded.reshape(*padded.shape[:2], -1, chunk, padded.shape[3])
+
+
+def _spread(log_decay: Tensor | None, query: Tensor) -> Tensor:
+    """The log decays as (B, H, N, 1 or Dk)."""
+    batch, heads, length, width = query.shape
+    if log_decay is None:
+        return query.new_zeros(batch, heads, length, 1)
+    shapes = ((heads,), (batch, heads, length), (batch, heads, length, width))
+    if log_decay.shape not in shapes:
+        raise ValueError(
+            f"log_decay must be of shape {', '.join(map(str, shapes))} for queries of {tuple(query.shape)}, "
+            f"got {tuple(log_decay.shape)}"
+        )
+    log_decay = log_decay.to(query)
+    if log_decay.ndim == 1:
+        log_decay = log_decay[None, :, None].expand(batch, heads, length)
+    return log_decay if log_decay.ndim == 4 else log_decay[..., None]
+
+
+def _checked(state: Tensor, query: Tensor, value: Tensor) -> Tensor:
+    shape = (*query.shape[:2], query.shape[3], value.shape[3])
+    if state.shape != shape:
+        raise ValueError(f"the state must be of shape {shape}, got {tuple(state.shape)}")
+    return state

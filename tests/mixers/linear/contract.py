@@ -1,0 +1,94 @@
+"""What every mechanism is held to: its forms agree, in values and gradients, at any length and from any state."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.mixers.linear import Mixer
+
+Run = Callable[..., tuple[Tensor, Any]]
+
+
+def check_forms(
+    function: Run, inputs: Sequence[Tensor], forms: Sequence[str] = ("chunked", "recurrent"), tolerance: float = 1e-4
+) -> None:
+    """Outputs, states and gradients of each form, in float32, against the parallel form in float64."""
+    expected = _with_gradients(function, [tensor.double() for tensor in inputs], "parallel")
+    for form in forms:
+        found = _with_gradients(function, list(inputs), form)
+        for name, one, other in zip(("output", "state", "gradients"), found, expected, strict=True):
+            for part, reference in zip(one, other, strict=True):
+                if not reference.numel():
+                    continue
+                scale = max(float(reference.abs().max()), 1.0)
+                error = float((part.double() - reference).abs().max()) / scale
+                assert error < tolerance, f"{form}: {name} off by {error:.2e}"
+
+
+def _with_gradients(
+    function: Run, inputs: Sequence[Tensor], form: str
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output, state = function(*leaves, form=form)
+    tensors = _tensors(state)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    total = (output * weights).sum() + sum((tensor.float().sin().sum() for tensor in tensors), torch.zeros(()))
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    return [output.detach()], [tensor.detach() for tensor in tensors], list(gradients)
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state
+    return [tensor for tensor in values if isinstance(tensor, Tensor) and tensor.is_floating_point()]
+
+
+def check_mixer(mixer: Mixer, tokens: int = 37, tolerance: float = 1e-4) -> None:
+    """A layer: in pieces as at once, decoding as reading, padding on either side as none, and gradients everywhere."""
+    mixer = mixer.eval()
+    x = torch.randn(2, tokens, mixer.dim, generator=torch.Generator().manual_seed(tokens))
+    whole, after = mixer(x)
+    assert whole.shape == x.shape
+    assert after.seen == tokens
+    _check_pieces(mixer, x, whole, tolerance)
+    _check_padding(mixer, x, tolerance)
+    _check_gradients(mixer, x)
+
+
+def _check_pieces(mixer: Mixer, x: Tensor, whole: Tensor, tolerance: float) -> None:
+    for cut in (1, 5, 16, x.shape[1] - 3):
+        first, state = mixer(x[:, :cut])
+        rest, state = mixer(x[:, cut:-2], state)
+        steps = []
+        for token in (-2, -1):
+            step, state = mixer.decode(x[:, token], state)
+            steps.append(step)
+        joined = torch.cat([first, rest, torch.stack(steps, 1)], 1)
+        assert torch.allclose(joined, whole, atol=tolerance, rtol=tolerance), f"cut at {cut}"
+
+
+def _check_padding(mixer: Mixer, x: Tensor, tolerance: float) -> None:
+    for left in (True, False):
+        mask = torch.ones(x.shape[:2], dtype=torch.bool)
+        mask[1, slice(None, 4) if left else slice(-4, None)] = False
+        real = x[1:, 4:] if left else x[1:, :-4]
+        padded, state = mixer(x.masked_fill(~mask[..., None], 7.0), mask=mask)
+        alone, own = mixer(real)
+        assert torch.allclose(padded[1][mask[1]], alone[0], atol=tolerance, rtol=tolerance), f"left={left}"
+        assert not padded[1][~mask[1]].any()
+        more = x[:, :1]
+        after, _ = mixer(more, state)
+        after_alone, _ = mixer(more[1:], own)
+        assert torch.allclose(after[1], after_alone[0], atol=tolerance, rtol=tolerance), f"after padding, left={left}"
+
+
+def _check_gradients(mixer: Mixer, x: Tensor) -> None:
+    output, _ = mixer(x)
+    output.square().sum().backward()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None, f"no gradient for {name}"
+        assert torch.isfinite(parameter.grad).all(), name
+    mixer.zero_grad()

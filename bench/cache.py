@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
+from torch.nn import Module
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import regard
@@ -37,8 +38,10 @@ from regard.cache import (
     ObservedAttention,
     Policy,
     Random,
+    RetrievalHeads,
     SnapKV,
     StreamingLLM,
+    TaskKV,
 )
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -143,18 +146,32 @@ def _tensors(layer: Any) -> list[Tensor]:
 # --- facts -----------------------------------------------------------------------------------------------------------------
 
 
-def policies(budget: float, heads: Any) -> dict[str, Policy]:
-    """Every policy at a budget, with a window that the smallest budgets have room for."""
+def policies(model: Module, budget: float, samples: list[Tensor]) -> dict[str, Policy]:
+    """Every policy that drops text, at a budget, with windows that the smallest one has room for."""
     return {
+        "retrieval heads": retrieval_heads(model, budget, samples),
+        "SnapKV, kernel 9": SnapKV(budget=budget, window=16, kernel=9),
+        "SnapKV": SnapKV(budget=budget, window=16),
+        "SnapKV, by head": SnapKV(budget=budget, window=16, by_head="adaptive"),
+        "SnapKV, pyramid": SnapKV(budget=budget, window=16, by_layer="pyramid"),
+        "Task-KV": TaskKV(budget=budget, sinks=4, recent=16, window=16),
         "observed attention": ObservedAttention(budget=budget),
-        "SnapKV": SnapKV(budget=budget, window=8),
-        "SnapKV, by head": SnapKV(budget=budget, window=8, by_head="adaptive"),
-        "SnapKV, pyramid": SnapKV(budget=budget, window=8, by_layer="pyramid"),
         "TOVA": TOVA(budget=budget),
         "StreamingLLM": StreamingLLM(budget=budget),
         "Knorm": Knorm(budget=budget),
         "random": Random(budget=budget),
     }
+
+
+def retrieval_heads(model: Module, budget: float, samples: list[Tensor]) -> Policy:
+    """Three quarters of the budget for heads that keep all, as far as it reaches, and the rest shared by the others."""
+    if budget == 1:
+        return RetrievalHeads(budget=budget, heads={})
+    heads = model.config.num_hidden_layers * model.config.num_key_value_heads
+    full = int(0.75 * budget * heads)
+    rest = (budget * heads - full) / (heads - full)
+    found = RetrievalHeads.profile(model, samples, share=full / heads) if full else {}
+    return RetrievalHeads(budget=rest, heads=found)
 
 
 def recalled(model: Any, rows: list[FactRow], policy: Policy) -> int:
@@ -177,14 +194,18 @@ def facts(folder: Path | None, samples: int) -> Recall:
     material = Material(held_out_books(folder, tokenizer), tokenizer, held_out=True)
     random = np.random.default_rng(SEED)
     rows = [fact_row(material, random, LENGTH, DISTRACTORS) for _ in range(samples)]
+    profiled = [
+        torch.from_numpy(fact_row(material, random, LENGTH, DISTRACTORS).ids.astype(np.int64)) for _ in range(16)
+    ]
     found: Recall = {}
     with Progress(transient=True) as bar:
-        task = bar.add_task("policies", total=len(BUDGETS) * len(policies(1.0, None)))
+        task = bar.add_task("policies", total=len(BUDGETS))
         for budget in BUDGETS:
-            for name, policy in policies(budget, None).items():
+            for name, policy in policies(model, budget, profiled).items():
                 figure = proportion(name, recalled(model, rows, policy), samples)
                 found.setdefault(name, {})[budget] = (figure.value, figure.low, figure.high)
-                bar.advance(task)
+                bar.update(task, description=f"{budget:.0%}, {name}")
+            bar.advance(task)
     return found
 
 
@@ -192,7 +213,7 @@ def facts_table(found: Recall, samples: int) -> Table:
     title = f"{samples} facts asked for, {DISTRACTORS} distractors, {LENGTH} tokens: exact match, 95% interval"
     table = Table("policy", *(f"{budget:.0%}" for budget in BUDGETS), title=title)
     for name, of in found.items():
-        table.add_row(name, *(f"{value:.2f} ({low:.2f} … {high:.2f})" for value, low, high in of.values()))
+        table.add_row(name, *(f"{value:.2f} ({low:.2f}–{high:.2f})" for value, low, high in of.values()))
     return table
 
 
@@ -228,7 +249,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--plot", type=Path, help="write the recall as a picture, an HTML page")
     arguments = parser.parse_args()
-    console = Console(width=130)
+    console = Console(width=150)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.facts:
         samples = 24 if arguments.quick else arguments.samples

@@ -118,7 +118,9 @@ def cache(
     policy: Annotated[
         str, typer.Option(help="Such as snapkv, or 'SnapKV(window=16, by_head=\"adaptive\")'.")
     ] = "snapkv",
-    budget: Annotated[str, typer.Option(help="Entries of each head, or a share of the tokens such as 0.25.")] = "0.25",
+    budget: Annotated[
+        str | None, typer.Option(help="Entries of each head, or a share of the tokens; 0.25 by default.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder or name of a language model; by default the bundled one.")
     ] = None,
@@ -129,13 +131,11 @@ def cache(
     """Compress a model's key-value cache, and see what is kept and what is then said."""
     with _errors():
         from regard import demo, mini
-        from regard.cache import Policy
-        from regard.cache.trial import trial
+        from regard.cache.trial import read_policy, trial
         from regard.look import load
-        from regard.notation import parse
 
         _quiet()
-        chosen = parse(policy, Policy, "policy", "SnapKV(window=16)", budget=_budget(budget))
+        chosen = read_policy(policy, None if budget is None else _budget(budget))
         content = demo.text() if text is None else _given(text)
         with console.status(f"loading {model or mini.name}"):
             loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)

@@ -179,6 +179,8 @@ def test_random_is_the_same_for_the_same_seed() -> None:
 def test_layers_share_in_a_pyramid() -> None:
     kept = kept_after_prompt(Knorm(budget=10, by_layer="pyramid"), texts(40))
     assert [int(k.sum()) for k in kept] == [2 * 20, 2 * 10, 2 * 1]
+    kept = kept_after_prompt(Knorm(budget=0.8, by_layer="pyramid"), texts(40))
+    assert [int(k.sum()) for k in kept] == [2 * 40, 2 * 32, 2 * 24]
     kept = kept_after_prompt(Knorm(budget=10, by_layer=[0.5, 1, 1.5]), texts(40))
     assert [int(k.sum()) for k in kept] == [2 * 5, 2 * 10, 2 * 15]
 

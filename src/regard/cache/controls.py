@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class KeepAll(Policy):
     >>> print(regard.cache.KeepAll())
     KeepAll()
     """
+
+    takes_budget: ClassVar[bool] = False
 
     prefill: bool = False
 

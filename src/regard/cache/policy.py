@@ -100,6 +100,9 @@ class Policy(ABC):
     frees: ClassVar[bool] = True
     """Whether dropped entries leave the memory."""
 
+    takes_budget: ClassVar[bool] = True
+    """Whether it drops as many entries as its budget says."""
+
     pools: ClassVar[bool] = False
     """Whether an entry's score depends on its neighbours', so that entries have to stay in the order of the text."""
 
@@ -177,20 +180,21 @@ class Policy(ABC):
                 f"{type(self).__name__} always keeps {self.least} entries, but the budget, {self.budget} of "
                 f"{int(tokens[row])} tokens, is {int(budget[row])}: raise it, or make the policy's window smaller"
             )
-        factor = self._factor(entries.layer, entries.layers)
-        return ceil(budget * factor).clamp(min=max(self.least, 1)).minimum(tokens)
+        return self._of_layer(budget, entries).clamp(min=max(self.least, 1)).minimum(tokens)
 
-    def _factor(self, layer: int, layers: int) -> float:
+    def _of_layer(self, budget: Tensor, entries: Entries) -> Tensor:
+        """(batch,): what a layer gets of a budget that is the mean over the layers."""
+        layer, layers = entries.layer, entries.layers
         if self.by_layer == "uniform" or layers == 1:
-            return 1.0
+            return budget
         if self.by_layer == "pyramid":
-            least = 1 / _PYRAMID
-            return 2 - least - (2 - 2 * least) * layer / (layers - 1)
+            most = (budget * (2 - 1 / _PYRAMID)).minimum(entries.tokens)  # no layer holds more than all tokens
+            return ceil(most - 2 * (most - budget) * layer / (layers - 1))
         if len(self.by_layer) != layers:
             raise ValueError(
                 f"{type(self).__name__}: by_layer has {len(self.by_layer)} factors, the model {layers} layers"
             )
-        return float(self.by_layer[layer])
+        return ceil(budget * float(self.by_layer[layer]))
 
     def _adaptive(self, share: Tensor, scores: Tensor) -> Tensor:
         """A layer's budget given to the best entries of all heads, after what each has for sure."""

@@ -45,6 +45,8 @@ class QAdA(Policy):
     QAdA(threshold=0.8)
     """
 
+    takes_budget: ClassVar[bool] = False
+
     threshold: float = 0.9
     sinks: int = 16
     recent: int = 1024

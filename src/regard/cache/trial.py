@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from regard.cache.policy import Policy
 from regard.cache.report import Report
 from regard.complete import complete as write
 from regard.complete import encode
+from regard.notation import parse
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,21 @@ class Trial:
     shares: list[float]
     plain: str
     compressed: str
+
+
+def read_policy(text: str, budget: int | float | None = None) -> Policy:
+    """A policy as one writes it; a quarter of the cache, if nothing is said of its budget and it takes one.
+
+    Raises:
+        ValueError: an unknown policy, with the nearest known one; arguments that it does not take.
+
+    >>> print(read_policy("snapkv(window=8)"))
+    SnapKV(budget=0.25, window=8)
+    """
+    given = {} if budget is None else {"budget": budget}
+    policy: Policy = parse(text, Policy, "policy", "SnapKV(window=16)", **given)
+    unsaid = budget is None and policy.takes_budget and policy.budget == 1.0
+    return replace(policy, budget=0.25) if unsaid else policy
 
 
 def trial(model: Module, tokenizer: Any, text: str, policy: Policy, complete: int = 20) -> Trial:

@@ -3,6 +3,6 @@
 from regard.mixers.linear.delta_rule import DeltaRule, delta_rule
 from regard.mixers.linear.gated_delta_rule import GatedDeltaRule
 from regard.mixers.linear.linear_attention import linear_attention
-from regard.mixers.linear.mixer import Mixer, State
+from regard.mixers.linear.mixer import Facts, Mixer, State
 
-__all__ = ["DeltaRule", "GatedDeltaRule", "Mixer", "State", "delta_rule", "linear_attention"]
+__all__ = ["DeltaRule", "Facts", "GatedDeltaRule", "Mixer", "State", "delta_rule", "linear_attention"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn import Linear, RMSNorm, functional
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear.forms import Form, check_form, check_heads
 from regard.mixers.linear.linear_attention import cut
-from regard.mixers.linear.mixer import Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
 from regard.mixers.linear.short_convolution import ShortConvolution
 
 CHUNK = 64
@@ -130,6 +131,13 @@ class DeltaRule(Mixer):
     >>> y.shape, step.shape, state.seen
     (torch.Size([2, 10, 32]), torch.Size([2, 32]), 11)
     """
+
+    facts: ClassVar[Facts] = Facts(
+        paper="S. Yang et al. (2024), Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
+        formula="S_i = (I − β_i k_i k_iᵀ) S_{i−1} + β_i k_i v_iᵀ,  o_i = S_iᵀ q_i",
+        time="O(N D²/H)",
+        state="D²/H",
+    )
 
     def __init__(self, dim: int, heads: int = 4, convolution: int = 4) -> None:
         super().__init__(dim)

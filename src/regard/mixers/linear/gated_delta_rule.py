@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter, functional
 
 from regard.mixers.linear.delta_rule import DeltaRule
-from regard.mixers.linear.mixer import join_heads
+from regard.mixers.linear.mixer import Facts, join_heads
 
 
 class GatedDeltaRule(DeltaRule):
@@ -27,6 +29,13 @@ class GatedDeltaRule(DeltaRule):
     >>> y.shape, state.tensors["memory"].shape
     (torch.Size([2, 10, 32]), torch.Size([2, 4, 8, 8]))
     """
+
+    facts: ClassVar[Facts] = Facts(
+        paper="S. Yang, J. Kautz and A. Hatamizadeh (2025), Gated Delta Networks: Improving Mamba2 with Delta Rule",
+        formula="S_i = α_i (I − β_i k_i k_iᵀ) S_{i−1} + β_i k_i v_iᵀ,  o_i = S_iᵀ q_i",
+        time="O(N D²/H)",
+        state="D²/H",
+    )
 
     def __init__(self, dim: int, heads: int = 4, convolution: int = 4) -> None:
         super().__init__(dim, heads, convolution)

@@ -28,6 +28,21 @@ class State:
         return sum(tensor.numel() * tensor.element_size() // max(len(tensor), 1) for tensor in self.tensors.values())
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What one wants to know of a mechanism before choosing it; N tokens, width D, state in numbers for each text."""
+
+    paper: str
+    formula: str
+    time: str
+    state: str
+    causal: bool = True
+    bidirectional: bool = False
+    cross: bool = False
+    exact: bool = False
+    """Whether it computes softmax attention."""
+
+
 class Mixer(Module, ABC):
     """A layer that mixes tokens: ``forward(x, state=None, mask=None) -> (y, state)``.
 
@@ -35,11 +50,11 @@ class Mixer(Module, ABC):
     ended: a prompt and then token by token is the same as all at once. ``mask`` (batch, tokens) tells real tokens
     from padding, on either side: padding leaves the state as it is, and its outputs are zeros.
 
-    A subclass writes `mix`; `remember` names the tensors of its state with their shapes.
+    A subclass writes `mix` and states its `facts`.
     """
 
-    causal: ClassVar[bool] = True
-    """Whether each token sees none that come after it."""
+    facts: ClassVar[Facts]
+    """Of the mechanism, for ``regard mixers``."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,13 +14,15 @@ def test_examples_run_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     printed = capsys.readouterr().out
     assert "{'layer': 2, 'batch': 1, 'head': 2, 'query': 119, 'target': 2}" in printed
-    assert printed.splitlines()[-1] == "48213 → 70455"
+    assert "48213 → 70455" in printed.splitlines()
+    assert "SnapKV(budget=0.25, window=16, kernel=9): 25." in printed
+    assert printed.splitlines()[-1] == "48213"
     assert Path("seen.nc").exists()
 
 
@@ -39,3 +42,18 @@ def test_contributing_example_is_a_statistic() -> None:
     (maps,) = seen.maps.values()
     band = (torch.arange(9)[:, None] - torch.arange(9)).abs() <= 2
     torch.testing.assert_close(torch.tensor(seen.dataset().near[0].values), (maps[0].dense() * band).sum(-1))
+
+
+def test_contributing_example_is_a_policy(mini: tuple[Any, Any]) -> None:
+    import torch
+
+    import regard
+
+    text = (README.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    model, _ = mini
+    with torch.no_grad(), regard.compress(model, names["LargeValues"](budget=4)) as cache:
+        values = model(torch.arange(10, 30)[None]).past_key_values.layers
+    assert [layer.groups[0].length for layer in values] == [4] * 4
+    assert all(layer.positions[..., -1].all() for layer in cache.report().layers)

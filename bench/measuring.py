@@ -50,6 +50,23 @@ def peak() -> float:
     return 1024 * float(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
+def allocated(prepare: Callable[[], Run]) -> int:
+    """Bytes of tensors held at the peak of the run that ``prepare`` returns, those that were made to prepare it included."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        run = prepare()
+        with torch.profiler.record_function("the run"):
+            run()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    held, peaks = 0, [0]
+    for event in events:
+        if event.name() == "the run":
+            peaks = [held]
+        elif event.name() == "[memory]":
+            held += event.nbytes()
+            peaks.append(held)
+    return max(peaks)
+
+
 def extra_memory(run: Run, device: str) -> float:
     """Bytes by which a run raises the peak."""
     gc.collect()

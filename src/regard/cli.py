@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +21,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from regard.cache.trial import Trial
     from regard.compare import Comparison
+    from regard.mixers.linear import Mixer
 
 console = Console(stderr=True)
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -167,6 +168,44 @@ def _show_kept(found: Trial) -> None:
     if found.plain or found.compressed:
         for name, said in (("full cache", found.plain), ("compressed", found.compressed)):
             out.print(Text.assemble((f"{name:>10} ", "bold"), said), soft_wrap=True)
+
+
+@app.command()
+def mixers(
+    name: Annotated[str | None, typer.Argument(help="One of them, for its formula and an example.")] = None,
+) -> None:
+    """List the sequence mixers: what they cost, what they remember, and where they come from."""
+    with _errors():
+        from regard.mixers import catalogue
+
+        if name is None:
+            _show_mixers(catalogue.mixers(), catalogue.exponents())
+        else:
+            kind = catalogue.mixer_named(name)
+            _show_mixer(kind, catalogue.exponents().get(kind.__name__), catalogue.example(kind))
+
+
+def _show_mixers(kinds: Mapping[str, type[Mixer]], exponents: Mapping[str, float]) -> None:
+    table = Table("mixer", "time", "state", "measured", "sees", "exact", "paper", box=box.SIMPLE)
+    for name, kind in kinds.items():
+        facts, measured = kind.facts, exponents.get(name)
+        grows = "" if measured is None else f"N^{measured:.2f}"
+        who = facts.paper.split("), ", 1)[0].rstrip(")") + ")"
+        table.add_row(name, facts.time, facts.state, grows, _sees(kind), "yes" if facts.exact else "", who)
+    Console().print(table)
+
+
+def _show_mixer(kind: type[Mixer], exponent: float | None, example: str) -> None:
+    out, facts = Console(), kind.facts
+    out.print(Text(f"{kind.__name__}: {facts.paper}\n\n    {facts.formula}\n"), soft_wrap=True)
+    measured = "" if exponent is None else f", measured N^{exponent:.2f}"
+    out.print(Text(f"time {facts.time}{measured}; state {facts.state}; {_sees(kind)}"), soft_wrap=True)
+    out.print(Text(f"\n{example}"), soft_wrap=True)
+
+
+def _sees(kind: type[Mixer]) -> str:
+    directions = {"causal": kind.facts.causal, "bidirectional": kind.facts.bidirectional, "cross": kind.facts.cross}
+    return ", ".join(direction for direction, true in directions.items() if true)
 
 
 def _show(found: Comparison) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Linear, RMSNorm, functional
 
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear.dynamical_system import DynamicalSystem
 from regard.mixers.linear.forms import Form, check_form, check_heads
 from regard.mixers.linear.linear_attention import cut
 from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
@@ -171,6 +172,15 @@ class DeltaRule(Mixer):
             return delta_rule(query, key, values, beta, log_decay=decay)[0]
 
         return HiddenMap(apply, (batch, heads, tokens, tokens), value)
+
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """``Λ = α (I − β k kᵀ), b = β k, c = q``."""
+        query, key, _, _ = self._inputs(x, None, None)
+        beta, decay = self._beta(x, None)[..., None], self._log_decay(x, None)
+        transition = torch.eye(key.shape[-1], device=x.device) - beta[..., None] * key[..., None] * key[..., None, :]
+        if decay is not None:
+            transition = decay.exp()[..., None, None] * transition
+        return DynamicalSystem(transition, beta * key, query)
 
     def _inputs(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear.dynamical_system import DynamicalSystem
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ class Mixer(Module, ABC):
     def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
         """The matrix by which values are mixed, (batch, heads, tokens, tokens), with `regard.AttentionMap`'s interface."""
         raise NotImplementedError(f"{type(self).__name__} mixes values by no matrix: its output is not linear in them")
+
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """Its row of the dynamical-systems table for these tokens: `map` is what it hides."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is no linear dynamical system: its state is not linear in values"
+        )
 
     def _check(self, x: Tensor, state: State | None, mask: Tensor | None) -> None:
         name = type(self).__name__

@@ -1,0 +1,129 @@
+"""How time, memory and state of every mixer grow with the text, beside scaled dot-product attention.
+
+    python bench/scaling.py [--quick] [--only NAME ...] [--save]
+
+Prints one table: milliseconds of a forward pass of the layer (dim 256, batch 1) at each length, the exponent fitted to the
+longest lengths, memory, and the time of one decoding step after a short and a long text with the bytes of its state. Then
+the operators alone, lightning attention beside SDPA. ``--save`` keeps the exponents for ``regard mixers``. Uses a GPU when
+there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch.nn.functional import scaled_dot_product_attention
+
+from measuring import Run, allocated, clock, compare
+from regard.mixers import catalogue
+from regard.mixers.linear import Mixer, lightning_attention
+
+DIM = 256
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+LIMIT = 20.0  # seconds of one pass; longer texts are left out, and shown as such
+SAVED = Path(__file__).parent.parent / "src" / "regard" / "mixers" / "scaling.json"
+
+
+def forward_times(mixer: Mixer, lengths: tuple[int, ...], device: str, repeats: int) -> dict[int, float]:
+    """Median seconds of a forward pass by length, as far as the limit allows."""
+    times: dict[int, float] = {}
+    for length in lengths:
+        x = torch.randn(1, length, DIM, device=device)
+        first = clock(lambda x=x: mixer(x), device)
+        times[length] = statistics.median(
+            clock(lambda x=x: mixer(x), device) for _ in range(repeats if first < 1 else 1)
+        )
+        if 4 * times[length] > LIMIT:
+            break
+    return times
+
+
+def exponent(times: dict[int, float]) -> float:
+    """The slope of log time against log length over the longest four lengths."""
+    longest = sorted(times)[-4:]
+    slope, _ = np.polyfit(np.log(longest), np.log([times[length] for length in longest]), 1)
+    return float(slope)
+
+
+def decoding(mixer: Mixer, length: int, device: str) -> tuple[float, int]:
+    """Median seconds of one step after a text, and the bytes of its state."""
+    _, state = mixer(torch.randn(1, length, DIM, device=device))
+    token = torch.randn(1, DIM, device=device)
+    return statistics.median(clock(lambda: mixer.decode(token, state), device) for _ in range(20)), state.bytes
+
+
+def memory(mixer: Mixer, length: int, device: str) -> int:
+    x = torch.randn(1, length, DIM, device=device)
+    return allocated(lambda: lambda: mixer(x))
+
+
+def layer_table(
+    names: list[str], lengths: tuple[int, ...], device: str, repeats: int
+) -> tuple[Table, dict[str, float]]:
+    table = Table(title=f"one layer, dim {DIM}, {device}: milliseconds by tokens")
+    for column in ("mixer", *(f"{length:,}" for length in lengths), "N^", "MB at 4,096", "step, ms", "state, kB"):
+        table.add_column(column, justify="left" if column == "mixer" else "right")
+    found = {}
+    with Progress(transient=True) as bar:
+        for name in bar.track(names, description="mixers"):
+            mixer = catalogue.mixer_named(name)(DIM).to(device).eval()
+            times = forward_times(mixer, lengths, device, repeats)
+            found[name] = round(exponent(times), 3)
+            short, long = (decoding(mixer, length, device) for length in (lengths[0], min(max(times), 8192)))
+            cells = [f"{1000 * times[length]:.1f}" if length in times else "–" for length in lengths]
+            held = f"{memory(mixer, min(4096, lengths[-1]), device) / 1e6:.0f}"
+            steps, states = (
+                f"{1000 * short[0]:.2f} → {1000 * long[0]:.2f}",
+                f"{short[1] / 1e3:.0f} → {long[1] / 1e3:.0f}",
+            )
+            table.add_row(name, *cells, f"{found[name]:.2f}", held, steps, states)
+    return table, found
+
+
+def operator_table(lengths: tuple[int, ...], device: str, repeats: int) -> Table:
+    table = Table(
+        "tokens", "SDPA, ms", "lightning, ms", "SDPA / lightning", title=f"operators, 8 heads of width 64, {device}"
+    )
+    decay = -torch.linspace(0.01, 1, 8, device=device)
+    for length in lengths:
+        q, k, v = torch.randn(3, 1, 8, length, 64, device=device)
+        runs: dict[str, Run] = {
+            "SDPA": lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v, is_causal=True),
+            "lightning": lambda q=q, k=k, v=v: lightning_attention(q, k, v, decay),
+        }
+        seconds, ratios = compare(runs, device, repeats)
+        took = seconds * ratios["lightning"]
+        table.add_row(f"{length:,}", f"{1000 * seconds:.1f}", f"{1000 * took:.1f}", f"{1 / ratios['lightning']:.1f}×")
+    return table
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="up to 8,192 tokens, one repeat")
+    parser.add_argument("--only", nargs="*", help="these mixers only")
+    parser.add_argument("--save", action="store_true", help="keep the exponents for `regard mixers`")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", module="torch.profiler")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    console = Console(width=170)
+    names = [catalogue.mixer_named(name).__name__ for name in arguments.only or catalogue.mixers()]
+    lengths = LENGTHS[:5] if arguments.quick else LENGTHS
+    table, found = layer_table(names, lengths, device, 1 if arguments.quick else 3)
+    console.print(table)
+    console.print(operator_table((2048, 8192) if arguments.quick else (2048, 8192, 16384), device, 5))
+    if arguments.save:
+        SAVED.write_text(json.dumps(catalogue.exponents() | found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

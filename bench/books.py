@@ -1,0 +1,83 @@
+"""Which mixer models language best at equal size: small language models on a slice of book text.
+
+    python bench/books.py --data BOOKS --held-out BOOKS [--quick] [--only NAME ...] [--seeds 2] [--results FILE]
+
+Every mixer in a model of the same parameters, on the same tokens in the same order. Prints one table: validation loss in nats
+for each token, the mean and the range over the seeds. A run that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import regard
+from regard.mixers import catalogue
+from small_models import Batch, Results, SmallModel, loss_of, maker, train
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from training.books import Books
+
+DIM, LAYERS, PARAMETERS = 128, 2, 220_000
+TOKENS, BATCH, VOCABULARY = 256, 8, 2048
+
+
+def batch_of(books: Books, random: np.random.Generator, size: int) -> Batch:
+    windows = torch.from_numpy(np.stack([books.window(random, TOKENS + 1) for _ in range(size)]))
+    return windows[:, :-1], windows[:, 1:]
+
+
+def validation_loss(name: str, text: Books, held_out: Books, steps: int, seed: int) -> float:
+    torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
+    model = SmallModel(maker(name), VOCABULARY, DIM, LAYERS, PARAMETERS)
+    train(model, lambda: batch_of(text, random, BATCH), steps)
+    fixed = np.random.default_rng(12345)
+    with torch.no_grad():
+        return statistics.mean(float(loss_of(model, batch_of(held_out, fixed, BATCH))) for _ in range(16))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of books to learn from")
+    parser.add_argument("--held-out", type=Path, required=True, help="folder of other books")
+    parser.add_argument("--quick", action="store_true", help="20 steps, one seed: shows that it runs")
+    parser.add_argument("--only", nargs="*", help="these mixers only")
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=Path("run/books.jsonl"))
+    arguments = parser.parse_args()
+    steps, seeds = (20, 1) if arguments.quick else (arguments.steps, arguments.seeds)
+    names = [catalogue.mixer_named(name).__name__ for name in arguments.only or catalogue.mixers()]
+    _, tokenizer = regard.mini()
+    cache = arguments.results.parent / "books.npz"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    text, held_out = Books.read(arguments.data, tokenizer, cache), Books.read(arguments.held_out, tokenizer)
+    results, found = Results(arguments.results), {}
+    with Progress() as bar:
+        task = bar.add_task("training", total=len(names) * seeds)
+        for name in names:
+            for seed in range(seeds):
+                bar.update(task, description=f"{name}, seed {seed}")
+                key = f"{name}, {steps} steps, seed {seed}"
+                loss = results.of(key, lambda name=name, seed=seed: validation_loss(name, text, held_out, steps, seed))
+                found.setdefault(name, []).append(loss)
+                bar.advance(task)
+    table = Table(
+        "mixer", "validation loss", "range over seeds", title=f"{steps * BATCH * TOKENS:,} tokens, {seeds} seeds"
+    )
+    for name, losses in sorted(found.items(), key=lambda item: statistics.mean(item[1])):
+        table.add_row(name, f"{statistics.mean(losses):.3f}", f"{min(losses):.3f} … {max(losses):.3f}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

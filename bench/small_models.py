@@ -1,0 +1,105 @@
+"""Small models of equal size around each mixer, how they are trained, and results that survive an interruption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Embedding, Linear, Module, ModuleList, RMSNorm, functional
+
+from regard.mixers import catalogue
+from regard.mixers.linear import Mixer
+
+Batch = tuple[Tensor, Tensor]  # token ids, and targets of which −100 do not count
+
+
+class Block(Module):
+    """A mixer and a multilayer perceptron, which takes the parameters that the mixer leaves of the block's share."""
+
+    def __init__(self, mixer: Mixer, parameters: int) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.norms = ModuleList(RMSNorm(mixer.dim) for _ in range(2))
+        taken = sum(parameter.numel() for parameter in mixer.parameters())
+        hidden = (parameters - taken) // (2 * mixer.dim)
+        if hidden < mixer.dim // 2:
+            raise ValueError(
+                f"{type(mixer).__name__} has {taken:,} parameters of {parameters:,}: no room for a perceptron"
+            )
+        self.up, self.down = Linear(mixer.dim, hidden, bias=False), Linear(hidden, mixer.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.norms[0](x))[0]
+        return x + self.down(functional.gelu(self.up(self.norms[1](x))))
+
+
+class SmallModel(Module):
+    """Embedding, blocks, and the embedding again."""
+
+    def __init__(self, make: Callable[[int], Mixer], vocabulary: int, dim: int, layers: int, parameters: int) -> None:
+        super().__init__()
+        self.embedding = Embedding(vocabulary, dim)
+        torch.nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = ModuleList(Block(make(dim), parameters) for _ in range(layers))
+        self.norm = RMSNorm(dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x) @ self.embedding.weight.T
+
+
+def train(model: Module, batches: Callable[[], Batch], steps: int, rate: float = 3e-3) -> None:
+    """AdamW with a warm-up and a cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    model.train()
+    for _ in range(steps):
+        loss = loss_of(model, batches())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def loss_of(model: Module, batch: Batch) -> Tensor:
+    ids, targets = batch
+    return functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def state_bytes(model: SmallModel, tokens: int) -> int:
+    """What the mixers remember of a text, all layers together."""
+    x = torch.zeros(1, tokens, model.embedding.embedding_dim)
+    with torch.no_grad():
+        return sum(block.mixer(x)[1].bytes for block in model.blocks)
+
+
+def maker(name: str, **arguments: Any) -> Callable[[int], Mixer]:
+    """A mixer of this name and these arguments, for any width."""
+    kind = catalogue.mixer_named(name)
+    return lambda dim: kind(dim, **arguments)
+
+
+class Results:
+    """Lines of JSON in a file, by key: what is there is not run again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.found: dict[str, Any] = dict(json.loads(line) for line in lines)
+
+    def of(self, key: str, run: Callable[[], Any]) -> Any:
+        """The result, kept or new."""
+        if key not in self.found:
+            self.found[key] = run()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, self.found[key]]) + "\n")
+        return self.found[key]

@@ -3,8 +3,9 @@
     python bench/recall.py [--quick] [--only NAME ...] [--results FILE] [--plot FILE]
 
 Multi-query associative recall, as in Zoology (S. Arora et al., 2023): pairs of a key and a value, then the keys again in
-random places, each to be answered with its value. Models of two layers and equal parameter counts are trained on 4 to 32 pairs, and
-tested on each number. Prints one table, and draws recall against the bytes of state. A run that was interrupted goes on.
+random places, each to be answered with its value. Models of two layers and equal parameter counts are trained on 4 to 32
+pairs, and tested on each number. Prints one table, and draws recall against the bytes of state. A run that was interrupted
+goes on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,57 @@
 """Linear-time and recurrent mixers, one mechanism a file: each in three forms, and as a layer with a state."""
 
+from regard.mixers.linear.based import Based, TaylorAttention, taylor_attention, taylor_features
+from regard.mixers.linear.chela import CHELA
+from regard.mixers.linear.chunked_softmax import ChunkedSoftmaxAttention, chunked_attention
 from regard.mixers.linear.delta_rule import DeltaRule, delta_rule
+from regard.mixers.linear.dynamical_system import DynamicalSystem
+from regard.mixers.linear.fast import FAST, fast_attention
 from regard.mixers.linear.gated_delta_rule import GatedDeltaRule
+from regard.mixers.linear.lightnet import MDLRPE, MDTPE, TPE, LightNet, lightnet
+from regard.mixers.linear.lightning import LightningAttention, lightning_attention, lightning_decay
 from regard.mixers.linear.linear_attention import linear_attention
+from regard.mixers.linear.long_convolution import LongConvolution, long_convolution
+from regard.mixers.linear.longvq import CodebookState, LongVQ, codebook_attention
 from regard.mixers.linear.mixer import Facts, Mixer, State
+from regard.mixers.linear.selective_ssm import SelectiveSSM, selective_scan
+from regard.mixers.linear.sliding_window import SlidingWindow, WindowState, sliding_window_attention
+from regard.mixers.linear.softmax import SoftmaxAttention
 
-__all__ = ["DeltaRule", "Facts", "GatedDeltaRule", "Mixer", "State", "delta_rule", "linear_attention"]
+__all__ = [
+    "CHELA",
+    "FAST",
+    "MDLRPE",
+    "MDTPE",
+    "TPE",
+    "Based",
+    "ChunkedSoftmaxAttention",
+    "CodebookState",
+    "DeltaRule",
+    "DynamicalSystem",
+    "Facts",
+    "GatedDeltaRule",
+    "LightNet",
+    "LightningAttention",
+    "LongConvolution",
+    "LongVQ",
+    "Mixer",
+    "SelectiveSSM",
+    "SlidingWindow",
+    "SoftmaxAttention",
+    "State",
+    "TaylorAttention",
+    "WindowState",
+    "chunked_attention",
+    "codebook_attention",
+    "delta_rule",
+    "fast_attention",
+    "lightnet",
+    "lightning_attention",
+    "lightning_decay",
+    "linear_attention",
+    "long_convolution",
+    "selective_scan",
+    "sliding_window_attention",
+    "taylor_attention",
+    "taylor_features",
+]

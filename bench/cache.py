@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import torch
+from plotly.colors import qualitative
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -58,6 +59,7 @@ READING: dict[str, Policy] = {
     "Knorm": Knorm(budget=0.25),
     "keep all": KeepAll(),
 }
+DECODING = ("SnapKV", "SnapKV, by head", "observed attention", "TOVA", "StreamingLLM")
 Recall = dict[str, dict[float, tuple[float, float, float]]]  # exact match and its interval, by policy and budget
 BUDGETS = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
 LENGTH, DISTRACTORS, BATCH, SEED = 512, 4, 8, 11
@@ -126,9 +128,7 @@ def decoding_memory(model: LlamaForCausalLM, ids: Tensor, policy: Policy | None)
 
 def decoding_table(length: int, device: str, rounds: int) -> Table:
     model, ids = llama(device), tokens(length, device)
-    policies: dict[str, Policy | None] = {"plain": None} | {
-        name: READING[name] for name in ("SnapKV", "SnapKV, by head", "observed attention", "TOVA", "StreamingLLM")
-    }
+    policies: dict[str, Policy | None] = {"plain": None} | {name: READING[name] for name in DECODING}
     times = [
         {name: seconds_per_step(model, ids, policy, 12, device) for name, policy in policies.items()}
         for _ in range(rounds)
@@ -226,25 +226,19 @@ def facts_table(found: Recall, samples: int) -> Table:
     title = f"{samples} facts asked for, {DISTRACTORS} distractors, {LENGTH} tokens: exact match, 95% interval"
     table = Table("policy", *(f"{budget:.0%}" for budget in BUDGETS), title=title)
     for name, of in found.items():
-        table.add_row(name, *(f"{value:.2f} ({low:.2f}–{high:.2f})" for value, low, high in of.values()))
+        table.add_row(name, *(f"{value:.2f} ({abs(low):.2f}–{high:.2f})" for value, low, high in of.values()))
     return table
 
 
 def facts_plot(found: Recall, samples: int) -> go.Figure:
     """Accuracy against budget, a line for each policy, with whiskers for the intervals."""
     figure = go.Figure()
-    for name, of in found.items():
-        values, lows, highs = (np.array(column) for column in zip(*of.values(), strict=True))
-        whiskers = {
-            "type": "data",
-            "symmetric": False,
-            "array": highs - values,
-            "arrayminus": values - lows,
-            "thickness": 1,
-        }
+    for (name, of), colour in zip(found.items(), qualitative.Dark24, strict=False):
+        values, lows, highs = (100 * np.array(column) for column in zip(*of.values(), strict=True))
         figure.add_scatter(
-            x=[100 * budget for budget in of], y=100 * values, error_y=whiskers, name=name, mode="lines+markers"
-        )
+            x=[100 * budget for budget in of], y=values, name=name, mode="lines+markers", line={"color": colour},
+            error_y={"symmetric": False, "array": highs - values, "arrayminus": values - lows, "thickness": 1},
+        )  # fmt: skip
     figure.update_layout(
         template="plotly_white", width=900, height=480, margin={"t": 60, "b": 50, "l": 60, "r": 20},
         title=f"Facts recalled with a compressed cache (bundled model, {samples} questions, {LENGTH} tokens)",

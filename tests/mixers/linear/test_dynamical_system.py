@@ -1,19 +1,36 @@
 """Every row of the table, run by the generic recurrence, is the mechanism."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from regard.mixers.linear import DeltaRule, DynamicalSystem, GatedDeltaRule, Mixer
+from regard.mixers.linear import (
+    FAST,
+    DeltaRule,
+    DynamicalSystem,
+    GatedDeltaRule,
+    LightNet,
+    LightningAttention,
+    Mixer,
+    SelectiveSSM,
+)
 
-ROWS: list[type[Mixer]] = [DeltaRule, GatedDeltaRule]
+ROWS: list[Callable[..., Mixer]] = [DeltaRule, FAST, GatedDeltaRule, LightNet, LightningAttention]
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_the_row_is_the_mechanism(kind: type[Mixer]) -> None:
+def test_the_row_is_the_mechanism(kind: Callable[..., Mixer]) -> None:
     torch.manual_seed(0)
     mixer, x = kind(16, heads=2).double().eval(), torch.randn(2, 23, 16).double()
     system, hidden = mixer.system(x), mixer.map(x)
-    torch.testing.assert_close(system.matrix(), hidden.dense(), atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(system.matrix(), hidden.dense(), atol=1e-6, rtol=1e-4)
+
+
+def test_the_row_of_the_selective_state_space() -> None:
+    torch.manual_seed(0)
+    mixer, x = SelectiveSSM(16).double().eval(), torch.randn(2, 23, 16).double()
+    torch.testing.assert_close(mixer.system(x).matrix(), mixer.map(x).dense(), atol=1e-6, rtol=1e-5)
 
 
 def test_shapes_are_checked() -> None:

@@ -1,5 +1,6 @@
 """Linear-time and recurrent mixers, one mechanism a file: each in three forms, and as a layer with a state."""
 
+from regard.mixers.linear.adaptive_filter import AdaptiveFilterAttention, adaptive_filter_attention
 from regard.mixers.linear.based import Based, TaylorAttention, taylor_attention, taylor_features
 from regard.mixers.linear.chela import CHELA
 from regard.mixers.linear.chunked_softmax import ChunkedSoftmaxAttention, chunked_attention
@@ -23,6 +24,7 @@ __all__ = [
     "MDLRPE",
     "MDTPE",
     "TPE",
+    "AdaptiveFilterAttention",
     "Based",
     "ChunkedSoftmaxAttention",
     "CodebookState",
@@ -41,6 +43,7 @@ __all__ = [
     "State",
     "TaylorAttention",
     "WindowState",
+    "adaptive_filter_attention",
     "chunked_attention",
     "codebook_attention",
     "delta_rule",

@@ -10,6 +10,10 @@ with decay             exp g_i                          k_i                     
 normalised             1                                φ(k_i)                      φ(q_i) / Σ_j φ(q_i)·φ(k_j)
 Taylor features        1, S = 1 + D + D (D + 1) / 2     Taylor(k_i)                 Taylor(q_i) / Σ_j …
 softmax attention      1, S infinite                    all powers of k_i           those of q_i / Σ_j exp q_i·k_j
+lightning attention    λ of the head                    k_i                         q_i
+LightNet               exp(z_{i−1} − z_i), z_i the log  exp(k_i − z_i)              q_i
+                       of Σ_{j≤i} exp k_j
+FAST                   1, S = all products of D         φ(k_i)                      φ(q_i) / Σ_j φ(q_i)·φ(k_j)
 delta rule             I − β_i k_i k_iᵀ                 β_i k_i                     q_i
 gated delta rule       α_i (I − β_i k_i k_iᵀ)           β_i k_i                     q_i
 selective state space  exp(−Δ_i a), each channel alone  Δ_i b(x_i)                  c(x_i)

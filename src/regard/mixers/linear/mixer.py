@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from regard.maps import AttentionMap
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear.dynamical_system import DynamicalSystem
 
@@ -91,7 +92,7 @@ class Mixer(Module, ABC):
         y, after = self.forward(x[:, None], state)
         return y[:, 0], after
 
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
+    def map(self, x: Tensor, state: State | None = None) -> HiddenMap | AttentionMap:
         """The matrix by which values are mixed, (batch, heads, tokens, tokens), with `regard.AttentionMap`'s interface."""
         raise NotImplementedError(f"{type(self).__name__} mixes values by no matrix: its output is not linear in them")
 

@@ -1,0 +1,227 @@
+"""Based: linear attention whose features are a Taylor series of the exponential, beside sliding-window attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Linear
+
+from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear.forms import Form, check_form, check_heads
+from regard.mixers.linear.linear_attention import CHUNK, linear_attention
+from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.linear.sliding_window import SlidingWindow, check_window
+
+_PAPER = (
+    "S. Arora et al. (2024), Simple Linear Attention Language Models Balance the Recall-Throughput Tradeoff, "
+    "ICML, arXiv 2402.18668"
+)
+_SMALLEST = 1e-6  # a real token's weights sum to at least 1/2; padding's sum to 0
+
+
+def taylor_width(dim: int) -> int:
+    """Features of a query of F dimensions: ``1 + F + F (F + 1) / 2``.
+
+    >>> taylor_width(16)
+    153
+    """
+    return 1 + dim + dim * (dim + 1) // 2
+
+
+def taylor_features(x: Tensor) -> Tensor:
+    """Features (…, 1 + F + F (F+1)/2) of x (…, F), with ``φ(q)·φ(k) = 1 + a + a²/2`` for ``a = q·k / √F``.
+
+    ``[1, x_i / F^¼, x_i² / √(2F), x_i x_j / √F for i < j]``: each product of two dimensions once, where the paper's
+    outer product has it twice, divided by √2; the products of queries and keys are the same, and the state is half as large.
+
+    >>> import torch
+    >>> q, k = torch.randn(2, 5, 16)
+    >>> a = (q * k).sum(-1) / 4
+    >>> bool(torch.allclose((taylor_features(q) * taylor_features(k)).sum(-1), 1 + a + a**2 / 2, atol=1e-4))
+    True
+    """
+    width = x.shape[-1]
+    if not width:
+        raise ValueError(f"there are no dimensions to take features of: x is of shape {tuple(x.shape)}")
+    scaled = x * width**-0.25
+    first, second = torch.triu_indices(width, width, offset=1, device=x.device)
+    products = scaled[..., first] * scaled[..., second]
+    return torch.cat([torch.ones_like(x[..., :1]), scaled, scaled.square() * 0.5**0.5, products], dim=-1)
+
+
+def taylor_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = True,
+    form: Form = "chunked",
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """``o_i = Σ_{j≤i} w_ij v_j / Σ_{j≤i} w_ij,  w_ij = 1 + a_ij + a_ij²/2,  a_ij = q_i·k_j / √F``.
+
+    The second-order Taylor series of softmax attention's exponential. ``w = ((a + 1)² + 1) / 2`` is at least ½, so that
+    the sum below the line is never small.
+
+    Args:
+        query, key: (B, H, N, F).
+        value: (B, H, N, Dv).
+        state: ``Σ φ(k) [v, 1]ᵀ`` before the first token, (B, H, 1 + F + F (F+1)/2, Dv + 1); zeros by default.
+        mask: (B, N), false for padding, which no token sees.
+        causal: else each token sees all.
+        form, chunk: as in `linear_attention`, of which this is an instance.
+
+    Returns:
+        The output (B, H, N, Dv) in the values' dtype, and the state after the last token, in float32 at least.
+
+    Raises:
+        ValueError: shapes that do not fit; a state where nothing is causal.
+
+    S. Arora et al. (2024), Simple Linear Attention Language Models Balance the Recall-Throughput Tradeoff.
+
+    >>> import torch
+    >>> q, k, v = torch.randn(3, 1, 2, 50, 8)
+    >>> y, state = taylor_attention(q, k, v)
+    >>> y.shape, state.shape
+    (torch.Size([1, 2, 50, 8]), torch.Size([1, 2, 45, 9]))
+    """
+    check_form(form)
+    check_heads(query, key, value)
+    check_window(1, query, mask)
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    counted = torch.cat([value.to(dtype), value.new_ones(*value.shape[:3], 1, dtype=dtype)], dim=-1)
+    if mask is not None:
+        counted = counted * mask[:, None, :, None]
+    q, k = taylor_features(query.to(dtype)), taylor_features(key.to(dtype))
+    sums, after = linear_attention(q, k, counted, state=state, causal=causal, form=form, chunk=chunk)
+    output = sums[..., :-1] / sums[..., -1:].clamp(min=_SMALLEST)
+    return output.to(value.dtype), after
+
+
+class TaylorAttention(Mixer):
+    """Based's linear layer: `taylor_attention` of queries and keys of few dimensions, without norms or positions.
+
+    Its state is ``(1 + F + F (F+1)/2) (dim + heads)`` numbers for each text.
+
+    Args:
+        dim: of the tokens.
+        heads: that divide it.
+        features: F, dimensions of a head's queries and keys.
+
+    S. Arora et al. (2024), Simple Linear Attention Language Models Balance the Recall-Throughput Tradeoff.
+
+    >>> import torch
+    >>> y, state = TaylorAttention(32, heads=4, features=8)(torch.randn(2, 10, 32))
+    >>> y.shape, state.tensors["memory"].shape
+    (torch.Size([2, 10, 32]), torch.Size([2, 4, 45, 9]))
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        paper=_PAPER,
+        formula="o_i = Σ_{j≤i} w_ij v_j / Σ_{j≤i} w_ij,  w = 1 + a + a²/2,  a = q·k/√F",
+        time="O(N F² D)",
+        state="(1 + F + F(F+1)/2) (D + H)",
+        bidirectional=True,
+    )
+
+    def __init__(self, dim: int, heads: int = 4, features: int = 16) -> None:
+        super().__init__(dim)
+        name = type(self).__name__
+        check_divides(name, dim, heads)
+        if features < 1:
+            raise ValueError(f"{name}: features must be at least 1, got {features}")
+        self.heads, self.features = heads, features
+        self.inputs = Linear(dim, 2 * heads * features + dim, bias=False)
+        self.output = Linear(dim, dim, bias=False)
+
+    def mix(
+        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Project, remember, read."""
+        mixed, after = taylor_attention(*self._inputs(x), None if state is None else state["memory"], mask)
+        return self._outputs(mixed), {"memory": after}
+
+    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
+        """The normalised matrix; after a state, rows sum to less than 1 by what goes to the tokens before."""
+        query, key, value = self._inputs(x)
+        batch, heads, tokens, _ = query.shape
+
+        def apply(values: Tensor) -> Tensor:
+            before = None
+            if state is not None:  # earlier tokens count, with values of zero
+                counts = state.tensors["memory"][..., -1:]
+                before = torch.cat([counts.new_zeros(*counts.shape[:3], values.shape[3]), counts], dim=-1)
+            return taylor_attention(query, key, values, before)[0]
+
+        return HiddenMap(apply, (batch, heads, tokens, tokens), value)
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        narrow = self.heads * self.features
+        parts = self.inputs(x).split([narrow, narrow, self.dim], dim=-1)
+        query, key, value = (split_heads(part, self.heads) for part in parts)
+        return query, key, value
+
+    def _outputs(self, mixed: Tensor) -> Tensor:
+        y: Tensor = self.output(join_heads(mixed))
+        return y
+
+
+class Based(Mixer):
+    """Both of Based's attentions side by side: ``y = TaylorAttention(x) + SlidingWindow(x)``.
+
+    The window recalls recent tokens exactly, the Taylor series all of them approximately. Window and features dial the state:
+    ``(1 + F + F (F+1)/2) (dim + heads) + 2 (window − 1) dim`` numbers for each text, and ``window − 1`` flags.
+
+    The paper's models put the two into layers that follow one another, one fifth of the layers each, between gated
+    convolutions; to be one mixer, they are summed here, and the gated convolutions are left out.
+
+    Args:
+        dim: of the tokens.
+        heads: that divide it, into an even dimension of each.
+        features: F, dimensions of the queries and keys of a linear head.
+        window: tokens that each sees exactly, itself among them.
+
+    S. Arora et al. (2024), Simple Linear Attention Language Models Balance the Recall-Throughput Tradeoff.
+
+    >>> import torch
+    >>> mixer = Based(32, heads=4, features=8, window=16)
+    >>> y, state = mixer(torch.randn(1, 40, 32))
+    >>> numbers = sum(t.numel() for t in state.tensors.values() if t.is_floating_point())
+    >>> numbers == 45 * (32 + 4) + 2 * 15 * 32
+    True
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        paper=_PAPER,
+        formula="y = W₁ taylor_attention(x) + W₂ sliding_window_attention(x)",
+        time="O(N (F² + W) D)",
+        state="(1 + F + F(F+1)/2) (D + H) + 2 (W − 1) D",
+    )
+
+    def __init__(self, dim: int, heads: int = 4, features: int = 16, window: int = 64) -> None:
+        super().__init__(dim)
+        self.linear = TaylorAttention(dim, heads, features)
+        self.window = SlidingWindow(dim, heads, window)
+
+    def mix(
+        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the two; the names in their states differ."""
+        far, memory = self.linear.mix(x, state, mask)
+        near, last = self.window.mix(x, state, mask)
+        return far + near, memory | last
+
+    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
+        """The matrices of both, the linear heads before those of the window."""
+        far, near = self.linear.map(x, state), self.window.map(x, state)
+        batch, heads, tokens, _ = far.shape
+
+        def apply(values: Tensor) -> Tensor:
+            return torch.cat([far @ values[:, :heads], near @ values[:, heads:]], dim=1)
+
+        return HiddenMap(apply, (batch, 2 * heads, tokens, tokens), x)

@@ -1,0 +1,101 @@
+"""CHELA: a short and a long convolution find what is near and what is far, and linear attention selects from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+from torch.nn import Linear, RMSNorm, functional
+
+from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear.linear_attention import linear_attention
+from regard.mixers.linear.long_convolution import LongConvolution
+from regard.mixers.linear.mega_gate import MegaGate
+from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.linear.short_convolution import ShortConvolution
+
+
+class _Inputs(NamedTuple):
+    convolved: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    state: dict[str, Tensor]
+
+
+class CHELA(Mixer):
+    """The layer: ``z = LongConv(SiLU(ShortConv(x)))``, queries and keys from z, linear attention in chunks, gates from z.
+
+    The order of the convolutions, attention by divide and conquer, and a gate that brings the convolutions' view of the whole
+    to the attention are the paper's. The rest is chosen here, in the manner of Mega, the layer family to which CHELA
+    belongs: ``q, k = SiLU(W z)``; values ``SiLU(W x)`` of the layer's input; no decay and no normaliser,
+    but an RMS norm of each head's output; `MegaGate`. The long kernel is a sum of exponentials (`LongConvolution`):
+    a free one has no finite state, and this one decodes exactly. Of the paper's structural reparameterisation the
+    long kernel's branch for the token itself remains, merged by `LongConvolution.kernel`.
+
+    Its state is ``dim² / heads + (exponentials + convolution − 1) dim`` numbers for each text.
+
+    Args:
+        dim: of the tokens.
+        heads: that divide it.
+        convolution: tokens that the short convolution sees.
+        exponentials: of the long convolution's kernel, for each channel.
+
+    Z. Liu et al. (2024), Short-Long Convolutions Help Hardware-Efficient Linear Attention to Focus on Long Sequences;
+    X. Ma et al. (2023), Mega: Moving Average Equipped Gated Attention.
+
+    >>> import torch
+    >>> mixer, x = CHELA(32, heads=4), torch.randn(2, 10, 32)
+    >>> y, state = mixer(x)
+    >>> step, state = mixer.decode(torch.randn(2, 32), state)
+    >>> y.shape, step.shape, state.seen
+    (torch.Size([2, 10, 32]), torch.Size([2, 32]), 11)
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        paper="Z. Liu et al. (2024), Short-Long Convolutions Help Hardware-Efficient Linear Attention to Focus on Long "
+        "Sequences, ICML, arXiv 2406.08128",
+        formula="z = LongConv(SiLU(ShortConv(x))),  S_i = S_{i−1} + k_i v_iᵀ,  o_i = S_iᵀ q_i with q, k from z, gated by z",
+        time="O(N D²/H)",
+        state="D²/H + (M + K − 1) D",
+    )
+
+    def __init__(self, dim: int, heads: int = 4, convolution: int = 4, exponentials: int = 8) -> None:
+        super().__init__(dim)
+        check_divides(type(self).__name__, dim, heads)
+        self.heads = heads
+        self.short = ShortConvolution(dim, convolution)
+        self.long = LongConvolution(dim, exponentials)
+        self.inputs = Linear(dim, 2 * dim, bias=False)
+        self.value = Linear(dim, dim, bias=False)
+        self.norm = RMSNorm(dim // heads, eps=1e-5)
+        self.gate = MegaGate(dim)
+
+    def mix(
+        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Convolve, remember, read, gate; padding's values are zeros, and add nothing."""
+        inputs = self._inputs(x, state, mask)
+        before = None if state is None else state["memory"]
+        mixed, after = linear_attention(inputs.query, inputs.key, inputs.value, state=before)
+        return self._outputs(inputs.convolved, mixed), {"memory": after, **inputs.state}
+
+    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
+        """The matrix of the values, before the norm."""
+        query, key, value = self._inputs(x, None if state is None else state.tensors, None)[1:4]
+        batch, heads, tokens, _ = query.shape
+        return HiddenMap(lambda v: linear_attention(query, key, v)[0], (batch, heads, tokens, tokens), value)
+
+    def _inputs(self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None) -> _Inputs:
+        tail, far = (None, None) if state is None else (state["tail"], state["far"])
+        near, tail = self.short(x, tail, mask)
+        convolved, far = self.long(near, far, mask)
+        query, key = functional.silu(self.inputs(convolved)).chunk(2, dim=-1)
+        parts = (query, key, functional.silu(self.value(x)))
+        query, key, value = (split_heads(part, self.heads) for part in parts)
+        return _Inputs(convolved, query, key, value, {"tail": tail, "far": far})
+
+    def _outputs(self, convolved: Tensor, mixed: Tensor) -> Tensor:
+        y: Tensor = self.gate(convolved, join_heads(self.norm(mixed)))
+        return y

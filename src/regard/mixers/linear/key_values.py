@@ -1,0 +1,80 @@
+"""What mixers share whose state is all keys and values: projections, the growing state, positions of real tokens."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Linear
+
+from regard.mixers.linear.mixer import Mixer, check_divides, join_heads, split_heads
+
+
+class KeyValues(NamedTuple):
+    """What one call sees: its queries, and the keys and values of the state with its own after them.
+
+    ``query`` (B, H, N, D), ``key`` and ``value`` (B, H, M, D); ``real`` (B, M), false for padding, or None where there never
+    was any.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    real: Tensor | None
+
+
+def positions_of(real: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """How many real tokens precede each of ``length``, (B or 1, length)."""
+    if real is None:
+        return torch.arange(length, device=device)[None]
+    return (real.cumsum(1) - 1).clamp(min=0)
+
+
+class KeyValueMixer(Mixer):
+    """Queries, keys and values by one projection, a state of all keys and values so far, and a projection of what is mixed.
+
+    Padding stays in the state, marked: rows of a batch may hold different numbers of real tokens. A subclass writes `attend`,
+    and `place` where keys are stored with their positions.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__(dim)
+        check_divides(type(self).__name__, dim, heads)
+        self.heads = heads
+        self.inputs = Linear(dim, 3 * dim, bias=False)
+        self.output = Linear(dim, dim, bias=False)
+
+    @abstractmethod
+    def attend(self, seen: KeyValues) -> Tensor:
+        """The values mixed for each query, causally, (B, H, N, D); what it gives for padding is not read."""
+
+    def place(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """New queries, keys and values (B, H, N, D) at their positions (B or 1, N), as the state holds them."""
+        return query, key, value
+
+    def mix(
+        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Project, remember all, attend, project."""
+        seen = self.see(x, state, mask)
+        after = {"key": seen.key, "value": seen.value}
+        if seen.real is not None:
+            after["real"] = seen.real
+        return self.output(join_heads(self.attend(seen))), after
+
+    def see(self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None) -> KeyValues:
+        """The queries of the tokens, and all keys and values that they may look at."""
+        query, key, value = (split_heads(part, self.heads) for part in self.inputs(x).chunk(3, dim=-1))
+        before = 0 if state is None else state["key"].shape[2]
+        real = None if state is None else state.get("real")
+        if mask is not None or real is not None:
+            real = torch.ones(len(x), before, dtype=torch.bool, device=x.device) if real is None else real
+            real = torch.cat([real, real.new_ones(x.shape[:2]) if mask is None else mask], dim=1)
+        positions = positions_of(real, before + x.shape[1], x.device)[:, before:]
+        query, key, value = self.place(query, key, value, positions)
+        if state is not None:
+            key, value = torch.cat([state["key"], key], dim=2), torch.cat([state["value"], value], dim=2)
+        return KeyValues(query, key, value, real)

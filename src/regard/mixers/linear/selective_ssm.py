@@ -1,0 +1,257 @@
+"""The selective state space of Mamba (S6): a diagonal system whose step, input and output maps depend on the token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, Parameter, functional
+from torch.utils.checkpoint import checkpoint
+
+from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear.dynamical_system import DynamicalSystem
+from regard.mixers.linear.forms import Form, check_form
+from regard.mixers.linear.linear_attention import cut, linear_attention
+from regard.mixers.linear.mixer import Facts, Mixer, State
+from regard.mixers.linear.short_convolution import ShortConvolution
+
+CHUNK = 32
+_CHUNKS_AT_ONCE = 32  # a long text goes through in pieces of this many chunks, each computed again in the backward pass
+
+
+def selective_scan(
+    x: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    into: Tensor,
+    out: Tensor,
+    state: Tensor | None = None,
+    *,
+    form: Form = "chunked",
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """``h_i = exp(−Δ_i a) ∘ h_{i−1} + Δ_i x_i b_i,  y_i = h_i · c_i``, for each channel with a state of S numbers of its own.
+
+    The decay is discretised by zero-order hold and the input by Euler's rule. It is linear attention with queries c, keys b,
+    values Δ x and a decay for each pair of channel and state, so that no chunk is a product of matrices: instead, all chunks
+    run token by token side by side, and then pass on their states. Nothing grows, whatever the decay.
+
+    Args:
+        x: (B, H, N, D), D channels in each of H groups, which share b and c (Mamba has one group).
+        step: Δ, (B, H, N, D), at least 0; 0 leaves the state as it is.
+        rate: a, (H, D, S), positive; Mamba's A is −a.
+        into, out: b and c, (B, H, N, S).
+        state: h before the first token, (B, H, D, S); zeros by default.
+        form: "parallel" the quadratic reference over pairs of tokens, "chunked" linear in N, "recurrent" token by token.
+        chunk: tokens of a chunk.
+
+    Returns:
+        The output (B, H, N, D) in the dtype of x, and h after the last token, in float32 at least.
+
+    Raises:
+        ValueError: shapes that do not fit, chunks of no tokens.
+
+    A. Gu and T. Dao (2023), Mamba: Linear-Time Sequence Modeling with Selective State Spaces.
+
+    >>> import torch
+    >>> x, step, b, c = torch.randn(4, 1, 1, 50, 8)
+    >>> rate = torch.arange(1.0, 9).expand(1, 8, 8)
+    >>> chunked, state = selective_scan(x, step.exp(), rate, b, c)
+    >>> parallel, _ = selective_scan(x, step.exp(), rate, b, c, form="parallel")
+    >>> bool(torch.allclose(chunked, parallel, atol=1e-3)), state.shape
+    (True, torch.Size([1, 1, 8, 8]))
+    """
+    check_form(form)
+    _check(x, step, rate, into, out, state)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    before = x.new_zeros(*x.shape[:2], *rate.shape[1:], dtype=dtype) if state is None else state.to(dtype)
+    step = step.to(dtype)
+    run = _parallel if form == "parallel" else _pieces
+    sizes = (1, 1) if form == "recurrent" else (min(chunk, x.shape[2]), _CHUNKS_AT_ONCE)
+    output, after = run(step * x.to(dtype), step, rate.to(dtype), into.to(dtype), out.to(dtype), before, sizes)
+    return output.to(x.dtype), after
+
+
+def _parallel(
+    x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, before: Tensor, sizes: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """As linear attention of each channel alone."""
+    query, key, decay = channels(step, rate, into, out)
+    y, after = linear_attention(
+        query, key, x.mT.flatten(1, 2)[..., None], decay, before.flatten(1, 2)[..., None], form="parallel"
+    )
+    return y.reshape(x.mT.shape).mT, after.reshape(before.shape)
+
+
+def channels(step: Tensor, rate: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and log decays, (B, H·D, N, S) each, of the linear attention that the channels are."""
+    decay = -step.mT[..., None] * rate[:, :, None]  # (B, H, D, N, S)
+    query, key = (tensor[:, :, None].expand_as(decay).flatten(1, 2) for tensor in (out, into))
+    return query, key, decay.flatten(1, 2)
+
+
+def _pieces(
+    x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, before: Tensor, sizes: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Pieces one after another: the states of all tokens of a text would be S times as large as the text."""
+    length = sizes[0] * sizes[1]
+    outputs = []
+    for piece in zip(*(tensor.split(length, dim=2) for tensor in (x, step, into, out)), strict=True):
+        tensors = (piece[0], piece[1], piece[2], piece[3], rate, before, sizes[0])
+        if torch.is_grad_enabled() and length < x.shape[2] and length > 1:
+            y, before = checkpoint(_chunks, *tensors, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, before = _chunks(*tensors)
+        outputs.append(y)
+    return torch.cat(outputs, dim=2), before
+
+
+def _chunks(
+    x: Tensor, step: Tensor, into: Tensor, out: Tensor, rate: Tensor, before: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """All chunks side by side, from states of zeros; then the states at their starts; then what these add."""
+    batch, heads, length, width = x.shape
+    x, step, into, out = (cut(tensor, chunk) for tensor in (x, step, into, out))  # (B, H, chunks, chunk, …)
+    rates = rate[:, None]
+    state = x.new_zeros(*x.shape[:3], *rate.shape[1:])
+    states = []
+    for token, delta, key in zip(x.unbind(3), step.unbind(3), into.unbind(3), strict=True):
+        state = (-delta[..., None] * rates).exp() * state + token[..., None] * key[..., None, :]
+        states.append(state)
+    total = step.cumsum(3)
+    left = (-total[:, :, :, -1, :, None] * rates).exp()  # of the state at a chunk's start
+    starts = []
+    for kept, added in zip(left.unbind(2), state.unbind(2), strict=True):
+        starts.append(before)
+        before = kept * before + added
+    faded = (-total[..., None] * rates[:, :, None]).exp() * torch.stack(starts, dim=2)[:, :, :, None]
+    output = ((torch.stack(states, dim=3) + faded) @ out[..., None]).squeeze(-1)
+    return output.reshape(batch, heads, -1, width)[:, :, :length], before
+
+
+def _check(x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, state: Tensor | None) -> None:
+    if x.ndim != 4 or not x.shape[2]:
+        raise ValueError(f"x must be (batch, heads, tokens, dim) with tokens, got {tuple(x.shape)}")
+    batch, heads, length, width = x.shape
+    if rate.ndim != 3 or rate.shape[:2] != (heads, width):
+        raise ValueError(f"rate must be of shape ({heads}, {width}, states), got {tuple(rate.shape)}")
+    states = rate.shape[2]
+    expected = {
+        "step": (step, x.shape),
+        "into": (into, (batch, heads, length, states)),
+        "out": (out, (batch, heads, length, states)),
+        "the state": (state, (batch, heads, width, states)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be of shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+class SelectiveSSM(Mixer):
+    """The layer of Mamba: a short convolution and SiLU, the selective scan with ``Δ = softplus(W x + β)``, a skip ``D ∘ x``
+    and a SiLU gate.
+
+    a begins as 1 … S in each channel, D as 1, and softplus(β) between 0.001 and 0.1, so that channels remember for
+    different times. The short convolution has no bias, unlike the paper's code.
+
+    Args:
+        dim: of the tokens.
+        states: S, numbers that each channel remembers.
+        expand: channels for each dimension of the tokens.
+        rank: of the projection to Δ; dim / 16 by default.
+        convolution: tokens that the short convolution sees.
+
+    Raises:
+        ValueError: a size below 1.
+
+    A. Gu and T. Dao (2023), Mamba: Linear-Time Sequence Modeling with Selective State Spaces.
+
+    >>> import torch
+    >>> mixer, x = SelectiveSSM(32), torch.randn(2, 10, 32)
+    >>> y, state = mixer(x)
+    >>> y.shape, state.tensors["memory"].shape, mixer.map(x).shape
+    (torch.Size([2, 10, 32]), torch.Size([2, 64, 16]), (2, 64, 10, 10))
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        paper="A. Gu and T. Dao (2023), Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+        formula="h_i = exp(−Δ_i a) ∘ h_{i−1} + Δ_i x_i b_iᵀ,  y_i = h_i c_i + D ∘ x_i",
+        time="O(N D S)",
+        state="2 D S",
+    )
+
+    def __init__(
+        self, dim: int, states: int = 16, expand: int = 2, rank: int | None = None, convolution: int = 4
+    ) -> None:
+        super().__init__(dim)
+        rank = math.ceil(dim / 16) if rank is None else rank
+        for name, size in (("states", states), ("expand", expand), ("rank", rank)):
+            if size < 1:
+                raise ValueError(f"SelectiveSSM: {name} must be at least 1, got {size}")
+        self.states, self.rank, width = states, rank, expand * dim
+        self.inputs = Linear(dim, 2 * width, bias=False)
+        self.convolution = ShortConvolution(width, convolution)
+        self.selection = Linear(width, rank + 2 * states, bias=False)
+        self.step = Linear(rank, width)
+        self.log_rate = Parameter(torch.arange(1.0, states + 1).log().repeat(width, 1))
+        self.skip = Parameter(torch.ones(width))
+        self.output = Linear(width, dim, bias=False)
+        with torch.no_grad():
+            self.step.weight.uniform_(-(rank**-0.5), rank**-0.5)
+            step = torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+            self.step.bias.copy_(step.expm1().log())  # the inverse of softplus
+
+    def mix(
+        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Project, convolve, scan, gate."""
+        values, gate, tail = self._inputs(x, state, mask)
+        step, into, out = self._select(values, mask)
+        before = None if state is None else state["memory"][:, None]
+        mixed, memory = selective_scan(values[:, None], step, self.log_rate.exp()[None], into, out, before)
+        return self._outputs(mixed.squeeze(1), values, gate), {"memory": memory.squeeze(1), "tail": tail}
+
+    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
+        """The matrix of each channel's values after their convolution, channels as heads; the skip is beside it."""
+        query, key, decay, value = self._channels(x, state)
+        batch, width, tokens, _ = query.shape
+
+        def apply(values: Tensor) -> Tensor:
+            return linear_attention(query, key, values, decay)[0]
+
+        return HiddenMap(apply, (batch, width, tokens, tokens), value)
+
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """``Λ = exp(−Δ a), b = Δ b(x), c = c(x)``, channels as heads."""
+        query, key, decay, _ = self._channels(x, None)
+        return DynamicalSystem(decay.exp(), key, query)
+
+    def _channels(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys with their Δ, log decays (B, E, N, S), and values (B, E, N)."""
+        values, _, _ = self._inputs(x, None if state is None else state.tensors, None)
+        step, into, out = self._select(values, None)
+        query, key, decay = channels(step, self.log_rate.exp()[None], into, out)
+        return query, key * step.squeeze(1).mT[..., None], decay, values.mT
+
+    def _inputs(
+        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolved channels and their gates (B, N, E), and the convolution's tail."""
+        channels, gate = self.inputs(x).chunk(2, dim=-1)
+        values, tail = self.convolution(channels, None if state is None else state["tail"], mask)
+        return values, gate, tail
+
+    def _select(self, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Δ (B, 1, N, E), b and c (B, 1, N, S); Δ = 0 for padding."""
+        low, into, out = self.selection(values)[:, None].split([self.rank, self.states, self.states], dim=-1)
+        step = functional.softplus(self.step(low))
+        return step if mask is None else step * mask[:, None, :, None], into, out
+
+    def _outputs(self, mixed: Tensor, values: Tensor, gate: Tensor) -> Tensor:
+        y: Tensor = self.output((mixed + self.skip * values) * functional.silu(gate))
+        return y

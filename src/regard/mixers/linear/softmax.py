@@ -1,0 +1,90 @@
+"""Softmax attention: the reference with which all others are compared."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from regard.maps import AttentionMap
+from regard.mixers.linear.key_values import KeyValueMixer, KeyValues
+from regard.mixers.linear.mixer import Facts, State
+from regard.mixers.linear.rotary import check_rotary, rotary_rates, rotate
+
+
+class SoftmaxAttention(KeyValueMixer):
+    """Plain causal multi-head attention, ``o_i = Σ_{j≤i} softmax_j(q_i·k_j / √d) v_j``, by PyTorch's fused kernels.
+
+    Rotary positions count the real tokens of a text, over all calls. The state is every key, turned, and every value,
+    and grows with the text.
+
+    Args:
+        dim: of the tokens.
+        heads: that divide it, into an even dimension of each where there are rotary positions.
+        rotary: the base of rotary positions, or None for none.
+
+    Raises:
+        ValueError: heads that do not divide the width, or odd head dimensions with rotary positions.
+
+    A. Vaswani et al. (2017), Attention Is All You Need; J. Su et al. (2021), RoFormer.
+
+    >>> import torch
+    >>> mixer, x = SoftmaxAttention(32, heads=4), torch.randn(2, 10, 32)
+    >>> y, state = mixer(x)
+    >>> step, state = mixer.decode(torch.randn(2, 32), state)
+    >>> y.shape, state.tensors["key"].shape
+    (torch.Size([2, 10, 32]), torch.Size([2, 4, 11, 8]))
+    >>> mixer.map(x).entropy().shape
+    torch.Size([2, 4, 10])
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        paper="A. Vaswani et al. (2017), Attention Is All You Need",
+        formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j",
+        time="O(N² D)",
+        state="2 N D",
+        bidirectional=True,
+        cross=True,
+        exact=True,
+    )
+
+    def __init__(self, dim: int, heads: int = 4, rotary: float | None = 10_000.0) -> None:
+        super().__init__(dim, heads)
+        if rotary is not None:
+            check_rotary(type(self).__name__, dim, heads)
+        self.rotary = rotary
+
+    def place(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned."""
+        if self.rotary is None:
+            return query, key, value
+        rates = rotary_rates(query.shape[3], self.rotary, query.device)
+        return rotate(query, positions, rates), rotate(key, positions, rates), value
+
+    def attend(self, seen: KeyValues) -> Tensor:
+        """The fused call; with its own flag for causal calls where no mask is needed."""
+        mask, causal = _visible(seen)
+        return functional.scaled_dot_product_attention(
+            seen.query, seen.key, seen.value, attn_mask=mask, is_causal=causal
+        )
+
+    def map(self, x: Tensor, state: State | None = None) -> AttentionMap:
+        """The softmax map of the tokens over the keys so far, (B, H, N, M)."""
+        seen = self.see(x, None if state is None else state.tensors, None)
+        mask, causal = _visible(seen)
+        return AttentionMap(seen.query, seen.key, attn_mask=mask, is_causal=causal)
+
+
+def _visible(seen: KeyValues) -> tuple[Tensor | None, bool]:
+    """What SDPA must be told for queries that are the last tokens of the keys: a mask, or that the call is causal."""
+    queries, keys = seen.query.shape[2], seen.key.shape[2]
+    if seen.real is None and (queries == 1 or queries == keys):
+        return None, queries == keys
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=seen.query.device)
+    causal = ones.tril(keys - queries)
+    if seen.real is None:
+        return causal, False
+    own = causal & ~causal.tril(-1 + keys - queries)  # padding sees itself, so that no row is empty
+    return (causal & seen.real[:, None, None]) | own, False

@@ -58,8 +58,10 @@ class RestrictedCall(KeptCall):
         far = self.keys.new_ones(len(positions), seen + 1, dtype=torch.bool).scatter(1, positions, False)
         hidden = self._is_local.flatten(1, 2)[:, :, None, None] & far[:, None, None, :seen]
         mask = restored.attn_mask
-        assert mask is not None  # tells which entries are left
-        mask = mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, -math.inf)
+        if mask is None or mask.dtype == torch.bool:
+            mask = ~hidden if mask is None else mask & ~hidden
+        else:
+            mask = mask.masked_fill(hidden, -math.inf)
         return replace(restored, attn_mask=mask)
 
     @functools.cached_property

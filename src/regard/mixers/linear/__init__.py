@@ -13,14 +13,19 @@ from regard.mixers.linear.lightning import LightningAttention, lightning_attenti
 from regard.mixers.linear.linear_attention import linear_attention
 from regard.mixers.linear.long_convolution import LongConvolution, long_convolution
 from regard.mixers.linear.longvq import CodebookState, LongVQ, codebook_attention
+from regard.mixers.linear.memory_choices import KL, Decay, Design, DotProduct, Huber, Lp, Lq, Memory
+from regard.mixers.linear.miras import Memora, Miras, Moneta, Yaad
 from regard.mixers.linear.mixer import Facts, Mixer, State
+from regard.mixers.linear.neural_memory import neural_memory
 from regard.mixers.linear.selective_ssm import SelectiveSSM, selective_scan
 from regard.mixers.linear.sliding_window import SlidingWindow, WindowState, sliding_window_attention
 from regard.mixers.linear.softmax import SoftmaxAttention
+from regard.mixers.linear.titans import LongTermMemory, MemoryAsContext, MemoryAsGate, MemoryAsLayer
 
 __all__ = [
     "CHELA",
     "FAST",
+    "KL",
     "MDLRPE",
     "MDTPE",
     "TPE",
@@ -28,21 +33,36 @@ __all__ = [
     "Based",
     "ChunkedSoftmaxAttention",
     "CodebookState",
+    "Decay",
     "DeltaRule",
+    "Design",
+    "DotProduct",
     "DynamicalSystem",
     "Facts",
     "GatedDeltaRule",
+    "Huber",
     "LightNet",
     "LightningAttention",
     "LongConvolution",
+    "LongTermMemory",
     "LongVQ",
+    "Lp",
+    "Lq",
+    "Memora",
+    "Memory",
+    "MemoryAsContext",
+    "MemoryAsGate",
+    "MemoryAsLayer",
+    "Miras",
     "Mixer",
+    "Moneta",
     "SelectiveSSM",
     "SlidingWindow",
     "SoftmaxAttention",
     "State",
     "TaylorAttention",
     "WindowState",
+    "Yaad",
     "adaptive_filter_attention",
     "chunked_attention",
     "codebook_attention",
@@ -53,6 +73,7 @@ __all__ = [
     "lightning_decay",
     "linear_attention",
     "long_convolution",
+    "neural_memory",
     "selective_scan",
     "sliding_window_attention",
     "taylor_attention",

@@ -1,0 +1,286 @@
+"""Miras: a layer for every choice of memory, attentional bias, retention and learning rule, among them three of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, Parameter, ParameterList, RMSNorm, Sequential, functional
+
+from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear.memory_choices import KL, Decay, Design, DotProduct, Huber, Lp, Lq, Memory
+from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.linear.neural_memory import CHUNK, neural_memory
+from regard.mixers.linear.short_convolution import ShortConvolution
+
+_PAPER = (
+    "A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, "
+    "Retention, and Online Optimization"
+)
+_KEEP = 4.5  # 1 − α begins at sigmoid(4.5), 0.99: what is written lasts for about 100 tokens
+_RANK = 32
+_THRESHOLD = 0.54  # softplus of it is 1
+
+
+class Miras(Mixer):
+    """A layer around `neural_memory`, made by four choices: gradient steps on ``ℓ(W; k_t, v_t) + Ret(W, W_{t−1})``.
+
+    Short convolutions and SiLU before queries, keys and values, keys and queries of length 1, an RMS norm of each head's
+    output, a SiLU gate of the tokens on it. One memory for each head; its first weights are learned, from variance 1, the
+    last matrix from nothing, so that the memory begins empty, or as the identity if it is a network.
+
+    The paper makes step, decay and threshold of each channel from the token and leaves their activations open. Here step and
+    decay are one for each head, so that a chunk is products of matrices, and sigmoids: ``1 − α`` begins at 0.99, η at 0.5,
+    and ``θ = (1 − η) · largest_step · sigmoid(·)``: a long momentum takes no longer steps, and a matrix does not write keys
+    that repeat through a chunk beyond their value, as long as ``largest_step · chunk`` is at most 1. The threshold is of
+    each channel, by a projection of low rank and softplus, and begins at 1.
+
+    Args:
+        dim: of the tokens.
+        heads: that divide it.
+        design: the four choices.
+        chunk: tokens whose gradients are taken at the same weights; fewer are nearer to a step for each token, and slower.
+        largest_step: of the gradient; by default 1 / chunk for a matrix, a quarter of that for a network, which is steeper.
+        convolution: tokens that the short convolutions see.
+
+    A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention, and
+    Online Optimization.
+
+    >>> import torch
+    >>> from regard.mixers.linear import Design, Huber, Memory
+    >>> mixer = Miras(32, heads=4, design=Design(Memory(depth=1), Huber(), momentum=True))
+    >>> y, state = mixer(torch.randn(2, 20, 32))
+    >>> y.shape, state.tensors["held0"].shape
+    (torch.Size([2, 20, 32]), torch.Size([2, 4, 8, 8]))
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        paper=_PAPER,
+        formula="W_t = argmin_W ℓ(W; k_t, v_t) + Ret(W, W_{t−1}),  o_t = M(W_t, q_t)",
+        time="O(N D²/H) for each matrix of the memory, times its expansion",
+        state="2 D²/H for each matrix of the memory, times its expansion",
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 4,
+        design: Design | None = None,
+        *,
+        chunk: int = CHUNK,
+        largest_step: float | None = None,
+        convolution: int = 4,
+    ) -> None:
+        super().__init__(dim)
+        check_divides(type(self).__name__, dim, heads)
+        if chunk < 1 or (largest_step is not None and largest_step <= 0):
+            raise ValueError(
+                f"{type(self).__name__}: chunk must be at least 1 and largest_step positive, got chunk={chunk} and "
+                f"largest_step={largest_step}"
+            )
+        self.heads, self.chunk, self.design = heads, chunk, design or Design()
+        self.largest_step = largest_step or 1 / (chunk if self.design.memory.depth == 1 else 4 * chunk)
+        self.inputs = Linear(dim, 3 * dim, bias=False)
+        self.convolution = ShortConvolution(3 * dim, convolution)
+        self.step, self.keep = Linear(dim, heads), Linear(dim, heads)
+        torch.nn.init.zeros_(self.step.bias)
+        torch.nn.init.constant_(self.keep.bias, _KEEP)
+        self.momentum = Linear(dim, heads) if self.design.momentum else None
+        self.threshold = _low_rank(dim) if isinstance(self.design.bias, Huber) else None
+        self.memory, self.gain = self._memory(dim // heads)
+        self.norm = RMSNorm(dim // heads, eps=1e-5)
+        self.gate = Linear(dim, dim, bias=False)
+        self.output = Linear(dim, dim, bias=False)
+
+    def _memory(self, width: int) -> tuple[ParameterList, Parameter | None]:
+        """What is held before the first token, and the gain of a network."""
+        memory, retention = self.design.memory, self.design.retention
+        first = [torch.randn(self.heads, *shape) for shape in memory.shapes(width, width)]
+        first[-1].zero_()
+        gain = Parameter(torch.ones(self.heads, width)) if memory.depth > 1 else None
+        return ParameterList([Parameter(retention.begin(weight)) for weight in first]), gain
+
+    def mix(
+        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Project, convolve, learn, read."""
+        query, key, value, tail = self._inputs(x, state, mask)
+        mixed, after = self._learn(x, query, key, value, list(self.memory), state, mask)
+        return self._outputs(x, mixed), after | {"tail": tail}
+
+    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
+        """The matrix of the values after their convolution, where the memory is one and its bias ℓ₂ or a dot product.
+
+        What the memory held before the first token comes on top of what the values give.
+        """
+        choices = self.design
+        if choices.memory.depth > 1 or choices.bias not in (Lp(2), DotProduct()) or choices.retention != Decay():
+            raise NotImplementedError(
+                f"{type(self).__name__} mixes values by a matrix only where its memory is one, kept by decay and written by "
+                f"ℓ₂ or a dot product; this is {choices}"
+            )
+        tensors = None if state is None else state.tensors
+        query, key, value, _ = self._inputs(x, tensors, None)
+        empty = None
+        if tensors is not None:
+            empty = {
+                name: tensor if name == "position" else torch.zeros_like(tensor) for name, tensor in tensors.items()
+            }
+
+        def apply(values: Tensor) -> Tensor:
+            width = values.shape[3]
+            nothing = [values.new_zeros(self.heads, width, key.shape[3])]
+            before = empty and {
+                name: tensor if name in ("position", "tail") else tensor[:, :, :1].expand(-1, -1, width, -1)
+                for name, tensor in empty.items()
+            }
+            return self._learn(x, query, key, values, nothing, before, None)[0]
+
+        return HiddenMap(apply, (*query.shape[:3], query.shape[2]), value)
+
+    def _inputs(
+        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, N, D), and the convolution's tail."""
+        convolved, tail = self.convolution(self.inputs(x), None if state is None else state["tail"], mask)
+        query, key, value = (split_heads(part, self.heads) for part in convolved.chunk(3, dim=-1))
+        return functional.normalize(query, dim=-1), functional.normalize(key, dim=-1), value, tail
+
+    def _learn(
+        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, held: list[Tensor],
+        state: Mapping[str, Tensor] | None, mask: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        step = self.largest_step * self.step(x).sigmoid().mT
+        momentum = None
+        if self.momentum is not None:
+            logits = self.momentum(x).mT
+            momentum, step = functional.logsigmoid(logits), step * (-logits).sigmoid()
+        return neural_memory(
+            query, key, value, step, held,
+            None if state is None else {name: tensor for name, tensor in state.items() if name != "tail"},
+            log_decay=functional.logsigmoid(self.keep(x)).mT,
+            log_momentum=momentum,
+            threshold=None if self.threshold is None else split_heads(functional.softplus(self.threshold(x)), self.heads),
+            gain=self.gain, bias=self.design.bias, retention=self.design.retention, mask=mask,
+            form="recurrent" if x.shape[1] == 1 else "chunked", chunk=self.chunk,
+        )  # fmt: skip
+
+    def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
+        y: Tensor = self.output(join_heads(self.norm(mixed)) * functional.silu(self.gate(x)))
+        return y
+
+
+def _low_rank(dim: int) -> Sequential:
+    last = Linear(min(_RANK, dim), dim)
+    torch.nn.init.constant_(last.bias, _THRESHOLD)
+    return Sequential(Linear(dim, min(_RANK, dim), bias=False), last)
+
+
+class Moneta(Miras):
+    """An ℓ_p bias and ℓ_q retention: ``A_t = (1 − α_t) A_{t−1} − θ_t ∇ℓ_p,  W_t = A_t / ‖A_t‖_q^{q−2}``, p = 3 and q = 4.
+
+    The norm is taken at each chunk's start, of each matrix of a head (`Lq`); the loss is ``‖r‖_p^p / p``, its factor p left
+    to the step.
+
+    Args:
+        dim: of the tokens.
+        heads: that divide it.
+        p: of the bias.
+        q: of the retention.
+        memory: a network of two matrices by default.
+        chunk, largest_step, convolution: as in `Miras`.
+
+    A. Behrouz et al. (2025), It's All Connected.
+
+    >>> import torch
+    >>> y, state = Moneta(32, heads=4)(torch.randn(2, 20, 32))
+    >>> y.shape, state.tensors["held0"].shape
+    (torch.Size([2, 20, 32]), torch.Size([2, 4, 32, 8]))
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        paper=_PAPER,
+        formula="A_t = (1 − α_t) A_{t−1} − θ_t ∇‖M(k_t) − v_t‖_p^p,  W_t = A_t / ‖A_t‖_q^{q−2},  o_t = M(W_t, q_t)",
+        time="O(N D²/H), 8 times a linear memory's",
+        state="16 D²/H",
+    )
+
+    def __init__(
+        self, dim: int, heads: int = 4, p: float = 3.0, q: float = 4.0, *, memory: Memory | None = None,
+        chunk: int = CHUNK, largest_step: float | None = None, convolution: int = 4,
+    ) -> None:  # fmt: skip
+        design = Design(memory or Memory(), Lp(p), Lq(q))
+        super().__init__(dim, heads, design, chunk=chunk, largest_step=largest_step, convolution=convolution)
+
+
+class Yaad(Miras):
+    """Huber's bias and decay: ``W_t = (1 − α_t) W_{t−1} − θ_t ∇ℓ_δ``, errors counted up to a threshold δ_t that tokens set.
+
+    The paper switches from ℓ₂ to ℓ₁ by the norm of the error or by coordinate; here by coordinate, with a slope that is
+    continuous: an error cut at ±δ.
+
+    Args:
+        dim: of the tokens.
+        heads: that divide it.
+        memory: a network of two matrices by default.
+        chunk, largest_step, convolution: as in `Miras`.
+
+    A. Behrouz et al. (2025), It's All Connected.
+
+    >>> import torch
+    >>> y, state = Yaad(32, heads=4)(torch.randn(2, 20, 32))
+    >>> y.shape
+    torch.Size([2, 20, 32])
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        paper=_PAPER,
+        formula="W_t = (1 − α_t) W_{t−1} − θ_t ∇Huber_δ(M(k_t) − v_t),  o_t = M(W_t, q_t)",
+        time="O(N D²/H), 8 times a linear memory's",
+        state="16 D²/H",
+    )
+
+    def __init__(
+        self, dim: int, heads: int = 4, *, memory: Memory | None = None,
+        chunk: int = CHUNK, largest_step: float | None = None, convolution: int = 4,
+    ) -> None:  # fmt: skip
+        design = Design(memory or Memory(), Huber())
+        super().__init__(dim, heads, design, chunk=chunk, largest_step=largest_step, convolution=convolution)
+
+
+class Memora(Miras):
+    """KL retention: ``W_t = c softmax((1 − α_t) log W_{t−1} − θ_t ∇ℓ_2)``, weights that are positive and sum to c.
+
+    The paper leaves c and what the softmax runs over open: here over each unit's inputs, with c their number, so that weights
+    are 1 on average. It takes the softmax once for each chunk and goes on linearly from there; here every token reads with
+    its own softmax, exactly, which takes weights for each token of a chunk, and gradients alone are those of its start.
+
+    Args:
+        dim: of the tokens.
+        heads: that divide it.
+        memory: a network of two matrices by default.
+        chunk, largest_step, convolution: as in `Miras`.
+
+    A. Behrouz et al. (2025), It's All Connected.
+
+    >>> import torch
+    >>> y, state = Memora(32, heads=4)(torch.randn(2, 20, 32))
+    >>> y.shape
+    torch.Size([2, 20, 32])
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        paper=_PAPER,
+        formula="W_t = c softmax((1 − α_t) log W_{t−1} − θ_t ∇‖M(k_t) − v_t‖²),  o_t = M(W_t, q_t)",
+        time="O(N D²/H), 8 times a linear memory's and a softmax of all weights for each token",
+        state="16 D²/H",
+    )
+
+    def __init__(
+        self, dim: int, heads: int = 4, *, memory: Memory | None = None,
+        chunk: int = CHUNK, largest_step: float | None = None, convolution: int = 4,
+    ) -> None:  # fmt: skip
+        design = Design(memory or Memory(), Lp(2), KL())
+        super().__init__(dim, heads, design, chunk=chunk, largest_step=largest_step, convolution=convolution)

@@ -1,0 +1,358 @@
+"""A memory that learns while it reads: the weights of a small network, written by gradient steps on the tokens themselves.
+
+Within a chunk all gradients are taken at the weights of its start, as both papers do: then momentum, decay and reading are
+products of matrices, and no token needs weights of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from regard.mixers.linear.aligned import Aligned
+from regard.mixers.linear.forms import Form, check_form, check_heads
+from regard.mixers.linear.memory_choices import Bias, Decay, Lp, Retention
+from regard.mixers.linear.memory_network import network, recall, slopes
+
+CHUNK = 16
+
+
+def neural_memory(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: Tensor,
+    weights: Sequence[Tensor],
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    log_decay: Tensor | None = None,
+    log_momentum: Tensor | None = None,
+    threshold: Tensor | None = None,
+    gain: Tensor | None = None,
+    bias: Bias = Lp(2.0),  # noqa: B008 - frozen
+    retention: Retention = Decay(),  # noqa: B008 - frozen
+    mask: Tensor | None = None,
+    form: Form = "chunked",
+    chunk: int = CHUNK,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``S_t = η_t S_{t−1} − θ_t ∇ℓ(M_{t'}(k_t), v_t),  A_t = (1 − α_t) A_{t−1} + S_t,  o_t = M_t(q_t)``.
+
+    S is the surprise, past and momentary; t' the start of the token's chunk; A is what is held, of which the retention makes
+    the weights of M_t. One matrix is a linear memory; more are a network, ``M(x) = x + γ ∘ LN(W_L GELU(… W_1 x))``, whose γ
+    is not written to, and whose layer norm adds 0.1 to the variance, lest gradients explode where a memory has decayed. A
+    token is written before it is read.
+
+    The definition depends on ``chunk``, as the papers' training does: at 1, each gradient is at the weights that the token
+    before left. All forms take the same chunks, which go on where the state stopped, in the middle of one if need be.
+
+    Args:
+        query, key: (B, H, N, Dk); keys of length 1 keep steps comparable.
+        value: (B, H, N, Dv); Dv = Dk for a network.
+        step: θ, (B, H, N).
+        weights: what is held before the first token, (H, out, in) or (B, H, out, in) for each layer, from Dk to Dv.
+        state: what an earlier call returned, in place of the weights.
+        log_decay: log (1 − α), (B, H, N), at most 0; none by default.
+        log_momentum: log η, (B, H, N), at most 0; without it the rule is plain gradient descent, ``S_t = −θ_t ∇ℓ``.
+        threshold: the Huber bias's δ, (B, H, N, Dv).
+        gain: γ, (H, Dv), of a network; ones by default.
+        bias: the loss.
+        retention: how weights follow from what is held.
+        mask: (B, N), true for real tokens: others are neither written nor counted, and their outputs are zeros.
+        form: "parallel" the reference, a loop over tokens whose gradients are autograd's; "chunked" products of matrices;
+            "recurrent" token by token.
+        chunk: tokens whose gradients are taken at the same weights.
+
+    Returns:
+        The output (B, H, N, Dv) in the values' dtype, and the state, in float32 at least: for each layer ``held0``,
+        ``start0`` (at the chunk's start) and ``surprise0``, (B, H, out, in); ``position`` (B,), the tokens read of the chunk.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    A. Behrouz, P. Zhong and V. Mirrokni (2024), Titans: Learning to Memorize at Test Time.
+
+    >>> import torch
+    >>> q, k, v = torch.nn.functional.normalize(torch.randn(3, 1, 2, 50, 8), dim=-1)
+    >>> decay, momentum = torch.rand(2, 1, 2, 50).log()
+    >>> network = [torch.randn(2, 32, 8) / 8**0.5, torch.randn(2, 8, 32) / 32**0.5]
+    >>> gates = {"step": torch.full((1, 2, 50), 0.1), "log_decay": decay, "log_momentum": momentum}
+    >>> chunked, state = neural_memory(q, k, v, weights=network, **gates)
+    >>> reference, _ = neural_memory(q, k, v, weights=network, **gates, form="parallel")
+    >>> bool(torch.allclose(chunked, reference, atol=1e-4))
+    True
+    >>> state["held0"].shape, state["position"].item()
+    (torch.Size([1, 2, 32, 8]), 2)
+    """
+    check_form(form)
+    check_heads(query, key, value)
+    _check(query, value, chunk, step, log_decay, log_momentum, threshold, gain, mask, weights)
+    dtype = torch.promote_types(value.dtype, torch.float32)
+
+    def spread(tensor: Tensor | None) -> Tensor:
+        return torch.zeros_like(step, dtype=dtype) if tensor is None else tensor.to(dtype)
+
+    learner = _Learner(
+        bias, retention, log_momentum is not None, chunk,
+        query.new_ones(1, dtype=dtype) if gain is None else gain.to(dtype)[:, None],
+    )  # fmt: skip
+    tokens = _Tokens(
+        query.to(dtype), key.to(dtype), value.to(dtype),
+        spread(step), spread(log_decay), spread(log_momentum),
+        query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool) if mask is None else mask,
+        None if threshold is None else threshold.to(dtype),
+    )  # fmt: skip
+    now = _begin([weight.to(dtype) for weight in weights], state, tokens, learner.momentum)
+    if form == "chunked":
+        output, after = _chunked(learner, tokens, now)
+    else:
+        gradients = _by_autograd if form == "parallel" else _by_hand
+        output, after = _token_by_token(learner, tokens, now, gradients)
+    return output.masked_fill(~tokens.real[:, None, :, None], 0.0).to(value.dtype), after.tensors()
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What comes with each token, along dimension 2 (of ``real``, 1)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    step: Tensor
+    decay: Tensor
+    momentum: Tensor
+    real: Tensor
+    threshold: Tensor | None
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> _Tokens:
+        """The same of changed tensors, each (B, H, N, ...)."""
+        real = change(self.real[:, None])[:, 0]
+        threshold = None if self.threshold is None else change(self.threshold)
+        gates = change(self.step), change(self.decay), change(self.momentum)
+        return _Tokens(change(self.query), change(self.key), change(self.value), *gates, real, threshold)
+
+    def part(self, first: int, last: int) -> _Tokens:
+        return self.apply(lambda tensor: tensor[:, :, first:last])
+
+
+@dataclass(frozen=True)
+class _Now:
+    """The memory between two tokens: a tensor (B, H, out, in) for each layer, and the tokens read of the chunk (B,)."""
+
+    held: list[Tensor]
+    start: list[Tensor]
+    surprise: list[Tensor]
+    position: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"held": self.held, "start": self.start, "surprise": self.surprise}
+        tensors = {f"{name}{number}": tensor for name, layers in named.items() for number, tensor in enumerate(layers)}
+        return tensors | {"position": self.position}
+
+    def renewed(self, full: Tensor) -> list[Tensor]:
+        """The starts, where chunks (B,) have ended: what is held."""
+        return [
+            torch.where(full[:, None, None, None], held, start)
+            for held, start in zip(self.held, self.start, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """What is the same for all tokens."""
+
+    bias: Bias
+    retention: Retention
+    momentum: bool
+    chunk: int
+    gain: Tensor
+
+    def weights(self, now: _Now) -> list[Tensor]:
+        """At the chunk's start."""
+        return [self.retention.weights(start, start) for start in now.start]
+
+    def slopes(self, now: _Now, tokens: _Tokens) -> list[tuple[Tensor, Tensor]]:
+        """There, of each token."""
+        return slopes(self.weights(now), tokens.key, tokens.value, tokens.threshold, self.gain, self.bias)
+
+
+def _by_autograd(learner: _Learner, now: _Now, token: _Tokens) -> list[Tensor]:
+    """The gradient of the loss of one token by the weights of the chunk's start, (B, H, out, in) each."""
+    with torch.enable_grad():
+        weights = [weight if weight.requires_grad else weight.requires_grad_() for weight in learner.weights(now)]
+        output = recall(token.key, weights, learner.gain)
+        loss = learner.bias.loss(output, token.value, token.threshold).sum()
+        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+    return [gradient if torch.is_grad_enabled() else gradient.detach() for gradient in gradients]
+
+
+def _by_hand(learner: _Learner, now: _Now, token: _Tokens) -> list[Tensor]:
+    return [delta.mT @ z for delta, z in learner.slopes(now, token)]
+
+
+def _token_by_token(
+    learner: _Learner, tokens: _Tokens, now: _Now, gradients: Callable[[_Learner, _Now, _Tokens], list[Tensor]]
+) -> tuple[Tensor, _Now]:
+    """The definition."""
+    outputs = []
+    for i in range(tokens.query.shape[2]):
+        token = tokens.part(i, i + 1)
+        step, decay, momentum = (gate[..., None] for gate in (token.step, token.decay.exp(), token.momentum.exp()))
+        writes = [-step * slope for slope in gradients(learner, now, token)]
+        if learner.momentum:
+            writes = [momentum * old + write for old, write in zip(now.surprise, writes, strict=True)]
+        held = [decay * old + write for old, write in zip(now.held, writes, strict=True)]
+        now = _where(token.real, replace(now, held=held, surprise=writes if learner.momentum else []), now)
+        weights = [learner.retention.weights(*pair) for pair in zip(now.held, now.start, strict=True)]
+        outputs.append(recall(token.query, weights, learner.gain))
+        position = now.position + token.real[:, 0]
+        full = position == learner.chunk
+        now = replace(now, start=now.renewed(full), position=position.masked_fill(full, 0))
+    return torch.cat(outputs, dim=2), now
+
+
+def _where(real: Tensor, new: _Now, old: _Now) -> _Now:
+    """The new where a token (B, 1) is real."""
+    real = real[..., None, None]
+    held = [torch.where(real, *pair) for pair in zip(new.held, old.held, strict=True)]
+    surprise = [torch.where(real, *pair) for pair in zip(new.surprise, old.surprise, strict=True)]
+    return replace(new, held=held, surprise=surprise)
+
+
+def _chunked(learner: _Learner, tokens: _Tokens, now: _Now) -> tuple[Tensor, _Now]:
+    """Chunk after chunk, each text's tokens moved so that its own chunks begin where those of all do."""
+    aligned = Aligned(now.position, tokens.real, learner.chunk)
+    moved = tokens.apply(aligned.place)
+    outputs = []
+    for first in range(0, aligned.slots, learner.chunk):
+        output, now = _chunk(learner, moved.part(first, first + learner.chunk), now)
+        now = replace(now, start=now.renewed(aligned.ends >= first + learner.chunk))
+        outputs.append(output)
+    if not outputs:  # padding alone
+        return torch.zeros_like(tokens.value), now
+    return aligned.take(torch.cat(outputs, dim=2)), replace(now, position=aligned.ends % learner.chunk)
+
+
+def _chunk(learner: _Learner, tokens: _Tokens, now: _Now) -> tuple[Tensor, _Now]:
+    """The tokens of one chunk at once.
+
+    ``A_t = β_t A_0 + c_t S_0 − Σ_{i≤t} w_ti δ_i z_iᵀ``, with β the decay so far, ``w = D E diag(θ)`` and ``c = D η̄`` where D
+    and E are the decay and the momentum between two tokens, and η̄ the momentum so far.
+    """
+    written = learner.slopes(now, tokens)
+    keep, arrive = _between(tokens.decay)
+    arrive = arrive * tokens.real[:, None, None]  # what is no token moves nothing from the surprise to the memory
+    write = arrive * tokens.step[:, :, None]
+    carry, last = torch.zeros_like(keep), write[:, :, -1:].mT
+    if learner.momentum:
+        stay, between = _between(tokens.momentum)
+        carry = arrive @ stay
+        write = arrive @ between * tokens.step[:, :, None]
+        last = (between[:, :, -1] * tokens.step)[..., None]
+    products = _Products(learner.retention, now, written, keep, carry, write)
+    output, _ = network(products, len(written), tokens.query, learner.gain)
+    held, surprise = products.after(), []
+    if learner.momentum:
+        surprise = [
+            stay[:, :, -1:] * old - (last * delta).mT @ z for old, (delta, z) in zip(now.surprise, written, strict=True)
+        ]
+    return output, replace(now, held=held, surprise=surprise)
+
+
+def _between(log: Tensor) -> tuple[Tensor, Tensor]:
+    """From logs of factors (B, H, n): their product so far (B, H, n, 1), and that between two tokens (B, H, n, n)."""
+    total = log.cumsum(-1)[..., None]
+    hidden = torch.ones(total.shape[2], total.shape[2], dtype=torch.bool, device=log.device).triu(1)
+    return total.exp(), (total - total.mT).masked_fill(hidden, -torch.inf).exp()
+
+
+@dataclass(frozen=True)
+class _Products:
+    """The products with each token's own weights, which are not made."""
+
+    retention: Retention
+    now: _Now
+    written: list[tuple[Tensor, Tensor]]
+    keep: Tensor
+    carry: Tensor
+    write: Tensor
+
+    def __call__(self, layer: int, a: Tensor) -> Tensor:
+        if not self.retention.linear:
+            weights = self.retention.weights(self._held(layer, slice(None)), self.now.start[layer])
+            return (weights @ a[..., None]).squeeze(-1)
+        delta, z = self.written[layer]
+        product = self.keep * (a @ self.now.held[layer].mT) - (self.write * (a @ z.mT)) @ delta
+        if self.now.surprise:
+            product = product + self.carry * (a @ self.now.surprise[layer].mT)
+        return product * self.retention.scale(self.now.start[layer])
+
+    def after(self) -> list[Tensor]:
+        """What is held after the last token."""
+        return [self._held(layer, slice(-1, None))[:, :, 0] for layer in range(len(self.written))]
+
+    def _held(self, layer: int, which: slice) -> Tensor:
+        """What is held after each of these tokens, (B, H, tokens, out, in)."""
+        delta, z = self.written[layer]
+        held = self.keep[:, :, which, :, None] * self.now.held[layer][:, :, None]
+        if self.now.surprise:
+            held = held + self.carry[:, :, which, :, None] * self.now.surprise[layer][:, :, None]
+        return held - (self.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
+
+
+def _begin(weights: list[Tensor], state: Mapping[str, Tensor] | None, tokens: _Tokens, momentum: bool) -> _Now:
+    batch = tokens.query.shape[0]
+    held = [weight.expand(batch, *weight.shape[-3:]) for weight in weights]
+    surprise = [torch.zeros_like(weight) for weight in held] if momentum else []
+    now = _Now(held, held, surprise, torch.zeros(batch, dtype=torch.long, device=tokens.query.device))
+    if state is None:
+        return now
+    expected = {name: tuple(tensor.shape) for name, tensor in now.tensors().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if found != expected:
+        raise ValueError(f"the state must be of {expected}, got {found}")
+    layers = range(len(weights))
+    held, start = ([state[f"{name}{layer}"].to(held[0]) for layer in layers] for name in ("held", "start"))
+    return _Now(held, start, [state[f"surprise{layer}"].to(held[0]) for layer in layers if momentum], state["position"])
+
+
+def _check(
+    query: Tensor, value: Tensor, chunk: int, step: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None,
+    threshold: Tensor | None, gain: Tensor | None, mask: Tensor | None, weights: Sequence[Tensor],
+) -> None:  # fmt: skip
+    batch, heads, length, _ = query.shape
+    if chunk < 1:
+        raise ValueError(f"a chunk must hold at least 1 token, got chunk={chunk}")
+    fitting = {
+        "step": (step, (batch, heads, length)),
+        "log_decay": (log_decay, (batch, heads, length)),
+        "log_momentum": (log_momentum, (batch, heads, length)),
+        "threshold": (threshold, tuple(value.shape)),
+        "gain": (gain, (heads, value.shape[3])),
+        "mask": (mask, (batch, length)),
+    }
+    for name, (tensor, shape) in fitting.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be of shape {shape}, got {tuple(tensor.shape)}")
+    _check_weights(query, value, weights)
+
+
+def _check_weights(query: Tensor, value: Tensor, weights: Sequence[Tensor]) -> None:
+    batch, heads = query.shape[:2]
+    widths = [query.shape[3], *(weight.shape[-2] for weight in weights if weight.ndim > 1)]
+    shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
+    expected = [(heads, after, before) for before, after in pairwise(widths)]
+    fits = [weight.shape in (one, (batch, *one)) for weight, one in zip(weights, expected, strict=False)]
+    if not weights or len(fits) < len(weights) or not all(fits) or widths[-1] != value.shape[3]:
+        raise ValueError(
+            f"weights must be (heads, out, in) each, or (batch, heads, out, in), from {query.shape[3]} to {value.shape[3]} "
+            f"for {batch} texts and {heads} heads, got {shapes or 'none'}"
+        )
+    if len(weights) > 1 and query.shape[3] != value.shape[3]:
+        raise ValueError(
+            "a memory of several layers adds its input to its output: keys and values must be of one width, got "
+            f"{query.shape[3]} and {value.shape[3]}"
+        )

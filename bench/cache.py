@@ -226,7 +226,7 @@ def facts_table(found: Recall, samples: int) -> Table:
     title = f"{samples} facts asked for, {DISTRACTORS} distractors, {LENGTH} tokens: exact match, 95% interval"
     table = Table("policy", *(f"{budget:.0%}" for budget in BUDGETS), title=title)
     for name, of in found.items():
-        table.add_row(name, *(f"{value:.2f} ({abs(low):.2f}–{high:.2f})" for value, low, high in of.values()))
+        table.add_row(name, *(f"{value:.2f} ({low:.2f}–{high:.2f})" for value, low, high in of.values()))
     return table
 
 

@@ -54,7 +54,9 @@ def proportion(name: str, hits: int, samples: int, target: float | None = None) 
     z, share = 1.959964, hits / samples
     middle = (share + z * z / (2 * samples)) / (1 + z * z / samples)
     half = z / (1 + z * z / samples) * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples))
-    return Figure(name, share, middle - half, middle + half, samples, target)
+    return Figure(
+        name, share, max(middle - half, 0.0), min(middle + half, 1.0), samples, target
+    )  # but for rounding, within
 
 
 def bootstrap(name: str, values: np.ndarray, weights: np.ndarray | None = None, target: float | None = None) -> Figure:

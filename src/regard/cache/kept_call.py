@@ -180,12 +180,11 @@ class KeptCall:
             queries = torch.arange(self.layer.seen - self.tokens, self.layer.seen, device=positions.device)
             found = (positions <= queries[:, None]) & (positions >= 0)
             return found.repeat_interleave(heads // found.shape[1], dim=1)
-        shape = (positions.shape[0], -1 if mask.shape[1] == 1 else heads, -1, -1)
         if mask.shape[1] > 1:
             mask = mask[:, self._query_heads(group)]
         shared = heads // positions.shape[1]
         index = positions.repeat_interleave(shared, dim=1).clamp(min=0).expand(-1, -1, self.tokens, -1)
-        found = mask.expand(shape[0], heads, -1, -1).gather(3, index)
+        found = mask.expand(positions.shape[0], heads, -1, -1).gather(3, index)
         if not group.has_empty:
             return found
         empty = (positions < 0).repeat_interleave(shared, dim=1)

@@ -107,7 +107,7 @@ def profile_zero_tuning(
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from regard.steer.language import confidence
     >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-    ...                                      intermediate_size=16, vocab_size=20, initializer_range=1.0)).eval()
+    ...                                      intermediate_size=16, vocab_size=20, initializer_range=0.3)).eval()
     >>> profile = profile_zero_tuning(model, [Example([3, 4, 5, 6])], measure=confidence)
     >>> sorted(profile.up + profile.down)
     [(0, 0), (0, 1)]
@@ -156,7 +156,7 @@ def calibrate_zero_tuning(
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from regard.steer.language import confidence
     >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-    ...                                      intermediate_size=16, vocab_size=20, initializer_range=1.0)).eval()
+    ...                                      intermediate_size=16, vocab_size=20, initializer_range=0.3)).eval()
     >>> found = calibrate_zero_tuning(model, [Example([3, 4, 5, 6])], measure=confidence, factors=[0.5, 2])
     >>> found.score >= found.plain_score
     True

@@ -93,7 +93,7 @@ def operator_table(lengths: tuple[int, ...], device: str, repeats: int) -> Table
     table = Table(
         "tokens", "SDPA, ms", "lightning, ms", "SDPA / lightning", title=f"operators, 8 heads of width 64, {device}"
     )
-    decay = -torch.linspace(0.01, 1, 8, device=device)
+    decay = (-torch.linspace(0.01, 1, 8, device=device)).exp()
     for length in lengths:
         q, k, v = torch.randn(3, 1, 8, length, 64, device=device)
         runs: dict[str, Run] = {

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from regard.mixers.linear import Mixer
+from regard.mixers.linear import mixer as module
 
 Run = Callable[..., tuple[Tensor, Any]]
 
@@ -55,6 +57,7 @@ def check_mixer(mixer: Mixer, tokens: int = 37, tolerance: float = 1e-4) -> None
     assert after.seen == tokens
     _check_pieces(mixer, x, whole, tolerance)
     _check_padding(mixer, x, tolerance)
+    _check_reading(mixer, x, tolerance)
     _check_gradients(mixer, x)
 
 
@@ -83,6 +86,19 @@ def _check_padding(mixer: Mixer, x: Tensor, tolerance: float) -> None:
         after, _ = mixer(more, state)
         after_alone, _ = mixer(more[1:], own)
         assert torch.allclose(after[1], after_alone[0], atol=tolerance, rtol=tolerance), f"after padding, left={left}"
+
+
+def _check_reading(mixer: Mixer, x: Tensor, tolerance: float) -> None:
+    """Without gradients a text is read in pieces, some of which may be padding alone."""
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    mask[1, :18] = False
+    whole, after = mixer(x, mask=mask)
+    with torch.no_grad(), patch.multiple(module, _PIECE=8, _SMALLEST_PIECE=8):
+        pieces, state = mixer(x, mask=mask)
+    assert torch.allclose(pieces, whole, atol=tolerance, rtol=tolerance), "in pieces"
+    for name, tensor in after.tensors.items():
+        if tensor.is_floating_point():
+            assert torch.allclose(state.tensors[name], tensor, atol=tolerance, rtol=tolerance), f"in pieces: {name}"
 
 
 def _check_gradients(mixer: Mixer, x: Tensor) -> None:

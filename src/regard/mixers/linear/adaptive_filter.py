@@ -259,6 +259,7 @@ class AdaptiveFilterAttention(KeyValueMixer):
         state="2 N D",
         bidirectional=True,
     )
+    in_pieces = False
 
     frequency: Tensor
 

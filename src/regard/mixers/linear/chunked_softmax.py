@@ -246,6 +246,7 @@ class ChunkedSoftmaxAttention(SoftmaxAttention):
         cross=True,
         exact=True,
     )
+    in_pieces = False
 
     def __init__(
         self,

@@ -97,20 +97,21 @@ def _chunked(
     written, read = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     within, seen, left = (q @ k.mT) * between, q * total.exp(), k * (end - total).exp()
     outputs = []
-    for number in range(q.shape[2]):
-        corrections = written[:, :, number] - read[:, :, number] @ before
-        outputs.append(seen[:, :, number] @ before + within[:, :, number] @ corrections)
-        before = end[:, :, number].exp() * before + left[:, :, number].mT @ corrections
+    for parts in zip(*(t.unbind(2) for t in (written, read, seen, within, end.exp(), left.mT)), strict=True):
+        to_write, to_read, query, pairs, kept, key = parts
+        corrections = to_write - to_read @ before
+        outputs.append(query @ before + pairs @ corrections)
+        before = kept * before + key @ corrections
     return torch.cat(outputs, dim=2)[:, :, :length], before
 
 
 def _recurrent(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     outputs = []
-    for i in range(q.shape[2]):
-        before = decay[:, :, i, None, None].exp() * before
-        correction = beta[:, :, i, None, None] * (v[:, :, i, None] - k[:, :, i, None] @ before)
-        before = before + k[:, :, i, :, None] * correction
-        outputs.append(q[:, :, i, None] @ before)
+    rows = (q[..., None, :], k[..., None, :], v[..., None, :], beta[..., None, None], decay.exp()[..., None, None])
+    for query, key, value, written, kept in zip(*(t.unbind(2) for t in rows), strict=True):
+        before = kept * before
+        before = before + key.mT * (written * (value - key @ before))
+        outputs.append(query @ before)
     return torch.cat(outputs, dim=2), before
 
 

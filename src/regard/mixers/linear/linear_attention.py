@@ -56,10 +56,11 @@ def linear_attention(
     """
     check_form(form)
     check_heads(query, key, value)
-    if not causal:
-        return _both_ways(query, key, value, log_decay, state, form, chunk)
     dtype = torch.promote_types(value.dtype, torch.float32)
     q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
+    if not causal:
+        output, after = _both_ways(q, k, v, log_decay, state, form, chunk)
+        return output.to(value.dtype), after
     decay = _spread(log_decay, q)
     before = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3]) if state is None else _checked(state, q, v).to(dtype)
     run = {"parallel": _parallel, "chunked": _chunked, "recurrent": _recurrent}[form]
@@ -78,17 +79,14 @@ def _both_ways(
     if log_decay is not None and log_decay.ndim > 1:  # from j back to i < j, the decays are g_{i+1} … g_j
         log_decay = functional.pad(log_decay.flip(2)[:, :, :-1], (0, 0) * (log_decay.ndim - 3) + (1, 0))
     backward, _ = linear_attention(*turned, log_decay, form=form, chunk=chunk)
-    own = (query.float() * key.float()).sum(-1, keepdim=True) * value.float()
-    return (forward.float() + backward.flip(2).float() - own).to(value.dtype), after
+    own = (query * key).sum(-1, keepdim=True) * value
+    return forward + backward.flip(2) - own, after
 
 
 def _parallel(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """The matrix of all pairs."""
     total = decay.cumsum(2)  # (B, H, N, 1 or Dk)
-    length = q.shape[2]
-    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    between = (total[:, :, :, None] - total[:, :, None]).masked_fill(hidden[..., None], -torch.inf)
-    matrix = torch.einsum("bhid,bhjd,bhijd->bhij", q, k, between.exp().expand(-1, -1, -1, -1, q.shape[3]))
+    matrix = _inside(*(tensor[:, :, None] for tensor in (q, k, total))).squeeze(2)
     output = matrix @ v + (q * total.exp()) @ before
     left = (total[:, :, -1:] - total).exp()
     return output, total[:, :, -1, :, None].exp() * before + (k * left).mT @ v
@@ -105,9 +103,9 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, chu
     added = (k * (end - total).exp()).mT @ v  # what each chunk adds to the state
     kept = end.exp().mT  # and what it leaves of it, (B, H, chunks, 1 or Dk, 1)
     states = []
-    for number in range(q.shape[2]):
+    for factor, addition in zip(kept.unbind(2), added.unbind(2), strict=True):
         states.append(before)
-        before = kept[:, :, number] * before + added[:, :, number]
+        before = factor * before + addition
     output = inside + (q * total.exp()) @ torch.stack(states, dim=2)
     return output.reshape(batch, heads, -1, v.shape[-1])[:, :, :length], before
 
@@ -127,10 +125,13 @@ def _inside(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
 def _recurrent(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Token by token."""
     outputs = []
-    for token in range(q.shape[2]):
-        before = decay[:, :, token, :, None].exp() * before + k[:, :, token, :, None] * v[:, :, token, None]
-        outputs.append((q[:, :, token, None] @ before).squeeze(2))
-    return torch.stack(outputs, dim=2), before
+    tokens = zip(
+        q[..., None, :].unbind(2), k[..., None].unbind(2), v[..., None, :].unbind(2), decay.exp().unbind(2), strict=True
+    )
+    for query, key, value, kept in tokens:
+        before = kept[..., None] * before + key * value
+        outputs.append(query @ before)
+    return torch.cat(outputs, dim=2), before
 
 
 def cut(tensor: Tensor, chunk: int) -> Tensor:

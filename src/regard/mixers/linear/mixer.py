@@ -15,6 +15,9 @@ from regard.maps import AttentionMap
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear.dynamical_system import DynamicalSystem
 
+_PIECE = 2048  # tokens of all texts together
+_SMALLEST_PIECE = 256  # below, the pieces' number costs more than their size saves
+
 
 @dataclass(frozen=True)
 class State:
@@ -52,11 +55,16 @@ class Mixer(Module, ABC):
     ended: a prompt and then token by token is the same as all at once. ``mask`` (batch, tokens) tells real tokens
     from padding, on either side: padding leaves the state as it is, and its outputs are zeros.
 
+    Where no gradients are wanted, a long text is read piece by piece, each from the state of the one before: what it takes
+    beside x and y does not grow with the text, and stays in the processor's cache.
+
     A subclass writes `mix` and states its `facts`.
     """
 
     facts: ClassVar[Facts]
     """Of the mechanism, for ``regard mixers``."""
+    in_pieces: ClassVar[bool] = True
+    """Whether reading in pieces costs no more than at once, as it does where the state is all tokens so far."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -70,14 +78,30 @@ class Mixer(Module, ABC):
         tensors = None if state is None else state.tensors
         seen = x.shape[1] + (0 if state is None else state.seen)
         if mask is None:
-            y, after = self.mix(x, tensors, None)
+            y, after = self._read(x, tensors, None)
             return y, State(type(self).__name__, after, seen)
         order = mask.long().argsort(dim=1, stable=True)[..., None]  # padding first
         left = mask.gather(1, order[..., 0])
         moved = x.gather(1, order.expand_as(x)).masked_fill(~left[..., None], 0.0)
-        y, after = self.mix(moved, tensors, left)
+        y, after = self._read(moved, tensors, left)
         y = torch.zeros_like(x).scatter(1, order.expand_as(y), y.masked_fill(~left[..., None], 0.0))
         return y, State(type(self).__name__, after, seen)
+
+    def _read(
+        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`mix`, in pieces where that is better."""
+        piece = max(_PIECE // max(len(x), 1), _SMALLEST_PIECE)
+        if x.shape[1] <= piece or torch.is_grad_enabled() or not self.in_pieces:
+            return self.mix(x, state, mask)
+        texts = x.split(piece, dim=1)
+        masks = [None] * len(texts) if mask is None else mask.split(piece, dim=1)
+        y, after = self.mix(texts[0], state, masks[0])
+        outputs = [y]
+        for text, real in zip(texts[1:], masks[1:], strict=True):
+            y, after = self.mix(text, after, real)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), after
 
     @abstractmethod
     def mix(

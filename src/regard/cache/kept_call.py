@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from regard.calls import AttentionCall, Reading
-from regard.maps import AttentionMap
+from regard.maps import AttentionMap, TokenMap
 
 if TYPE_CHECKING:
     from regard.cache.compress import compress
@@ -85,12 +85,12 @@ class KeptCall:
             self.keeper.drop(self)
         return restored
 
-    def ask(self, attention: AttentionMap) -> None:
+    def ask(self, attention: TokenMap) -> None:
         """Announce what all queries give, where the policy reads them all."""
         if self.observed == self.tokens > 1:
             attention.expect("received", *self._weights)
 
-    def take(self, attention: AttentionMap) -> None:
+    def take(self, attention: TokenMap) -> None:
         """Read what the entries received, then drop."""
         received = self._received(attention)
         for group in self.layer.groups:
@@ -137,7 +137,7 @@ class KeptCall:
         group.receive(matrix.detach().mean(dim=2))
         return (matrix.to(group.values.dtype) @ group.values).view(batch, heads, 1, -1)
 
-    def _received(self, attention: AttentionMap) -> Tensor:
+    def _received(self, attention: TokenMap) -> Tensor:
         """(B, Hk, keys): what the keys receive from the queries that are read, the mean over the heads of a group."""
         if self.observed == self.tokens > 1:
             received = attention.received(*self._weights)

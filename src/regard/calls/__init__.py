@@ -4,7 +4,7 @@ from regard.calls.call import AttentionCall, Column, Factor
 from regard.calls.enter import enter_all
 from regard.calls.positions import Positions, Where, selected
 from regard.calls.run import edited_map
-from regard.calls.seam import Editor, Listener, Reading, edit_calls, keep, listen
+from regard.calls.seam import Editor, Listener, Reading, edit_calls, keep, listen, show, unseen, watched
 from regard.calls.selection import Heads, Layers, Selection
 from regard.calls.text import Text
 from regard.calls.tracker import Tracker
@@ -29,4 +29,7 @@ __all__ = [
     "keep",
     "listen",
     "selected",
+    "show",
+    "unseen",
+    "watched",
 ]

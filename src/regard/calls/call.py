@@ -50,6 +50,9 @@ class AttentionCall:
 
     Edits change the tensors, or add to what follows: ``columns`` of the logits, ``factors`` of the probabilities, rows that
     are their ``own`` value (B|1, H, N) instead, and a ``gate`` (B|1, H|1, N|1) of the output.
+
+    ``past`` is the number of tokens before the call's own, where its maker says. A layer that mixes its values by a matrix of
+    its own, as linear mixers do, has neither queries nor keys: they are NaN, one number wide.
     """
 
     query: Tensor
@@ -72,6 +75,7 @@ class AttentionCall:
     own: Tensor | None = None
     gate: Tensor | None = None
     memo: dict[object, Any] | None = None
+    past: int | None = None
 
     def remember(self, key: object, make: Callable[[], _Made]) -> _Made:
         """What ``make`` returns, made once for all calls of a pass that share their ``memo``."""

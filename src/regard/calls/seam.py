@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ from regard.calls.call import AttentionCall
 from regard.calls.interception import Interception, plain_attention
 from regard.calls.multi_head import multi_head_attention
 from regard.calls.run import edited_map, run
-from regard.maps import AttentionMap
+from regard.maps import AttentionMap, TokenMap
 
 
 class Reading(Protocol):
@@ -26,11 +26,11 @@ class Reading(Protocol):
         """Whether the model's output may come from the pass that answers the questions."""
         ...
 
-    def ask(self, attention: AttentionMap) -> None:
+    def ask(self, attention: TokenMap) -> None:
         """Announce questions, so that one pass over the matrix answers those of every listener."""
         ...
 
-    def take(self, attention: AttentionMap) -> None:
+    def take(self, attention: TokenMap) -> None:
         """Read the answers."""
         ...
 
@@ -51,6 +51,10 @@ class Editor(Protocol):
 
     def edit(self, call: AttentionCall, edited: AttentionCall | None) -> AttentionCall | None:
         """What is to run, given the model's call and what editors before this one made of it; None to leave it at that."""
+        ...
+
+    def pass_by(self) -> None:
+        """Take note of a call that is not to be changed, for it is shown: layers have the numbers that listeners count."""
         ...
 
 
@@ -115,6 +119,65 @@ def edit_calls(editor: Editor) -> AbstractContextManager[None]:
 def keep(keeper: Keeper) -> AbstractContextManager[None]:
     """Let the keeper find this thread's attention calls that are his, until the block ends."""
     return _join(_local.keepers, keeper)
+
+
+def watched() -> bool:
+    """Whether a call made now in this thread would be looked at: what is made for `show` alone is made only then."""
+    if torch.compiler.is_compiling() or _local.busy or _recomputing():
+        return False
+    return bool(_local.listeners or _local.editors)
+
+
+def show(call: AttentionCall, read: Callable[[AttentionCall], TokenMap] = AttentionCall.map) -> None:
+    """Show this thread's listeners a call whose output is computed by other means than PyTorch's attention.
+
+    Args:
+        call: four-dimensional, as it would be made.
+        read: its matrix, from the call with its place in the model; asked only where a listener wants it.
+
+    >>> import torch, regard
+    >>> from regard.calls import show
+    >>> class Mine(torch.nn.Module):
+    ...     def forward(self, q, k, v):
+    ...         show(regard.AttentionCall(q, k, v))
+    ...         return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+    >>> model = Mine()
+    >>> with regard.watch(model, regard.Received()) as seen:
+    ...     _ = model(*torch.randn(3, 1, 2, 5, 8))
+    >>> seen.dataset().received.shape
+    (1, 1, 2, 5)
+    """
+    if not watched():
+        return
+    for editor in _local.editors:
+        editor.pass_by()
+    noticed = [found for listener in _local.listeners if (found := listener.notice(call, None)) is not None]
+    if not noticed:
+        return
+    with unseen(), _apart():
+        attention = read(noticed[0][0])
+        for _, reading in noticed:
+            reading.ask(attention)
+        for _, reading in noticed:
+            reading.take(attention)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Let what is read leave no trace in the model's graph; nor in what a checkpoint around it counts, if it has its own."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.no_grad(), hooks:
+        yield
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Let this thread's calls run as they are, past everybody: they are parts of one that was shown, or read it."""
+    before, _local.busy = _local.busy, True
+    try:
+        yield
+    finally:
+        _local.busy = before
 
 
 @contextmanager

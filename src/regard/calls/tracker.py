@@ -55,16 +55,22 @@ class Tracker:
             return None
         path = self._modules.next_label()
         if path not in self._numbers:
-            self._numbers[path] = len(self.layers)
+            self._numbers[path] = len(self._numbers)
             self.layers.append(path)
         normal = normalize(call, self._modules.module)
         return normal.changed(path=path, layer=self._numbers[path], pass_index=self._modules.pass_index)
+
+    def pass_by(self) -> None:
+        """Leave out a layer that is none of those looked for, but counts among them."""
+        if self._modules.active:
+            self._numbers.setdefault(self._modules.next_label(), len(self._numbers))
 
     def place(self, call: AttentionCall) -> tuple[AttentionCall, Text]:
         """The named call with its positions and token ids, and the text that it goes on with or begins."""
         texts = self._texts_of_cache()
         text = texts.get(call.path) or self._texts.get(call.path) or Text()
-        continues, query_start, key_start = text.place(call, self._cache.past)
+        past = self._cache.past if call.past is None else call.past
+        continues, query_start, key_start = text.place(call, past)
         if not continues:
             text = Text()
         texts[call.path] = text
@@ -123,5 +129,5 @@ def _explain_no_call(model: Module | None, ran: bool) -> str:
         )
     return (
         f"no attention call was seen in {name}: its attention is its own code, not {_SEEN}. "
-        "Compute it there, or build regard.AttentionMap from its queries and keys"
+        "Compute it there, or build regard.AttentionMap from its queries and keys; a mixer is seen where it has a map()"
     )

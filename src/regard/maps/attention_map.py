@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,19 +12,12 @@ from regard.maps._columns import Segment, Segments
 from regard.maps._pass import Pass, Question
 from regard.maps._scores import Scores, make_scores
 from regard.maps._select import KernelName, check_kernel
+from regard.maps.token_map import TokenMap, TopK
 
-_DENSE_LIMIT = 2**28
 _ENTRIES_AT_ONCE = 2**24
 
 
-class TopK(NamedTuple):
-    """The largest entries of each row, ``shares`` (B, Hq, N, k), and their keys, ``keys`` (long, −1 where none)."""
-
-    shares: Tensor
-    keys: Tensor
-
-
-class AttentionMap:
+class AttentionMap(TokenMap):
     """``P = softmax(scale · Q Kᵀ + mask)`` of one attention call, as an operator that is never stored.
 
     Semantics are those of ``torch.nn.functional.scaled_dot_product_attention``. A row that may see no key is all zeros,
@@ -92,11 +84,6 @@ class AttentionMap:
         """Where the statistics are."""
         return self._scores.query.device
 
-    @property
-    def T(self) -> TransposedMap:  # noqa: N802 - the field's name for it
-        """The transposed operator: ``A.T @ W``."""
-        return TransposedMap(self)
-
     def __repr__(self) -> str:
         return f"AttentionMap(shape={self.shape}, dtype={self._scores.query.dtype}, kernel={self._pass.kernel!r})"
 
@@ -152,16 +139,6 @@ class AttentionMap:
         self._ask_mass(segments)
         return self._pass.take(("mass", id(segments))).to(self.dtype)
 
-    def pool(self, n: int, m: int) -> Tensor:
-        """The matrix summed over an n×m grid of blocks: (B, Hq, n, m); token t of N falls into block ⌊t·n/N⌋."""
-        *_, queries, keys = self.shape
-        if not (1 <= n <= queries and 1 <= m <= keys):
-            raise ValueError(
-                f"pool({n}, {m}) of a {queries}×{keys} matrix: blocks must number 1 to {queries} and 1 to {keys}"
-            )
-        columns = one_hot(_blocks(keys, m, self.device), m, self.dtype)
-        return sum_rows(self @ columns, _blocks(queries, n, self.device), n)
-
     def viewers(self, weights: Tensor | None = None) -> Tensor:
         """The number of queries that may see each key, or the sum of their weights (B|1, 1, N): (B|1, Hq|1, M)."""
         *_, queries, keys = self.shape
@@ -178,26 +155,13 @@ class AttentionMap:
             [(weights.unsqueeze(2) @ head.to(self.dtype)).squeeze(2) for head in visible.split(1, dim=1)], dim=1
         )
 
-    def expect(self, question: str, *arguments: object) -> None:
-        """Announce a question, so that one pass over the matrix answers all that were announced before the first answer.
-
-        ``question`` is "entropy", "received", "mass" or "product"; the arguments are those of the method asked later (for
-        "product" the right-hand side of ``A @ V``), the same objects.
-
-        >>> import torch
-        >>> q, k = torch.randn(2, 1, 2, 50, 16)
-        >>> A = AttentionMap(q, k, is_causal=True)
-        >>> A.expect("entropy"); A.expect("received")
-        >>> entropy, received = A.entropy(), A.received()  # one pass, not two
-        """
+    def _expect(self, question: str, *arguments: object) -> None:
         ask: dict[str, Callable[..., None]] = {
             "entropy": self._ask_entropy,
             "received": self._ask_received,
             "mass": self._ask_mass,
             "product": self._ask_product,
         }
-        if question not in ask:
-            raise ValueError(f"expect() knows {', '.join(ask)}; got {question!r}")
         ask[question](*arguments)
 
     def rides_along(self, values: Tensor) -> bool:
@@ -206,29 +170,10 @@ class AttentionMap:
 
     # --- entries ------------------------------------------------------------------------------------------------------
 
-    def at(self, targets: Tensor) -> Tensor:
-        """Chosen entries ``P[i, targets[i]]``: (B, Hq, N), from targets (N,) or (B, N) long; −1 for none gives 0.
-
-        >>> import torch
-        >>> q, k = torch.randn(2, 1, 2, 50, 16)
-        >>> previous_token = AttentionMap(q, k, is_causal=True).at(torch.arange(50) - 1)
-        """
-        batch, _, queries, keys = self.shape
-        if targets.is_floating_point() or targets.shape not in ((queries,), (1, queries), (batch, queries)):
-            raise ValueError(
-                f"targets must be positions of shape ({queries},) or ({batch}, {queries}), "
-                f"got {targets.dtype} {tuple(targets.shape)}"
-            )
-        targets = targets.to(self.device).reshape(-1, queries).expand(batch, queries)
-        if bool((targets >= keys).any()) or bool((targets < -1).any()):
-            raise IndexError(f"targets go from {int(targets.min())} to {int(targets.max())}; keys from 0 to {keys - 1}")
+    def _entries(self, targets: Tensor) -> Tensor:
         logsumexp = self.logsumexp().to(self._scores.dtype)
         shares = torch.exp(self._scores.entries(targets) - logsumexp.masked_fill(logsumexp.isneginf(), 0.0))
         return shares.to(self.dtype)
-
-    def rows(self, index: Segment) -> Tensor:
-        """Whole rows of P: (B, Hq, len(index), M)."""
-        return self.tile(index, slice(None))
 
     def tile(self, rows: Segment, columns: Segment) -> Tensor:
         """A block of P: (B, Hq, len(rows), len(columns)); costs len(rows)·M, holds the block and a few rows at a time."""
@@ -243,27 +188,10 @@ class AttentionMap:
         matrix = _dense.probabilities(self._scores.logits(rows, every, self._scores.dtype))
         return (matrix if len(columns) == len(every) else matrix[..., columns]).to(self.dtype)
 
-    def dense(self, force: bool = False) -> Tensor:
-        """The whole matrix (B, Hq, N, M); refused above 2²⁸ entries (1 GiB in float32) unless forced."""
-        entries = torch.Size(self.shape).numel()
-        if entries > _DENSE_LIMIT and not force:
-            size = entries * torch.finfo(self.dtype).bits / 8 / 2**30
-            raise ValueError(
-                f"a matrix of shape {self.shape} takes {size:.1f} GiB; ask for statistics, rows or pool instead, "
-                "or pass force=True"
-            )
-        return self.tile(slice(None), slice(None))
-
     # --- orderings and distances --------------------------------------------------------------------------------------
 
-    def topk(self, k: int) -> TopK:
-        """The k largest entries of each row and their keys, (B, Hq, N, k) each; not differentiable.
-
-        Where a row sees fewer than k keys, the rest has share 0 and key −1.
-        """
-        batch, heads, queries, keys = self.shape
-        if not 1 <= k <= keys:
-            raise ValueError(f"topk({k}) of {keys} keys: k must be from 1 to {keys}")
+    def _topk(self, k: int) -> TopK:
+        batch, heads, queries, _ = self.shape
         shares = torch.zeros(batch, heads, queries, k, dtype=self.dtype, device=self.device)
         index = torch.full(shares.shape, -1, dtype=torch.long, device=self.device)
         for strip, matrix in _tiled.softmax_strips(self._scores):
@@ -271,10 +199,6 @@ class AttentionMap:
             strip.of_queries(shares)[..., : strip.columns].copy_(best.values)
             strip.of_queries(index)[..., : strip.columns].copy_(best.indices.masked_fill(best.values == 0, -1))
         return TopK(shares, index)
-
-    def max(self) -> Tensor:
-        """The largest entry of each row: (B, Hq, N); not differentiable."""
-        return self.topk(1).shares.squeeze(-1)
 
     def mean_distance(self, query_start: int = 0, key_start: int = 0) -> Tensor:
         """``Σ_j P_ij |i − j|``: (B, Hq, N), in tokens; not differentiable.
@@ -329,60 +253,11 @@ class AttentionMap:
             column = torch.ones((), dtype=self.dtype, device=self.device).expand(batch, heads, queries)
             self._pass.ask("received", Question("received", column))
         else:
-            column = self._weight_column(weights, (batch, heads, queries))
+            column = self._weight_column(weights)
             question = Question("weights", column.unsqueeze(-1), argument=weights)
             self._pass.ask(("received", id(weights)), question)
 
-    def _weight_column(self, weights: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        batch, heads, queries = shape
-        sizes = tuple(weights.shape)
-        if len(sizes) != 3 or sizes[0] not in (1, batch) or sizes[1] not in (1, heads) or sizes[2] != queries:
-            raise ValueError(f"received() needs weights of shape ({batch} or 1, {heads} or 1, {queries}), got {sizes}")
-        return weights.to(self.device, self.dtype).expand(shape)
-
-
-class TransposedMap:
-    """``Pᵀ`` of a map: ``A.T @ W`` is (B, Hq, M, Dw), in W's dtype, from W broadcastable to (B, Hq, N, Dw).
-
-    >>> import torch
-    >>> q, k = torch.randn(2, 1, 2, 50, 16)
-    >>> A = AttentionMap(q, k)
-    >>> (A.T @ torch.ones(1, 1, 50, 3)).shape
-    torch.Size([1, 2, 50, 3])
-    """
-
-    def __init__(self, attention: AttentionMap) -> None:
-        self.T = attention
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(B, Hq, M, N)."""
-        batch, heads, queries, keys = self.T.shape
-        return batch, heads, keys, queries
-
-    def __matmul__(self, weights: Tensor) -> Tensor:
-        """``Pᵀ W``."""
-        batch, heads, queries, _ = self.T.shape
-        wanted = (batch, heads, queries)
-        if weights.ndim != 4 or any(size not in (1, full) for size, full in zip(weights.shape, wanted, strict=False)):
-            raise ValueError(f"A.T @ W needs W broadcastable to {(*wanted, 'width')}, got {tuple(weights.shape)}")
-        columns = weights.expand(*wanted, -1)
-        answers = self.T._pass
-        answers.ask(("transposed", id(weights)), Question("weights", columns))
-        return answers.take(("transposed", id(weights))).to(weights.dtype)
-
-
-def one_hot(blocks: Tensor, number: int, dtype: torch.dtype) -> Tensor:
-    """Columns that sum the keys of each block, (1, 1, M, number), from the block of each key."""
-    return torch.nn.functional.one_hot(blocks, number).to(dtype)[None, None]
-
-
-def sum_rows(product: Tensor, blocks: Tensor, number: int) -> Tensor:
-    """The rows (B, H, N, W) of a product summed by block of query: (B, H, number, W)."""
-    batch, heads, _, width = product.shape
-    return product.new_zeros(batch, heads, number, width).index_add(2, blocks, product)
-
-
-def _blocks(length: int, number: int, device: torch.device) -> Tensor:
-    """The block, of ``number`` nearly equal ones, that each of ``length`` tokens falls into."""
-    return torch.arange(length, device=device) * number // length
+    def _transposed(self, weights: Tensor) -> Tensor:
+        key = ("transposed", id(weights))
+        self._pass.ask(key, Question("weights", weights))
+        return self._pass.take(key)

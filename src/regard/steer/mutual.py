@@ -61,6 +61,10 @@ class capture:  # noqa: N801 - a context manager, named as what one writes
             seen = named if edited is None else edited
             self._kept.setdefault(named.path, []).append((seen.key.detach(), seen.value.detach()))
 
+    def pass_by(self) -> None:
+        """Count a layer that mixes tokens by a matrix of its own; it has no keys to keep."""
+        self._tracker.pass_by()
+
     def of(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """The keys and values for a call: those of the same layer and pass, or of the one pass that was captured."""
         kept = self._kept.get(call.path)

@@ -113,6 +113,10 @@ class _Block:
         self._keys = max(self._keys, placed.key_start + placed.key.shape[2])
         return placed
 
+    def pass_by(self) -> None:
+        """Count a layer that mixes tokens by a matrix of its own, which edits leave as it is."""
+        self._tracker.pass_by()
+
     def _wanted(self, call: AttentionCall) -> list[tuple[Edit, Tensor]]:
         """The edits of this layer, each with its heads; found once, since it is asked at every step of ``generate``."""
         key = (call.path, call.query.shape[1], call.query.device)

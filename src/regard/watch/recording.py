@@ -11,7 +11,7 @@ import numpy
 import xarray
 from torch import Tensor
 
-from regard.maps import AttentionMap
+from regard.maps import TokenMap
 from regard.watch._sequence import Sequence
 from regard.watch.statistic import Statistic
 
@@ -32,7 +32,7 @@ class Recording:
 
     def __init__(self, statistics: Items[Statistic]) -> None:
         self.layers: list[str] = []
-        self.maps: dict[str, list[AttentionMap]] = {}
+        self.maps: dict[str, list[TokenMap]] = {}
         self.token_ids: Tensor | None = None
         self._statistics = statistics
         self._sequences: dict[str, list[Sequence]] = {}

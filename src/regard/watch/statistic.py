@@ -19,6 +19,9 @@ class Statistic:
     a meaning: values along "query" are put one after another as ``generate`` adds tokens, and values without it are summed
     up over its steps, those along "key" key by key. A query that ``token_mask`` calls padding becomes NaN.
 
+    For a linear mixer ``attention`` is its `regard.mixers.HiddenMap`, which answers the same questions but for entropy,
+    logsumexp and viewers; ``call`` has its values, and NaN for queries and keys, which it has not.
+
     Example:
         >>> import torch, regard
         >>> class Confidence(regard.Statistic):

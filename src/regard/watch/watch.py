@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from regard.calls import AttentionCall, Heads, Layers, Reading, Selection, Text, Tracker, enter_all, listen
-from regard.maps import AttentionMap
+from regard.maps import AttentionMap, TokenMap
 from regard.watch._sequence import Part, Sequence
 from regard.watch.recording import Recording
 from regard.watch.statistic import Statistic
@@ -27,7 +28,8 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
 
     Args:
         model: an ``nn.Module`` whose attention goes through ``scaled_dot_product_attention`` or ``nn.MultiheadAttention``,
-            as transformers' does with ``attn_implementation="sdpa"``; left out or None, every call made in the block.
+            as transformers' does with ``attn_implementation="sdpa"``; left out or None, every call made in the block. Of
+            ``regard.mixers``, those that have a hidden map are read by it, each as one call.
         statistics: what to read, such as ``regard.Entropy()``.
         layers: the number of an attention call in order, a glob on the path of the module that makes it, or several.
         heads: the number of a query head, several, or a mapping from layers to heads.
@@ -40,7 +42,9 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
 
     Raises:
         RuntimeError: at the end of a block in which no attention call was seen, naming the implementation used.
-        IndexError, ValueError: layers or heads that do not exist, statistics of the same name, NaN in queries or keys.
+        IndexError, ValueError: layers or heads that do not exist, statistics of the same name, NaN in queries or keys, a
+            mixer that goes on from a state, where its map does not tell of the tokens before.
+        NotImplementedError: for `Entropy` and `Sinks` of a mixer by its hidden map, whose rows are no probabilities.
 
     Example:
         >>> import torch, regard
@@ -49,6 +53,15 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
         ...     _ = encoder(torch.randn(1, 10, 32))
         >>> seen.dataset().entropy.dims
         ('layer', 'batch', 'head', 'query')
+
+        A mixer without softmax, by its hidden map:
+
+        >>> from regard.mixers.linear import DeltaRule
+        >>> mixer = DeltaRule(32, heads=4)
+        >>> with torch.no_grad(), regard.watch(mixer, regard.Received(), regard.TopK(3)) as seen:
+        ...     y, state = mixer(torch.randn(1, 10, 32))
+        >>> seen.dataset().received.shape
+        (1, 1, 4, 10)
     """
 
     def __init__(
@@ -134,7 +147,7 @@ class _Block:
         placed = replace(placed if edited is None else edited.placed_as(placed), token_mask=self._mask_of(placed))
         return named, _Reading(self, placed, self._sequence(placed.path, text), heads)
 
-    def record(self, call: AttentionCall, sequence: Sequence, part: Part, attention: AttentionMap) -> None:
+    def record(self, call: AttentionCall, sequence: Sequence, part: Part, attention: TokenMap) -> None:
         """Keep what was measured."""
         if call.path not in self.recording.layers:
             self.recording.layers.append(call.path)
@@ -173,7 +186,7 @@ class _Reading:
     heads: list[int] | None
 
     def __post_init__(self) -> None:
-        self._own: AttentionMap | None = None
+        self._own: TokenMap | None = None
         if self.heads is not None:
             self.call = self.call.heads(self.heads)
 
@@ -182,17 +195,19 @@ class _Reading:
         """Whether the model's output may come from the pass that answers the questions."""
         return self.block.share and self.heads is None
 
-    def ask(self, attention: AttentionMap) -> None:
+    def ask(self, attention: TokenMap) -> None:
         """Have each statistic announce what it needs."""
         for statistic in self.block.statistics:
-            statistic.ask(self._map(attention), self.call)
+            with _told(statistic, self.call):
+                statistic.ask(self._map(attention), self.call)
 
-    def take(self, attention: AttentionMap) -> None:
+    def take(self, attention: TokenMap) -> None:
         """Measure each statistic."""
         attention = self._map(attention)
         measured: dict[str, Tensor] = {}
         for statistic in self.block.statistics:
-            result = statistic.measure(attention, self.call)
+            with _told(statistic, self.call):
+                result = statistic.measure(attention, self.call)
             named = result if isinstance(result, Mapping) else {statistic.name: result}
             for name, dims in statistic.dimensions().items():
                 measured[name] = self._masked(named[name], dims).cpu()
@@ -201,12 +216,11 @@ class _Reading:
         part = Part(self.call.query_start, self.call.key_start, queries, keys, heads, measured)
         self.block.record(self.call, self.sequence, part, attention)
 
-    def _map(self, attention: AttentionMap) -> AttentionMap:
-        if self.heads is None:
-            return attention
+    def _map(self, attention: TokenMap) -> AttentionMap:
+        """The map of the chosen heads; it has an AttentionMap's interface, and refuses what it cannot answer."""
         if self._own is None:
-            self._own = attention.heads(self.heads)
-        return self._own
+            self._own = attention if self.heads is None else attention.heads(self.heads)
+        return cast(AttentionMap, self._own)
 
     def _masked(self, values: Tensor, dims: tuple[str, ...]) -> Tensor:
         """NaN for padded queries."""
@@ -216,6 +230,17 @@ class _Reading:
         shape = [1] * values.ndim
         shape[0], shape[2 + dims.index("query")] = mask.shape
         return values.masked_fill(~mask.to(values.device).view(shape), torch.nan)
+
+
+@contextmanager
+def _told(statistic: Statistic, call: AttentionCall) -> Iterator[None]:
+    """Say where a map has no answer to what a statistic asks."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"{type(statistic).__name__} of {call.path}: {error}; leave out the statistic, or the layer with layers="
+        ) from error
 
 
 def _check(model: object, statistics: tuple[Statistic, ...], keep_maps: bool) -> None:

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Linear
+from torch.nn import Linear, functional
 
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear.dynamical_system import DynamicalSystem, of_features
 from regard.mixers.linear.forms import Form, check_form, check_heads
 from regard.mixers.linear.linear_attention import CHUNK, linear_attention
 from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
@@ -160,6 +161,11 @@ class TaylorAttention(Mixer):
 
         return HiddenMap(apply, (batch, heads, tokens, tokens), value)
 
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """``Λ = 1, b = φ(k), c = φ(q) / Σ_j φ(q)·φ(k_j)``."""
+        query, key, _ = self._inputs(x)
+        return of_features(taylor_features(query), taylor_features(key), _SMALLEST)
+
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         narrow = self.heads * self.features
         parts = self.inputs(x).split([narrow, narrow, self.dim], dim=-1)
@@ -224,4 +230,19 @@ class Based(Mixer):
         def apply(values: Tensor) -> Tensor:
             return torch.cat([far @ values[:, :heads], near @ values[:, heads:]], dim=1)
 
-        return HiddenMap(apply, (batch, 2 * heads, tokens, tokens), x)
+        return HiddenMap(apply, (batch, 2 * heads, tokens, tokens), torch.cat([far.values, near.values], dim=1))
+
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """Those of both, heads as in `map`, the smaller state filled up with zeros."""
+        both = self.linear.system(x), self.window.system(x)
+        size = max(half.state_size for half in both)
+        transition, into, out = zip(*(_filled(half, size) for half in both), strict=True)
+        return DynamicalSystem(torch.cat(transition, dim=1), torch.cat(into, dim=1), torch.cat(out, dim=1))
+
+
+def _filled(system: DynamicalSystem, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A transition that all tokens share, as whole matrices of each head, and b and c, of a state of this size."""
+    extra = size - system.state_size
+    whole = system.transition if system.transition.ndim == 5 else system.transition.diag_embed()
+    transition = functional.pad(whole, (0, extra, 0, extra)).expand(-1, system.into.shape[1], -1, -1, -1)
+    return transition, functional.pad(system.into, (0, extra)), functional.pad(system.out, (0, extra))

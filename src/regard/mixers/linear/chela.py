@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Linear, RMSNorm, functional
 
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear.dynamical_system import DynamicalSystem
 from regard.mixers.linear.linear_attention import linear_attention
 from regard.mixers.linear.long_convolution import LongConvolution
 from regard.mixers.linear.mega_gate import MegaGate
@@ -86,6 +87,11 @@ class CHELA(Mixer):
         query, key, value = self._inputs(x, None if state is None else state.tensors, None)[1:4]
         batch, heads, tokens, _ = query.shape
         return HiddenMap(lambda v: linear_attention(query, key, v)[0], (batch, heads, tokens, tokens), value)
+
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """``Λ = 1, b = k, c = q``."""
+        _, query, key, *_ = self._inputs(x, None, None)
+        return DynamicalSystem(key.new_ones(1, 1, 1, key.shape[3]), key, query)
 
     def _inputs(self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None) -> _Inputs:
         tail, far = (None, None) if state is None else (state["tail"], state["far"])

@@ -12,7 +12,7 @@ from torch.nn import Linear, functional
 from torch.utils.checkpoint import checkpoint
 
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear.dynamical_system import DynamicalSystem
+from regard.mixers.linear.dynamical_system import DynamicalSystem, of_features
 from regard.mixers.linear.forms import Form, check_form, check_heads
 from regard.mixers.linear.linear_attention import CHUNK, linear_attention
 from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
@@ -275,9 +275,7 @@ class FAST(Mixer):
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = 1, b = φ(k), c = φ(q) / Σ_j φ(q)·φ(k_j)``."""
         query, key, _ = self._inputs(x, None, None)
-        into, out = (factors(tensor, self.order) for tensor in (key, query))
-        total = (out * into.cumsum(2)).sum(-1, keepdim=True).clamp(min=_LEAST)
-        return DynamicalSystem(torch.ones_like(into), into, out / total)
+        return of_features(factors(query, self.order), factors(key, self.order), _LEAST)
 
     def _inputs(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear
 
+from regard.mixers.linear.dynamical_system import DynamicalSystem
 from regard.mixers.linear.mixer import Mixer, check_divides, join_heads, split_heads
 
 
@@ -36,9 +37,11 @@ def positions_of(real: Tensor | None, length: int, device: torch.device) -> Tens
 class KeyValueMixer(Mixer):
     """Queries, keys and values by one projection, a state of all keys and values so far, and a projection of what is mixed.
 
-    Padding stays in the state, marked: rows of a batch may hold different numbers of real tokens. A subclass writes `attend`,
-    and `place` where keys are stored with their positions.
+    Padding stays where it is, also in the state, marked: rows of a batch may hold different numbers of real tokens. A
+    subclass writes `attend`, and `place` where keys are stored with their positions.
     """
+
+    padding_first = False
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__(dim)
@@ -64,6 +67,12 @@ class KeyValueMixer(Mixer):
         if seen.real is not None:
             after["real"] = seen.real
         return self.output(join_heads(self.attend(seen))), after
+
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """``Λ = 1, b_i = e_i``, c_i row i of `map`: a slot for each token, hence a state as large as the text."""
+        rows = self.map(x).dense()
+        slots = torch.eye(rows.shape[3], dtype=rows.dtype, device=rows.device)
+        return DynamicalSystem(rows.new_ones(1, 1, 1, len(slots)), slots.expand_as(rows), rows)
 
     def see(self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None) -> KeyValues:
         """The queries of the tokens, and all keys and values that they may look at."""

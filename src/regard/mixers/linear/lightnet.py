@@ -321,8 +321,8 @@ class LightNet(Mixer):
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = e^{z_{i−1} − z_i}, b = e^{k − z}, c = q``, turned."""
         query, key, _ = self._inputs(x, None)
-        weights, decay, _ = _shares(key.float(), None)
-        query, weights, decay = _turned(query, weights, decay, self._angles(x, None, None)[0])
+        weights, decay, _ = _shares(key.to(torch.promote_types(key.dtype, torch.float32)), None)
+        query, weights, decay = _turned(query, weights, decay, self._angles(x, None, None)[0].to(weights))
         return DynamicalSystem(decay.exp(), weights, query)
 
     def _inputs(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

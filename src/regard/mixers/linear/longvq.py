@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import Linear, Parameter, functional
 
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear.dynamical_system import DynamicalSystem
 from regard.mixers.linear.forms import Form, check_form, check_heads
 from regard.mixers.linear.linear_attention import cut
 from regard.mixers.linear.long_convolution import LongConvolution
 from regard.mixers.linear.mega_gate import MegaGate
 from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
-from regard.mixers.linear.sliding_window import check_window, distances, join, windows
+from regard.mixers.linear.sliding_window import check_window, distances, join, slots, windows
 
 
 class CodebookState(NamedTuple):
@@ -301,6 +302,24 @@ class LongVQ(Mixer):
             return codebook_attention(query, key, values, self.codebook, self.bias, before)[0]
 
         return HiddenMap(apply, (batch, heads, tokens, tokens), value)
+
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """Λ moves W slots by one, and what leaves them to its code's sum; b is the newest slot, c a softmax.
+
+        It is over slots and sums, and counts a sum once for each token in it.
+        """
+        _, query, key, *_ = self._inputs(x, None, None)
+        key, code = quantise(key, self.codebook)
+        query, window, codes = query * query.shape[3] ** -0.5, self.bias.shape[1], self.codebook.shape[1]
+        shift, newest, near = slots(query, key, window)
+        leaving = functional.pad(functional.one_hot(code, codes), (0, 0, window, 0))[:, :, : x.shape[1]].to(near)
+        count = leaving.cumsum(2)
+        near, far = near + self.bias.flip(-1)[:, None], (query @ self.codebook.mT).masked_fill(count == 0, -torch.inf)
+        total = torch.cat([near, far + count.log()], dim=-1).logsumexp(-1, keepdim=True)
+        transition = torch.block_diag(shift, torch.eye(codes).to(shift)).repeat(*leaving.shape[:3], 1, 1)
+        transition[..., window:, 0] = leaving
+        into, out = functional.pad(newest, (0, codes)), (torch.cat([near, far], dim=-1) - total).exp()
+        return DynamicalSystem(transition, into, out)
 
     def _inputs(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Linear, Parameter, ParameterList, RMSNorm, Sequential, functional
 
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear.dynamical_system import DynamicalSystem
 from regard.mixers.linear.memory_choices import KL, Decay, Design, DotProduct, Huber, Lp, Lq, Memory
 from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
 from regard.mixers.linear.neural_memory import CHUNK, neural_memory
@@ -115,12 +116,7 @@ class Miras(Mixer):
 
         What the memory held before the first token comes on top of what the values give.
         """
-        choices = self.design
-        if choices.memory.depth > 1 or choices.bias not in (Lp(2), DotProduct()) or choices.retention != Decay():
-            raise NotImplementedError(
-                f"{type(self).__name__} mixes values by a matrix only where its memory is one, kept by decay and written by "
-                f"ℓ₂ or a dot product; this is {choices}"
-            )
+        self._check_linear()
         tensors = None if state is None else state.tensors
         query, key, value, _ = self._inputs(x, tensors, None)
         empty = None
@@ -140,6 +136,46 @@ class Miras(Mixer):
 
         return HiddenMap(apply, (*query.shape[:3], query.shape[2]), value)
 
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """Λ of what is held, what was at the chunk's start, and the surprise where there is momentum; b = θ k, c = q.
+
+        It begins with what the memory holds before the first token. `dynamical_system` has the blocks of Λ.
+
+        Raises:
+            NotImplementedError: a memory that is no matrix, or not kept by decay and written by ℓ₂ or a dot product.
+        """
+        self._check_linear()
+        query, key, _, _ = self._inputs(x, None, None)
+        transition, into = self._blocks(x, key)
+        size = (2 if self.momentum is None else 3) * key.shape[3]
+        held = self.memory[0].mT
+        before = torch.cat([held, held, torch.zeros_like(held)], dim=1)[:, :size].expand(len(x), -1, -1, -1)
+        out = functional.pad(query, (0, size - key.shape[3]))
+        return DynamicalSystem(transition[..., :size, :size], into[..., :size], out, before)
+
+    def _blocks(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Λ (B, H, N, 3 D, 3 D) and b (B, H, N, 3 D) of held, start and surprise."""
+        step, log_decay, log_momentum = self._gates(x)
+        written = step[..., None] * key
+        one = torch.eye(key.shape[3]).to(key).expand(*key.shape, -1)
+        none = torch.zeros_like(one)
+        keep = log_decay.exp()[..., None, None] * one
+        carry = none if log_momentum is None else log_momentum.exp()[..., None, None] * one
+        learn = none if self.design.bias == DotProduct() else -written[..., None] * key[..., None, :]
+        held, surprise = (torch.cat([old, learn, carry], dim=-1) for old in (keep, none))
+        last = torch.arange(1, key.shape[2] + 1, device=key.device)[:, None] % self.chunk == 0
+        start = torch.where(last[..., None], held, torch.cat([none, one, none], dim=-1))  # after the last, what is held
+        return torch.cat([held, start, surprise], dim=-2), torch.cat([written, written * last, written], dim=-1)
+
+    def _check_linear(self) -> None:
+        """Refuse choices by which the output is not linear in values."""
+        choices = self.design
+        if choices.memory.depth > 1 or choices.bias not in (Lp(2), DotProduct()) or choices.retention != Decay():
+            raise NotImplementedError(
+                f"{type(self).__name__} mixes values by a matrix only where its memory is one, kept by decay and written by "
+                f"ℓ₂ or a dot product; this is {choices}"
+            )
+
     def _inputs(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,20 +188,25 @@ class Miras(Mixer):
         self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, held: list[Tensor],
         state: Mapping[str, Tensor] | None, mask: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        step = self.largest_step * self.step(x).sigmoid().mT
-        momentum = None
-        if self.momentum is not None:
-            logits = self.momentum(x).mT
-            momentum, step = functional.logsigmoid(logits), step * (-logits).sigmoid()
+        step, log_decay, log_momentum = self._gates(x)
         return neural_memory(
             query, key, value, step, held,
             None if state is None else {name: tensor for name, tensor in state.items() if name != "tail"},
-            log_decay=functional.logsigmoid(self.keep(x)).mT,
-            log_momentum=momentum,
+            log_decay=log_decay,
+            log_momentum=log_momentum,
             threshold=None if self.threshold is None else split_heads(functional.softplus(self.threshold(x)), self.heads),
             gain=self.gain, bias=self.design.bias, retention=self.design.retention, mask=mask,
             form="recurrent" if x.shape[1] == 1 else "chunked", chunk=self.chunk,
         )  # fmt: skip
+
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """θ, log (1 − α) and log η, (B, H, N)."""
+        step = self.largest_step * self.step(x).sigmoid().mT
+        log_decay = functional.logsigmoid(self.keep(x)).mT
+        if self.momentum is None:
+            return step, log_decay, None
+        logits = self.momentum(x).mT
+        return step * (-logits).sigmoid(), log_decay, functional.logsigmoid(logits)
 
     def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
         y: Tensor = self.output(join_heads(self.norm(mixed)) * functional.silu(self.gate(x)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from regard.calls import AttentionCall, show, unseen, watched
 from regard.maps import AttentionMap
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear.dynamical_system import DynamicalSystem
@@ -58,6 +59,9 @@ class Mixer(Module, ABC):
     Where no gradients are wanted, a long text is read piece by piece, each from the state of the one before: what it takes
     beside x and y does not grow with the text, and stays in the processor's cache.
 
+    `regard.watch` sees a layer that has a `HiddenMap` as one call with that map, whatever it holds, and of any other the
+    calls of attention that are made in it.
+
     A subclass writes `mix` and states its `facts`.
     """
 
@@ -65,6 +69,8 @@ class Mixer(Module, ABC):
     """Of the mechanism, for ``regard mixers``."""
     in_pieces: ClassVar[bool] = True
     """Whether reading in pieces costs no more than at once, as it does where the state is all tokens so far."""
+    padding_first: ClassVar[bool] = True
+    """Whether `mix` must have padding before the tokens."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -75,17 +81,43 @@ class Mixer(Module, ABC):
     def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
         """The mixed tokens, and the state after them."""
         self._check(x, state, mask)
+        hidden = self._hidden_map(x, state, mask) if watched() else None
+        if hidden is None:
+            return self._forward(x, state, mask)
+        show(*_as_call(hidden, state))
+        with unseen():
+            return self._forward(x, state, mask)
+
+    def _forward(self, x: Tensor, state: State | None, mask: Tensor | None) -> tuple[Tensor, State]:
+        """The same, whoever looks."""
         tensors = None if state is None else state.tensors
         seen = x.shape[1] + (0 if state is None else state.seen)
         if mask is None:
             y, after = self._read(x, tensors, None)
-            return y, State(type(self).__name__, after, seen)
-        order = mask.long().argsort(dim=1, stable=True)[..., None]  # padding first
-        left = mask.gather(1, order[..., 0])
-        moved = x.gather(1, order.expand_as(x)).masked_fill(~left[..., None], 0.0)
-        y, after = self._read(moved, tensors, left)
-        y = torch.zeros_like(x).scatter(1, order.expand_as(y), y.masked_fill(~left[..., None], 0.0))
+        elif self.padding_first:
+            order = _stable_order(mask)
+            left = mask.gather(1, order)
+            y, after = self._read(_moved(x, order, left), tensors, left)
+            y = torch.zeros_like(x).scatter(1, order[..., None].expand_as(y), y.masked_fill(~left[..., None], 0.0))
+        else:
+            y, after = self._read(x.masked_fill(~mask[..., None], 0.0), tensors, mask)
+            y = y.masked_fill(~mask[..., None], 0.0)
         return y, State(type(self).__name__, after, seen)
+
+    def _hidden_map(self, x: Tensor, state: State | None, mask: Tensor | None) -> HiddenMap | None:
+        """The map of the real tokens; None where there is none, or where it is that of a call of attention."""
+        with torch.inference_mode(False), torch.no_grad():
+            x = x.clone() if x.is_inference() else x.detach()  # or autograd would refuse it, which transposes maps
+            try:
+                if mask is None:
+                    found = self.map(x, state)
+                    return found if isinstance(found, HiddenMap) else None
+                # No token sees those after it: with padding last, real tokens have the map of a text without any.
+                order = _stable_order(~mask)
+                found = self.map(_moved(x, order, mask.gather(1, order)), state)
+                return found.rearranged(order, mask) if isinstance(found, HiddenMap) else None
+            except NotImplementedError:
+                return None
 
     def _read(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
@@ -107,13 +139,13 @@ class Mixer(Module, ABC):
     def mix(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same on checked inputs; where there is a mask, padding comes first in each text, and is of zeros."""
+        """The same on checked inputs; where there is a mask, padding is of zeros, and comes first if it must."""
 
     def decode(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token more, (batch, dim), after a state: its output (batch, dim), and the state after it."""
         if x.ndim != 2:
             raise ValueError(f"{type(self).__name__}.decode takes one token, (batch, dim), got {tuple(x.shape)}")
-        y, after = self.forward(x[:, None], state)
+        y, after = self(x[:, None], state)
         return y[:, 0], after
 
     def map(self, x: Tensor, state: State | None = None) -> HiddenMap | AttentionMap:
@@ -142,6 +174,37 @@ class Mixer(Module, ABC):
         rows = {len(tensor) for tensor in state.tensors.values()}
         if rows - {x.shape[0]}:
             raise ValueError(f"{name} was given {x.shape[0]} texts, and a state of {', '.join(map(str, sorted(rows)))}")
+
+
+def _stable_order(late: Tensor) -> Tensor:
+    """Tokens (B, N) such that those marked come after the others."""
+    return late.long().argsort(dim=1, stable=True)
+
+
+def _moved(x: Tensor, order: Tensor, real: Tensor) -> Tensor:
+    """Tokens (B, N, dim) in this order, zeros where they are then not real."""
+    return x.gather(1, order[..., None].expand_as(x)).masked_fill(~real[..., None], 0.0)
+
+
+def _as_call(hidden: HiddenMap, state: State | None) -> tuple[AttentionCall, Callable[[AttentionCall], HiddenMap]]:
+    """A call for `show`, and how its map is to be read."""
+    batch, heads, queries, keys = hidden.shape
+    none = hidden.values.new_full((), torch.nan)
+    call = AttentionCall(
+        none.expand(batch, heads, queries, 1), none.expand(batch, heads, keys, 1), hidden.values,
+        past=0 if state is None else state.seen,
+    )  # fmt: skip
+
+    def read(call: AttentionCall) -> HiddenMap:
+        if state is not None and keys == queries:
+            raise ValueError(
+                f"{call.path} ({state.mixer}) goes on from a state, and its map tells of the {queries} tokens of this call "
+                "alone, not of what they take from those before: run the whole text in one call, or leave the layer out "
+                "with layers="
+            )
+        return hidden
+
+    return call, read
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -224,7 +224,7 @@ class SelectiveSSM(Mixer):
         def apply(values: Tensor) -> Tensor:
             return linear_attention(query, key, values, decay)[0]
 
-        return HiddenMap(apply, (batch, width, tokens, tokens), value)
+        return HiddenMap(apply, (batch, width, tokens, tokens), value[..., None])
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = exp(−Δ a), b = Δ b(x), c = c(x)``, channels as heads."""

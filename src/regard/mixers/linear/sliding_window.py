@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Linear, functional
 
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear.dynamical_system import DynamicalSystem
 from regard.mixers.linear.forms import Form, check_form, check_heads
 from regard.mixers.linear.linear_attention import cut
 from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
@@ -149,6 +150,20 @@ def distances(size: int, window: int, device: torch.device) -> Tensor:
     )
 
 
+def slots(query: Tensor, key: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A window as a system whose state is a slot for each of its tokens, the oldest first.
+
+    The transition (W, W), which moves every slot's value to the one before; b (B, H, N, W), by which a value enters the last;
+    and ``q_i·k_j`` of the tokens in the slots, (B, H, N, W), −∞ where the text has not begun.
+    """
+    shift = query.new_ones(window - 1).diag(1)
+    newest = torch.eye(window).to(query)[-1]
+    seen = windows(functional.pad(key, (0, 0, window - 1, 0)), 1, window)  # (B, H, N, W, D)
+    scores = (seen @ query[..., None]).squeeze(-1)
+    token, back = (torch.arange(size, device=query.device) for size in (query.shape[2], window))
+    return shift, newest.expand_as(scores), scores.masked_fill(token[:, None] < back.flip(0), -torch.inf)
+
+
 def check_window(window: int, query: Tensor, mask: Tensor | None) -> None:
     """Refuse a window of no tokens, and a mask of another shape."""
     if window < 1:
@@ -232,6 +247,16 @@ class SlidingWindow(Mixer):
             return self._attend(query, key, values, before, None)[0]
 
         return HiddenMap(apply, (batch, heads, tokens, tokens), value)
+
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """Λ moves W slots by one, b is the newest, c a softmax over the slots."""
+        query, key, _ = self._inputs(x)
+        if self.rotary is not None:
+            rates = rotary_rates(query.shape[3], self.rotary, x.device)
+            places = torch.arange(x.shape[1], device=x.device)[None]
+            query, key = rotate(query, places, rates), rotate(key, places, rates)
+        shift, newest, scores = slots(query * query.shape[3] ** -0.5, key, self.window)
+        return DynamicalSystem(shift[None, None, None], newest, scores.softmax(-1))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, before: WindowState | None, mask: Tensor | None

@@ -66,7 +66,7 @@ class SoftmaxAttention(KeyValueMixer):
 
     def attend(self, seen: KeyValues) -> Tensor:
         """The fused call; with its own flag for causal calls where no mask is needed."""
-        mask, causal = _visible(seen)
+        mask, causal = visible_keys(seen)
         return functional.scaled_dot_product_attention(
             seen.query, seen.key, seen.value, attn_mask=mask, is_causal=causal
         )
@@ -74,11 +74,11 @@ class SoftmaxAttention(KeyValueMixer):
     def map(self, x: Tensor, state: State | None = None) -> AttentionMap:
         """The softmax map of the tokens over the keys so far, (B, H, N, M)."""
         seen = self.see(x, None if state is None else state.tensors, None)
-        mask, causal = _visible(seen)
+        mask, causal = visible_keys(seen)
         return AttentionMap(seen.query, seen.key, attn_mask=mask, is_causal=causal)
 
 
-def _visible(seen: KeyValues) -> tuple[Tensor | None, bool]:
+def visible_keys(seen: KeyValues) -> tuple[Tensor | None, bool]:
     """What SDPA must be told for queries that are the last tokens of the keys: a mask, or that the call is causal."""
     queries, keys = seen.query.shape[2], seen.key.shape[2]
     if seen.real is None and (queries == 1 or queries == keys):

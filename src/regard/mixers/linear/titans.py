@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Linear, Parameter, RMSNorm, functional
 
 from regard.mixers.linear.aligned import Aligned
+from regard.mixers.linear.dynamical_system import DynamicalSystem
 from regard.mixers.linear.memory_choices import Design, Memory
 from regard.mixers.linear.memory_network import recall
 from regard.mixers.linear.miras import Miras
@@ -77,6 +78,13 @@ class _Titan(Mixer):
         self.persistent = Parameter(torch.randn(persistent, dim) * dim**-0.5)
         self.memory = LongTermMemory(dim, heads, memory=memory, chunk=chunk, largest_step=largest_step)
         self.attention = PrefixedWindow(dim, heads, window)
+
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """There is none, whatever the memory."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is no linear dynamical system: its memory and its attention have values of their own, "
+            "and one is given, or multiplied by, what the other gives; its `memory` alone is one where it is a matrix"
+        )
 
     def _persistent(self, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """What the memory gives for the persistent tokens, (P, dim), and its state for each text once it has read them."""

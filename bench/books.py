@@ -26,7 +26,7 @@ from small_models import Batch, Results, SmallModel, loss_of, maker, train
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from training.books import Books
 
-DIM, LAYERS, PARAMETERS = 128, 2, 220_000
+DIM, LAYERS, PARAMETERS, RATE = 64, 2, 62_000, 1e-2
 TOKENS, BATCH, VOCABULARY = 256, 8, 2048
 
 
@@ -39,7 +39,7 @@ def validation_loss(name: str, text: Books, held_out: Books, steps: int, seed: i
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     model = SmallModel(maker(name), VOCABULARY, DIM, LAYERS, PARAMETERS)
-    train(model, lambda: batch_of(text, random, BATCH), steps)
+    train(model, lambda done: batch_of(text, random, BATCH), steps, RATE)
     fixed = np.random.default_rng(12345)
     with torch.no_grad():
         return statistics.mean(float(loss_of(model, batch_of(held_out, fixed, BATCH))) for _ in range(16))
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, required=True, help="folder of other books")
     parser.add_argument("--quick", action="store_true", help="20 steps, one seed: shows that it runs")
     parser.add_argument("--only", nargs="*", help="these mixers only")
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--results", type=Path, default=Path("run/books.jsonl"))
     arguments = parser.parse_args()

@@ -2,10 +2,10 @@
 
     python bench/recall.py [--quick] [--only NAME ...] [--results FILE] [--plot FILE]
 
-Multi-query associative recall, as in Zoology (S. Arora et al., 2023): pairs of a key and a value, then the keys again in
-random places, each to be answered with its value. Models of two layers and equal parameter counts are trained on 4 to 32
-pairs, and tested on each number. Prints one table, and draws recall against the bytes of state. A run that was interrupted
-goes on.
+Multi-query associative recall, as in Zoology (S. Arora et al., 2023): pairs of a key and a value, and between them keys of
+earlier pairs again, each to be answered with its value. Models of two layers and equal parameter counts are trained on 4 to
+24 pairs, few at first, and tested on each number. Prints one table, and draws recall against the bytes of state. A run that
+was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 import torch
+from plotly import colors
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -23,45 +24,53 @@ from rich.table import Table
 from regard.mixers import catalogue
 from small_models import Batch, Results, SmallModel, maker, state_bytes, train
 
-DIM, LAYERS, PARAMETERS = 64, 2, 56_000
-KEYS = VALUES = 64
-TOKENS, PAIRS = 128, (4, 8, 16, 32)
-SIZES: dict[str, list[dict[str, Any]]] = {
-    "Based": [{"features": f, "window": w} for f, w in ((4, 8), (8, 8), (16, 8), (8, 32), (16, 32))],
-    "TaylorAttention": [{"features": f} for f in (4, 8, 16)],
-    "SlidingWindow": [{"window": w} for w in (4, 16, 64)],
-    "DeltaRule": [{"heads": h} for h in (1, 4, 16)],
-    "GatedDeltaRule": [{"heads": h} for h in (1, 4, 16)],
-    "LightningAttention": [{"heads": h} for h in (1, 4, 16)],
+DIM, LAYERS, PARAMETERS, RATE = 64, 2, 62_000, 1e-2
+KEYS = VALUES = 32
+TOKENS, PAIRS, BATCH = 80, (4, 8, 16, 24), 32
+Size = dict[str, Any]
+LINES: dict[str, tuple[str, list[Size]]] = {  # mixers of several sizes of state, by what makes it larger
+    "Based, features": ("Based", [{"features": f, "window": 2} for f in (2, 4, 8)]),
+    "Based, window": ("Based", [{"features": 2, "window": w} for w in (2, 16, 48)]),
+    "TaylorAttention, features": ("TaylorAttention", [{"features": f} for f in (2, 4, 8)]),
+    "SlidingWindow, window": ("SlidingWindow", [{"window": w} for w in (2, 16, 48)]),
+    "DeltaRule, heads": ("DeltaRule", [{"heads": h} for h in (4, 1)]),
+    "GatedDeltaRule, heads": ("GatedDeltaRule", [{"heads": h} for h in (4, 1)]),
+    "LightningAttention, heads": ("LightningAttention", [{"heads": h} for h in (4, 1)]),
 }
 
 
 def texts(batch: int, pairs: int, generator: torch.Generator) -> Batch:
-    """Pairs, then their keys again among filler, with the values as targets."""
-    keys = torch.stack([torch.randperm(KEYS, generator=generator)[:pairs] for _ in range(batch)])
+    """Pairs, and between them keys of pairs so far, whose values are the targets."""
+    asked = TOKENS - 2 * pairs
+    keys = torch.rand(batch, KEYS, generator=generator).argsort(1)[:, :pairs]
     values = torch.randint(KEYS, KEYS + VALUES, (batch, pairs), generator=generator)
-    filler = KEYS + VALUES
-    ids = torch.full((batch, TOKENS), filler)
-    targets = torch.full((batch, TOKENS), -100)
-    ids[:, : 2 * pairs] = torch.stack([keys, values], dim=2).flatten(1)
-    free = TOKENS - 2 * pairs
-    places = torch.stack([torch.randperm(free, generator=generator)[:pairs] for _ in range(batch)]) + 2 * pairs
-    ids.scatter_(1, places, keys)
-    targets.scatter_(1, places, values)
+    order = torch.rand(batch, pairs + asked, generator=generator).index_fill_(1, torch.tensor(0), 0.0)
+    is_pair = order.argsort(1).argsort(1) < pairs  # the first is one, for something to be asked
+    so_far = is_pair.cumsum(1)
+    earlier = (torch.rand(is_pair.shape, generator=generator) * so_far).long()
+    which = torch.where(is_pair, so_far - 1, earlier)
+    place = (is_pair + 1).cumsum(1) - is_pair.long() - 1
+    ids = torch.zeros(batch, TOKENS, dtype=torch.long).scatter_(1, place, keys.gather(1, which))
+    answers = values.gather(1, which)
+    targets = torch.full_like(ids, -100).scatter_(1, place, answers.masked_fill(is_pair, -100))
+    rows = torch.arange(batch)[:, None].expand_as(is_pair)
+    ids[rows[is_pair], place[is_pair] + 1] = answers[is_pair]
     return ids, targets
 
 
-def recall(name: str, arguments: dict[str, Any], steps: int, seed: int) -> dict[str, Any]:
+def recall(name: str, arguments: Size, steps: int, seed: int) -> dict[str, Any]:
     """Train one model; its accuracy at each number of pairs, the size of its state, and of its weights."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = SmallModel(maker(name, **arguments), KEYS + VALUES + 1, DIM, LAYERS, PARAMETERS)
+    model = SmallModel(maker(name, **arguments), KEYS + VALUES, DIM, LAYERS, PARAMETERS)
 
-    def batches() -> Batch:
-        pairs = PAIRS[int(torch.randint(len(PAIRS), (1,), generator=generator))]
-        return texts(64, pairs, generator)
+    def batches(done: float) -> Batch:
+        """Two pairs for a beginning, then more and more."""
+        numbers = (2,) if done < 1 / 6 else PAIRS[: 1 + int(6 * done)]
+        pairs = numbers[int(torch.randint(len(numbers), (1,), generator=generator))]
+        return texts(BATCH, pairs, generator)
 
-    train(model, batches, steps)
+    train(model, batches, steps, RATE)
     right = {}
     held_out = torch.Generator().manual_seed(10_000 + seed)
     with torch.no_grad():
@@ -73,55 +82,67 @@ def recall(name: str, arguments: dict[str, Any], steps: int, seed: int) -> dict[
     return {"recall": right, "state": state_bytes(model, TOKENS), "weights": weights}
 
 
-def plot(found: dict[str, tuple[str, dict[str, Any]]]) -> go.Figure:
-    """Mean recall against state, a line for each mixer."""
+def lines_of(names: list[str]) -> dict[str, tuple[str, list[Size]]]:
+    """Those of these mixers, and a point for each that has no line."""
+    several = {mixer for mixer, _ in LINES.values()}
+    points = {name: (name, [{}]) for name in names if name not in several}
+    return {name: line for name, line in LINES.items() if line[0] in names} | points
+
+
+def label_of(name: str, size: Size) -> str:
+    return name + (f" ({', '.join(f'{key} {value}' for key, value in size.items())})" if size else "")
+
+
+def plot(found: dict[str, dict[str, Any]], lines: dict[str, tuple[str, list[Size]]]) -> go.Figure:
+    """Mean recall against state."""
     figure = go.Figure()
-    for mixer in sorted({mixer for mixer, _ in found.values()}):
-        points = sorted(
-            (result["state"], sum(result["recall"].values()) / len(PAIRS), label)
-            for label, (own, result) in found.items()
-            if own == mixer
-        )
-        states, means, labels = zip(*points, strict=True)
-        figure.add_scatter(x=states, y=means, text=labels, name=mixer, mode="lines+markers")
+    for number, (name, (mixer, sizes)) in enumerate(lines.items()):
+        labels = [label_of(mixer, size) for size in sizes]
+        figure.add_scatter(
+            x=[found[label]["state"] for label in labels], y=[mean_recall(found[label]) for label in labels],
+            hovertext=labels, name=name, mode="lines+markers" if len(sizes) > 1 else "markers",
+            marker={"size": 10, "symbol": number % 25, "color": colors.qualitative.Dark24[number % 24]},
+        )  # fmt: skip
     figure.update_layout(
-        template="plotly_white", width=950, height=560, title="Recall against what is remembered",
-        xaxis={"title": "state, bytes of a text", "type": "log"}, yaxis={"title": "answers right", "range": [0, 1.02]},
+        template="plotly_white", width=1000, height=640, title="Recall against what is remembered",
+        xaxis={"title": "state, bytes of a text", "type": "log", "dtick": 1},
+        yaxis={"title": "answers right, mean over 4 to 24 pairs", "range": [0, 1.03], "tickformat": ".0%"},
     )  # fmt: skip
     return figure
+
+
+def mean_recall(result: dict[str, Any]) -> float:
+    return sum(result["recall"].values()) / len(result["recall"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="60 steps: shows that it runs")
     parser.add_argument("--only", nargs="*", help="these mixers only")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("run/recall.jsonl"))
     parser.add_argument("--plot", type=Path, default=Path("run/recall.html"))
     arguments = parser.parse_args()
     steps = 60 if arguments.quick else arguments.steps
     names = [catalogue.mixer_named(name).__name__ for name in arguments.only or catalogue.mixers()]
-    runs = [(name, size) for name in names for size in SIZES.get(name, [{}])]
+    lines = lines_of(names)
+    runs = {label_of(mixer, size): (mixer, size) for mixer, sizes in lines.values() for size in sizes}
     results, found = Results(arguments.results), {}
     with Progress() as bar:
         task = bar.add_task("training", total=len(runs))
-        for name, size in runs:
-            label = name + (f" ({', '.join(f'{key} {value}' for key, value in size.items())})" if size else "")
+        for label, (name, size) in runs.items():
             bar.update(task, description=label)
-            key = f"{label}, {steps} steps, seed {arguments.seed}"
-            result = results.of(key, lambda name=name, size=size: recall(name, size, steps, arguments.seed))
-            result["recall"] = {int(pairs): value for pairs, value in result["recall"].items()}
-            found[label] = (name, result)
+            key = f"{label}, {steps} steps at {RATE}, seed {arguments.seed}"
+            found[label] = results.of(key, lambda name=name, size=size: recall(name, size, steps, arguments.seed))
             bar.advance(task)
     table = Table("mixer", "weights", "state, bytes", *(f"{pairs} pairs" for pairs in PAIRS))
-    for label, (_, result) in sorted(found.items(), key=lambda item: item[1][1]["state"]):
-        table.add_row(
-            label, f"{result['weights']:,}", f"{result['state']:,}", *(f"{result['recall'][p]:.2f}" for p in PAIRS)
-        )
+    for label, result in sorted(found.items(), key=lambda item: item[1]["state"]):
+        cells = [f"{right:.2f}" for right in result["recall"].values()]
+        table.add_row(label, f"{result['weights']:,}", f"{result['state']:,}", *cells)
     Console(width=130).print(table)
     arguments.plot.parent.mkdir(parents=True, exist_ok=True)
-    plot(found).write_html(arguments.plot)
+    plot(found, lines).write_html(arguments.plot)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@
 
 Prints one table: milliseconds of a forward pass of the layer (dim 256, batch 1) at each length, the exponent fitted to the
 longest lengths, memory, and the time of one decoding step after a short and a long text with the bytes of its state. Then
-the operators alone, lightning attention beside SDPA. ``--save`` keeps the exponents for ``regard mixers``. Uses a GPU when
-there is one.
+the operators alone: SDPA, lightning attention, and on a GPU flash-linear-attention where it is installed. ``--save`` keeps
+the exponents for ``regard mixers``. Uses a GPU when there is one.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import warnings
@@ -89,20 +90,35 @@ def layer_table(
     return table, found
 
 
-def operator_table(lengths: tuple[int, ...], device: str, repeats: int) -> Table:
-    table = Table(
-        "tokens", "SDPA, ms", "lightning, ms", "SDPA / lightning", title=f"operators, 8 heads of width 64, {device}"
-    )
+def operators(length: int, device: str) -> dict[str, Run]:
+    """What is compared, SDPA first; on a GPU in bfloat16, with flash-linear-attention where it is installed."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = torch.randn(3, 1, 8, length, 64, device=device, dtype=dtype)
     decay = (-torch.linspace(0.01, 1, 8, device=device)).exp()
+    runs: dict[str, Run] = {
+        "SDPA": lambda: scaled_dot_product_attention(q, k, v, is_causal=True),
+        "lightning": lambda: lightning_attention(q, k, v, decay),
+    }
+    if device == "cuda" and importlib.util.find_spec("fla") is not None:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        query, key, value = (tensor.transpose(1, 2).contiguous() for tensor in (q, k, v))  # tokens before heads
+        logs = decay.log().expand(1, length, 8).contiguous()
+        runs["flash-linear-attention"] = lambda: chunk_simple_gla(query, key, value, g=logs, scale=1.0)
+    return runs
+
+
+def operator_table(lengths: tuple[int, ...], device: str, repeats: int) -> Table:
+    title = f"operators, 8 heads of width 64, {device}: milliseconds, and how many times as fast as SDPA"
+    table = Table(title=title)
     for length in lengths:
-        q, k, v = torch.randn(3, 1, 8, length, 64, device=device)
-        runs: dict[str, Run] = {
-            "SDPA": lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v, is_causal=True),
-            "lightning": lambda q=q, k=k, v=v: lightning_attention(q, k, v, decay),
-        }
+        runs = operators(length, device)
+        if not table.columns:
+            for column in ("tokens", *runs):
+                table.add_column(column, justify="right")
         seconds, ratios = compare(runs, device, repeats)
-        took = seconds * ratios["lightning"]
-        table.add_row(f"{length:,}", f"{1000 * seconds:.1f}", f"{1000 * took:.1f}", f"{1 / ratios['lightning']:.1f}×")
+        cells = [f"{1000 * seconds * ratio:.1f} ({1 / ratio:.1f}×)" for ratio in ratios.values()]
+        table.add_row(f"{length:,}", *cells)
     return table
 
 

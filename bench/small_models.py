@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from torch.nn import Embedding, Linear, Module, ModuleList, RMSNorm, functional
 
 from regard.mixers import catalogue
 from regard.mixers.linear import Mixer
+from regard.mixers.linear.short_convolution import ShortConvolution
 
 Batch = tuple[Tensor, Tensor]  # token ids, and targets of which −100 do not count
+Make = Callable[[int, int, int], Mixer]  # of a width, for a layer of several
 
 
 class Block(Module):
@@ -38,29 +42,30 @@ class Block(Module):
 
 
 class SmallModel(Module):
-    """Embedding, blocks, and the embedding again."""
+    """Embedding, a short convolution as in Zoology, by which all know the token before, blocks, and the embedding again."""
 
-    def __init__(self, make: Callable[[int], Mixer], vocabulary: int, dim: int, layers: int, parameters: int) -> None:
+    def __init__(self, make: Make, vocabulary: int, dim: int, layers: int, parameters: int) -> None:
         super().__init__()
         self.embedding = Embedding(vocabulary, dim)
-        torch.nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = ModuleList(Block(make(dim), parameters) for _ in range(layers))
+        self.convolution = ShortConvolution(dim, 3)
+        self.blocks = ModuleList(Block(make(dim, layer, layers), parameters) for layer in range(layers))
         self.norm = RMSNorm(dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
+        x = x + self.convolution(x)[0]
         for block in self.blocks:
             x = block(x)
-        return self.norm(x) @ self.embedding.weight.T
+        return self.norm(x) @ self.embedding.weight.T / math.sqrt(x.shape[-1])
 
 
-def train(model: Module, batches: Callable[[], Batch], steps: int, rate: float = 3e-3) -> None:
-    """AdamW with a warm-up and a cosine."""
+def train(model: Module, batches: Callable[[float], Batch], steps: int, rate: float) -> None:
+    """AdamW with a warm-up and a cosine; batches are told how much of the training is done, from 0 to 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     model.train()
-    for _ in range(steps):
-        loss = loss_of(model, batches())
+    for step in range(steps):
+        loss = loss_of(model, batches(step / steps))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -81,10 +86,11 @@ def state_bytes(model: SmallModel, tokens: int) -> int:
         return sum(block.mixer(x)[1].bytes for block in model.blocks)
 
 
-def maker(name: str, **arguments: Any) -> Callable[[int], Mixer]:
-    """A mixer of this name and these arguments, for any width."""
+def maker(name: str, **arguments: Any) -> Make:
+    """Mixers of this name and these arguments; told which layer they are where they want to know."""
     kind = catalogue.mixer_named(name)
-    return lambda dim: kind(dim, **arguments)
+    asks = "layers" in inspect.signature(kind).parameters
+    return lambda dim, layer, layers: kind(dim, **arguments, **({"layer": layer, "layers": layers} if asks else {}))
 
 
 class Results:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -14,7 +15,7 @@ def test_examples_run_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
@@ -22,12 +23,13 @@ def test_examples_run_in_order(
     assert "{'layer': 2, 'batch': 1, 'head': 2, 'query': 119, 'target': 2}" in printed
     assert "48213 → 70455" in printed.splitlines()
     assert "SnapKV(budget=0.25, window=16, kernel=9): 25." in printed
-    assert printed.splitlines()[-1] == "48213"
+    assert "48213" in printed.splitlines()
+    assert "8193 tokens in 65536 bytes" in printed.splitlines()
+    assert "(1, 4, 512, 512)" in printed.splitlines()
     assert Path("seen.nc").exists()
 
 
 def test_contributing_example_is_a_statistic() -> None:
-    import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     import regard
@@ -45,8 +47,6 @@ def test_contributing_example_is_a_statistic() -> None:
 
 
 def test_contributing_example_is_a_policy(mini: tuple[Any, Any]) -> None:
-    import torch
-
     import regard
 
     text = (README.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -57,3 +57,14 @@ def test_contributing_example_is_a_policy(mini: tuple[Any, Any]) -> None:
         values = model(torch.arange(10, 30)[None]).past_key_values.layers
     assert [layer.groups[0].length for layer in values] == [4] * 4
     assert all(layer.positions[..., -1].all() for layer in cache.report().layers)
+
+
+def test_contributing_example_is_a_mixer() -> None:
+    from tests.mixers.linear.contract import check_mixer
+
+    text = (README.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[2], names)
+    mixer = names["Hebbian"](16)
+    check_mixer(mixer)
+    assert mixer.map(torch.randn(1, 9, 16)).dense().triu(1).abs().max() == 0

@@ -1,6 +1,6 @@
 """Run attention, see it, steer it: attention matrices that are never stored, in any PyTorch model."""
 
-from regard import cache
+from regard import cache, mixers
 from regard.cache import compress
 from regard.calls import AttentionCall
 from regard.maps import AttentionMap
@@ -78,6 +78,7 @@ __all__ = [
     "load_recipe",
     "locate",
     "mini",
+    "mixers",
     "parse_edit",
     "save_recipe",
     "steer",

@@ -12,14 +12,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from regard.calls.enter import enter_all
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
 
 _KERNELS = ("CompositeExplicitAutograd", "Autograd")  # every device, without and with gradients
 _MULTI_HEAD = "multi_head_attention_forward"
@@ -44,6 +46,8 @@ class Interception:
         self._exit = ExitStack()
 
     def __enter__(self) -> None:
+        from torch.nn.attention.bias import CausalBias  # only here, for it takes all of torch.compile along
+
         with self._lock:
             if not self._entered:
                 self._exit = enter_all(
@@ -87,6 +91,8 @@ def _with_plain_mask(
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """The call with the mask or the flag that the `CausalBias` stands for."""
+    from torch.nn.attention.bias import CausalVariant
+
     triangle, queries, keys = None, attn_mask.seq_len_q, attn_mask.seq_len_kv
     if attn_mask.variant == CausalVariant.LOWER_RIGHT and queries != keys:
         triangle = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)

@@ -60,8 +60,8 @@ class Miras(Mixer):
     facts: ClassVar[Facts] = Facts(
         paper=_PAPER,
         formula="W_t = argmin_W ℓ(W; k_t, v_t) + Ret(W, W_{t−1}),  o_t = M(W_t, q_t)",
-        time="O(N D²/H) for each matrix of the memory, times its expansion",
-        state="2 D²/H for each matrix of the memory, times its expansion",
+        time="O(E N D²/H)",
+        state="2 E D²/H",
     )
 
     def __init__(
@@ -244,7 +244,7 @@ class Moneta(Miras):
     facts: ClassVar[Facts] = Facts(
         paper=_PAPER,
         formula="A_t = (1 − α_t) A_{t−1} − θ_t ∇‖M(k_t) − v_t‖_p^p,  W_t = A_t / ‖A_t‖_q^{q−2},  o_t = M(W_t, q_t)",
-        time="O(N D²/H), 8 times a linear memory's",
+        time="O(8 N D²/H)",
         state="16 D²/H",
     )
 
@@ -279,7 +279,7 @@ class Yaad(Miras):
     facts: ClassVar[Facts] = Facts(
         paper=_PAPER,
         formula="W_t = (1 − α_t) W_{t−1} − θ_t ∇Huber_δ(M(k_t) − v_t),  o_t = M(W_t, q_t)",
-        time="O(N D²/H), 8 times a linear memory's",
+        time="O(8 N D²/H)",
         state="16 D²/H",
     )
 
@@ -315,7 +315,7 @@ class Memora(Miras):
     facts: ClassVar[Facts] = Facts(
         paper=_PAPER,
         formula="W_t = c softmax((1 − α_t) log W_{t−1} − θ_t ∇‖M(k_t) − v_t‖²),  o_t = M(W_t, q_t)",
-        time="O(N D²/H), 8 times a linear memory's and a softmax of all weights for each token",
+        time="O(8 N D²/H)",
         state="16 D²/H",
     )
 

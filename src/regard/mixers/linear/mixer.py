@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,17 @@ class Facts:
     cross: bool = False
     exact: bool = False
     """Whether it computes softmax attention."""
+
+    @property
+    def cited(self) -> str:
+        """The paper by its first author and its year.
+
+        >>> Facts("A. Gu and T. Dao (2023), Mamba", "", "", "").cited
+        'A. Gu et al. (2023)'
+        """
+        authors, year = self.paper.partition(")")[0].rsplit(" (", 1)
+        first = re.split(", | and | et al", authors)[0]
+        return f"{first}{'' if first == authors else ' et al.'} ({year})"
 
 
 class Mixer(Module, ABC):

@@ -46,7 +46,7 @@ class LongTermMemory(Miras):
     facts: ClassVar[Facts] = Facts(
         paper=_PAPER,
         formula="S_t = η_t S_{t−1} − θ_t ∇ℓ(M_{t−1}; k_t, v_t),  M_t = (1 − α_t) M_{t−1} + S_t,  o_t = M_t(q_t)",
-        time="O(N D²/H), 8 times a linear memory's",
+        time="O(8 N D²/H)",
         state="24 D²/H",
     )
 
@@ -131,7 +131,7 @@ class MemoryAsGate(_Titan):
     facts: ClassVar[Facts] = Facts(
         paper=_PAPER,
         formula="o = (norm(SWA([P ‖ x])) ∘ σ(norm(M([P ‖ x])))) W",
-        time="O(N (W + P) D + N D²/H)",
+        time="O(N (W + P) D + 8 N D²/H)",
         state="24 D²/H + 2 (W − 1) D",
     )
 
@@ -177,7 +177,7 @@ class MemoryAsLayer(_Titan):
     facts: ClassVar[Facts] = Facts(
         paper=_PAPER,
         formula="y = x̃ + M(x̃),  o = SWA(y),  x̃ = [P ‖ x]",
-        time="O(N (W + P) D + N D²/H)",
+        time="O(N (W + P) D + 8 N D²/H)",
         state="24 D²/H + 2 (W − 1) D",
     )
 
@@ -231,7 +231,7 @@ class MemoryAsContext(_Titan):
     facts: ClassVar[Facts] = Facts(
         paper=_PAPER,
         formula="h = M(q(x)),  y = Attn([P ‖ h ‖ x]),  o_i = (norm(y_i) ∘ σ(norm(M_i(y_i)))) W, segment by segment",
-        time="O(N (2C + P) D + N D²/H)",
+        time="O(N (2C + P) D + 8 N D²/H)",
         state="32 D²/H + 4 C D",
     )
 

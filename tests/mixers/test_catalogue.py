@@ -1,0 +1,106 @@
+"""Every mixer is listed, with facts that hold, an example that runs and a measured exponent; the command shows them."""
+
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import regard
+from regard.cli import app
+from regard.mixers import catalogue
+from regard.mixers.linear import Mixer
+
+NAMES = sorted(catalogue.mixers())
+runner = CliRunner()
+
+
+def every_kind(base: type[Mixer]) -> set[type[Mixer]]:
+    return {base}.union(*(every_kind(kind) for kind in base.__subclasses__()))
+
+
+def test_every_mixer_of_the_package_is_listed() -> None:
+    own = {kind for kind in every_kind(Mixer) if kind.__module__.startswith("regard.") and "facts" in vars(kind)}
+    assert set(catalogue.mixers().values()) == own
+    assert regard.mixers.LightningAttention is catalogue.mixers()["LightningAttention"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_facts(name: str) -> None:
+    facts = catalogue.mixers()[name].facts
+    assert re.match(r"[A-Z]\. .+ \(\d{4}\), .+", facts.paper)
+    assert re.fullmatch(r"[A-Z]\. \S+( \S+)?( et al\.)? \(\d{4}\)", facts.cited)
+    assert "=" in facts.formula
+    assert facts.time.startswith("O(")
+    assert facts.causal
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_grows_only_where_its_facts_say_so(name: str) -> None:
+    kind = catalogue.mixers()[name]
+    mixer = kind(16).eval()
+    with torch.no_grad():
+        _, short = mixer(torch.randn(1, 20, 16))
+        _, long = mixer(torch.randn(1, 140, 16))
+    assert (long.bytes > short.bytes) == ("N" in kind.facts.state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_measured_exponent_is_that_of_the_formula(name: str) -> None:
+    exponents = catalogue.exponents()
+    assert set(exponents) == set(NAMES)
+    quadratic = "N²" in catalogue.mixers()[name].facts.time
+    assert (exponents[name] > 1.5) if quadratic else (exponents[name] <= 1.15)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_runs(name: str) -> None:
+    names: dict[str, object] = {}
+    exec(catalogue.example(catalogue.mixers()[name]), names)
+    assert name in names
+    assert len(names) > 2
+
+
+def test_names_are_found_in_any_writing() -> None:
+    for text in ("LightNet", "lightnet", "light-net", "Light net", "LIGHT_NET"):
+        assert catalogue.mixer_named(text).__name__ == "LightNet"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lightnett", "there is no mixer 'lightnett'; did you mean LightNet?"),
+        ("mamba", "there is no mixer 'mamba'; did you mean GatedDeltaRule or SelectiveSSM?"),
+        ("xyz", "there is no mixer 'xyz'; known are AdaptiveFilterAttention, Based, CHELA, "),
+        ("", "there is no mixer ''; known are AdaptiveFilterAttention"),
+    ],
+)
+def test_unknown_names_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        catalogue.mixer_named(name)
+    result = runner.invoke(app, ["mixers", name])
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_the_command_lists_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    result = runner.invoke(app, ["mixers"])
+    assert result.exit_code == 0
+    rows = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
+    assert set(NAMES) <= set(rows)
+    assert "O(N D²/H)" in rows["DeltaRule"]
+    assert f"N^{catalogue.exponents()['DeltaRule']:.2f}" in rows["DeltaRule"]
+    assert "S. Yang et al. (2024)" in rows["DeltaRule"]
+    assert "causal, bidirectional, cross" in rows["SoftmaxAttention"]
+    assert "yes" in rows["SoftmaxAttention"]
+    assert "yes" not in rows["DeltaRule"]
+
+
+def test_the_command_shows_one() -> None:
+    result = runner.invoke(app, ["mixers", "deltarule"])
+    assert result.exit_code == 0
+    assert "S_i = (I − β_i k_i k_iᵀ) S_{i−1} + β_i k_i v_iᵀ" in result.output
+    assert "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" in result.output
+    assert f"measured N^{catalogue.exponents()['DeltaRule']:.2f}" in result.output
+    assert "from regard.mixers import DeltaRule\nimport torch\nmixer, x = DeltaRule(32, heads=4)" in result.output

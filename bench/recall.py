@@ -36,6 +36,10 @@ LINES: dict[str, tuple[str, list[Size]]] = {  # mixers of several sizes of state
     "DeltaRule, heads": ("DeltaRule", [{"heads": h} for h in (4, 1)]),
     "GatedDeltaRule, heads": ("GatedDeltaRule", [{"heads": h} for h in (4, 1)]),
     "LightningAttention, heads": ("LightningAttention", [{"heads": h} for h in (4, 1)]),
+    "CHELA, heads": ("CHELA", [{"heads": h} for h in (16, 4, 1)]),
+    "FAST, heads": ("FAST", [{"heads": h} for h in (16, 4)]),
+    "LongVQ, codes": ("LongVQ", [{"codes": c, "window": 2} for c in (4, 16, 64)]),
+    "SelectiveSSM, states": ("SelectiveSSM", [{"states": s} for s in (4, 16)]),
 }
 
 

@@ -251,7 +251,8 @@ class LongVQ(Mixer):
 
     commitment: Tensor | None
     """Of the last call: the mean over real tokens and heads of ``‖sg k − C‖² + cost ‖k − sg C‖²``, to add to the loss, with a
-    small weight, where codewords ought to follow the keys. It has a graph while gradients are on; copies drop it."""
+    small weight, where codewords ought to follow the keys. It has a graph while gradients are on, and tells of the last
+    piece alone where a long text is read without; copies drop it."""
 
     def __init__(
         self,

@@ -259,7 +259,6 @@ class AdaptiveFilterAttention(KeyValueMixer):
         state="2 N D",
         bidirectional=True,
     )
-    in_pieces = False
 
     frequency: Tensor
 

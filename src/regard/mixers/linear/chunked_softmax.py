@@ -247,7 +247,6 @@ class ChunkedSoftmaxAttention(SoftmaxAttention):
         cross=True,
         exact=True,
     )
-    in_pieces = False
 
     def __init__(
         self,

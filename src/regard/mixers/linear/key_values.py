@@ -41,6 +41,7 @@ class KeyValueMixer(Mixer):
     subclass writes `attend`, and `place` where keys are stored with their positions.
     """
 
+    in_pieces = False
     padding_first = False
 
     def __init__(self, dim: int, heads: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -256,7 +257,20 @@ class Moneta(Miras):
         super().__init__(dim, heads, design, chunk=chunk, largest_step=largest_step, convolution=convolution)
 
 
-class Yaad(Miras):
+class OfDesign(Miras):
+    """A layer whose choices are made, but for the memory."""
+
+    choices: ClassVar[Design]
+
+    def __init__(
+        self, dim: int, heads: int = 4, *, memory: Memory | None = None,
+        chunk: int = CHUNK, largest_step: float | None = None, convolution: int = 4,
+    ) -> None:  # fmt: skip
+        design = self.choices if memory is None else replace(self.choices, memory=memory)
+        super().__init__(dim, heads, design, chunk=chunk, largest_step=largest_step, convolution=convolution)
+
+
+class Yaad(OfDesign):
     """Huber's bias and decay: ``W_t = (1 − α_t) W_{t−1} − θ_t ∇ℓ_δ``, errors counted up to a threshold δ_t that tokens set.
 
     The paper switches from ℓ₂ to ℓ₁ by the norm of the error or by coordinate; here by coordinate, with a slope that is
@@ -283,15 +297,10 @@ class Yaad(Miras):
         state="16 D²/H",
     )
 
-    def __init__(
-        self, dim: int, heads: int = 4, *, memory: Memory | None = None,
-        chunk: int = CHUNK, largest_step: float | None = None, convolution: int = 4,
-    ) -> None:  # fmt: skip
-        design = Design(memory or Memory(), Huber())
-        super().__init__(dim, heads, design, chunk=chunk, largest_step=largest_step, convolution=convolution)
+    choices = Design(Memory(), Huber())
 
 
-class Memora(Miras):
+class Memora(OfDesign):
     """KL retention: ``W_t = c softmax((1 − α_t) log W_{t−1} − θ_t ∇ℓ_2)``, weights that are positive and sum to c.
 
     The paper leaves c and what the softmax runs over open: here over each unit's inputs, with c their number, so that weights
@@ -319,9 +328,4 @@ class Memora(Miras):
         state="16 D²/H",
     )
 
-    def __init__(
-        self, dim: int, heads: int = 4, *, memory: Memory | None = None,
-        chunk: int = CHUNK, largest_step: float | None = None, convolution: int = 4,
-    ) -> None:  # fmt: skip
-        design = Design(memory or Memory(), Lp(2), KL())
-        super().__init__(dim, heads, design, chunk=chunk, largest_step=largest_step, convolution=convolution)
+    choices = Design(Memory(), Lp(2), KL())

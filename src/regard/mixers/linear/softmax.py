@@ -49,7 +49,6 @@ class SoftmaxAttention(KeyValueMixer):
         cross=True,
         exact=True,
     )
-    in_pieces = False
 
     def __init__(self, dim: int, heads: int = 4, rotary: float | None = 10_000.0) -> None:
         super().__init__(dim, heads)

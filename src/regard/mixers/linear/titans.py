@@ -13,7 +13,7 @@ from regard.mixers.linear.aligned import Aligned
 from regard.mixers.linear.dynamical_system import DynamicalSystem
 from regard.mixers.linear.memory_choices import Design, Memory
 from regard.mixers.linear.memory_network import recall
-from regard.mixers.linear.miras import Miras
+from regard.mixers.linear.miras import OfDesign
 from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
 from regard.mixers.linear.neural_memory import CHUNK
 from regard.mixers.linear.prefixed_attention import PrefixedWindow, prefixed_attention
@@ -22,7 +22,7 @@ from regard.mixers.linear.rotary import check_rotary
 _PAPER = "A. Behrouz, P. Zhong and V. Mirrokni (2024), Titans: Learning to Memorize at Test Time"
 
 
-class LongTermMemory(Miras):
+class LongTermMemory(OfDesign):
     """The neural memory of Titans, alone: ``S_t = η_t S_{t−1} − θ_t ∇ℓ(M; k_t, v_t), M_t = (1 − α_t) M_{t−1} + S_t``.
 
     ``ℓ = ‖M(k) − v‖² / 2``. Of `Miras`' choices: ℓ₂ bias and retention, gradient descent with momentum. The first version of
@@ -50,20 +50,15 @@ class LongTermMemory(Miras):
         state="24 D²/H",
     )
 
-    def __init__(
-        self, dim: int, heads: int = 4, *, memory: Memory | None = None,
-        chunk: int = CHUNK, largest_step: float | None = None, convolution: int = 4,
-    ) -> None:  # fmt: skip
-        design = Design(memory or Memory(), momentum=True)
-        super().__init__(dim, heads, design, chunk=chunk, largest_step=largest_step, convolution=convolution)
+    choices = Design(momentum=True)
 
 
 class _Titan(Mixer):
     """What the three variants share: a memory, attention after learned tokens, and how one gates the other."""
 
     def __init__(
-        self, dim: int, heads: int, window: int, persistent: int, memory: Memory | None, chunk: int,
-        largest_step: float | None,
+        self, dim: int, heads: int = 4, window: int = 64, *, persistent: int = 4, memory: Memory | None = None,
+        chunk: int = CHUNK, largest_step: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__(dim)
         name = type(self).__name__
@@ -139,7 +134,9 @@ class MemoryAsGate(_Titan):
         self, dim: int, heads: int = 4, window: int = 64, *, persistent: int = 4, memory: Memory | None = None,
         chunk: int = CHUNK, largest_step: float | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(dim, heads, window, persistent, memory, chunk, largest_step)
+        super().__init__(
+            dim, heads, window, persistent=persistent, memory=memory, chunk=chunk, largest_step=largest_step
+        )
         self.gate = _Gate(dim)
 
     def mix(
@@ -180,12 +177,6 @@ class MemoryAsLayer(_Titan):
         time="O(N (W + P) D + 8 N D²/H)",
         state="24 D²/H + 2 (W − 1) D",
     )
-
-    def __init__(
-        self, dim: int, heads: int = 4, window: int = 64, *, persistent: int = 4, memory: Memory | None = None,
-        chunk: int = CHUNK, largest_step: float | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(dim, heads, window, persistent, memory, chunk, largest_step)
 
     def mix(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
@@ -239,7 +230,9 @@ class MemoryAsContext(_Titan):
         self, dim: int, heads: int = 4, segment: int = 64, *, persistent: int = 4, memory: Memory | None = None,
         chunk: int = CHUNK, largest_step: float | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(dim, heads, segment, persistent, memory, chunk, largest_step)
+        super().__init__(
+            dim, heads, segment, persistent=persistent, memory=memory, chunk=chunk, largest_step=largest_step
+        )
         self.segment = segment
         self.query = Linear(dim, dim, bias=False)
         self.recalled = RMSNorm(dim, eps=1e-5)

@@ -185,16 +185,20 @@ def mixers(
             _show_mixer(kind, catalogue.exponents().get(kind.__name__), catalogue.example(kind))
 
 
+_MIXER, _COST = "{:<24}{:<29}{:<6}{}", "  {:<27}{:<9}{}"  # two lines for each: one would not fit a terminal
+
+
 def _show_mixers(kinds: Mapping[str, type[Mixer]], exponents: Mapping[str, float]) -> None:
-    table = Table(box=box.SIMPLE)
-    for column in ("mixer", "time", "state", "measured", "sees", "exact", "paper"):
-        table.add_column(column, no_wrap=column in ("mixer", "measured"))
+    out = Console()
+    out.print(Text(_MIXER.format("mixer", "sees", "exact", "paper"), "bold"), soft_wrap=True)
+    out.print(Text(_COST.format("time", "measured", "state") + "\n", "bold"), soft_wrap=True)
     for name, kind in kinds.items():
         facts, measured = kind.facts, exponents.get(name)
         grows = "" if measured is None else f"N^{measured:.2f}"
-        table.add_row(name, facts.time, facts.state, grows, _sees(kind), "yes" if facts.exact else "", facts.cited)
-    out = Console()
-    out.print(table)
+        exact = "exact" if facts.exact else ""
+        out.print(Text(_MIXER.format(name, _sees(kind), exact, facts.cited)), soft_wrap=True)
+        out.print(Text(_COST.format(facts.time, grows, facts.state), "dim"), soft_wrap=True)
+    out.print()
     out.print(
         "N tokens, D width, H heads, W window, F features of a head, S states or codes, C tokens of a segment, P persistent "
         "tokens, K tokens of a convolution, M exponentials, E matrices of a memory times their expansion. Measured on a "

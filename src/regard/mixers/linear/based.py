@@ -126,7 +126,7 @@ class TaylorAttention(Mixer):
         paper=_PAPER,
         formula="o_i = Σ_{j≤i} w_ij v_j / Σ_{j≤i} w_ij,  w = 1 + a + a²/2,  a = q·k/√F",
         time="O(N F² D)",
-        state="(1 + F + F(F+1)/2) (D + H)",
+        state="(1 + F + F(F+1)/2)(D + H)",
         bidirectional=True,
     )
 
@@ -206,7 +206,7 @@ class Based(Mixer):
         paper=_PAPER,
         formula="y = W₁ taylor_attention(x) + W₂ sliding_window_attention(x)",
         time="O(N (F² + W) D)",
-        state="(1 + F + F(F+1)/2) (D + H) + 2 (W − 1) D",
+        state="(1 + F + F(F+1)/2)(D + H) + 2 (W − 1) D",
     )
 
     def __init__(self, dim: int, heads: int = 4, features: int = 16, window: int = 64) -> None:

@@ -51,14 +51,15 @@ class Facts:
 
     @property
     def cited(self) -> str:
-        """The paper by its first author and its year.
+        """The paper by its first author's surname and its year.
 
         >>> Facts("A. Gu and T. Dao (2023), Mamba", "", "", "").cited
-        'A. Gu et al. (2023)'
+        'Gu et al. (2023)'
         """
         authors, year = self.paper.partition(")")[0].rsplit(" (", 1)
         first = re.split(", | and | et al", authors)[0]
-        return f"{first}{'' if first == authors else ' et al.'} ({year})"
+        surname = first.rpartition(". ")[2]
+        return f"{surname}{'' if first == authors else ' et al.'} ({year})"
 
 
 class Mixer(Module, ABC):

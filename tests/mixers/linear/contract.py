@@ -1,6 +1,7 @@
 """What every mechanism is held to: its forms agree, in values and gradients, at any length and from any state."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,8 @@ Run = Callable[..., tuple[Tensor, Any]]
 def check_forms(
     function: Run, inputs: Sequence[Tensor], forms: Sequence[str] = ("chunked", "recurrent"), tolerance: float = 1e-4
 ) -> None:
-    """Outputs, states and gradients of each form, in float32, against the parallel form in float64."""
+    """Outputs, states and gradients of each form in float32, and outputs in bfloat16, against the parallel one in float64."""
+    _check_half(function, [tensor.detach().bfloat16() for tensor in inputs], ("parallel", *forms))
     expected = _with_gradients(function, [tensor.double() for tensor in inputs], "parallel")
     for form in forms:
         found = _with_gradients(function, list(inputs), form)
@@ -27,6 +29,17 @@ def check_forms(
                 scale = max(float(reference.abs().max()), 1.0)
                 error = float((part.double() - reference).abs().max()) / scale
                 assert error < tolerance, f"{form}: {name} off by {error:.2e}"
+
+
+def _check_half(function: Run, inputs: Sequence[Tensor], forms: Sequence[str]) -> None:
+    """What goes in is rounded, and what comes out."""
+    with torch.no_grad():
+        expected, _ = function(*(tensor.double() for tensor in inputs), form="parallel")
+        for form in forms:
+            found, _ = function(*inputs, form=form)
+            assert found.dtype == torch.bfloat16, form
+            error = float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+            assert error < 2e-2, f"{form} in bfloat16: output off by {error:.2e}"
 
 
 def _with_gradients(
@@ -48,7 +61,7 @@ def _tensors(state: Any) -> list[Tensor]:
     return [tensor for tensor in values if isinstance(tensor, Tensor) and tensor.is_floating_point()]
 
 
-def check_mixer(mixer: Mixer, tokens: int = 37, tolerance: float = 1e-4) -> None:
+def check_mixer(mixer: Mixer, tokens: int = 37, tolerance: float = 1e-4, half: float = 2e-2) -> None:
     """A layer: in pieces as at once, decoding as reading, padding on either side as none, and gradients everywhere."""
     mixer = mixer.eval()
     x = torch.randn(2, tokens, mixer.dim, generator=torch.Generator().manual_seed(tokens))
@@ -59,6 +72,20 @@ def check_mixer(mixer: Mixer, tokens: int = 37, tolerance: float = 1e-4) -> None
     _check_padding(mixer, x, tolerance)
     _check_reading(mixer, x, tolerance)
     _check_gradients(mixer, x)
+    _check_layer_in_half(deepcopy(mixer).bfloat16(), x.bfloat16(), half)
+
+
+def _check_layer_in_half(mixer: Mixer, x: Tensor, tolerance: float) -> None:
+    """Reading and decoding in bfloat16 against the same weights in float32."""
+    with torch.no_grad():
+        expected, _ = deepcopy(mixer).float()(x.float())
+        whole, _ = mixer(x)
+        first, state = mixer(x[:, :-1])
+        step, _ = mixer.decode(x[:, -1], state)
+        for found, reference in ((whole, expected), (first, expected[:, :-1]), (step, expected[:, -1])):
+            assert found.dtype == torch.bfloat16
+            error = float((found.float() - reference).abs().max() / expected.abs().max().clamp(min=1.0))
+            assert error < tolerance, f"in bfloat16: off by {error:.2e}"
 
 
 def _check_pieces(mixer: Mixer, x: Tensor, whole: Tensor, tolerance: float) -> None:

@@ -27,7 +27,7 @@ def angles(length: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @given(st.integers(1, 90), st.booleans(), st.booleans(), st.integers(1, 40))
 def test_forms_agree(length: int, turned: bool, begun: bool, chunk: int) -> None:
     def run(q: Tensor, k: Tensor, v: Tensor, memory: Tensor, total: Tensor, form: str) -> tuple[Tensor, object]:
-        turns = angles(length, q.dtype) if turned else None
+        turns = angles(length, torch.promote_types(q.dtype, torch.float32)) if turned else None
         return lightnet(q, k, v, (memory, total) if begun else None, angles=turns, form=form, chunk=chunk)
 
     check_forms(run, inputs(length, turned))
@@ -36,7 +36,8 @@ def test_forms_agree(length: int, turned: bool, begun: bool, chunk: int) -> None
 @pytest.mark.parametrize("turned", [True, False])
 def test_forms_agree_both_ways(turned: bool) -> None:
     def run(q: Tensor, k: Tensor, v: Tensor, form: str) -> tuple[Tensor, object]:
-        return lightnet(q, k, v, angles=angles(31, q.dtype) if turned else None, causal=False, form=form)
+        turns = angles(31, torch.promote_types(q.dtype, torch.float32)) if turned else None
+        return lightnet(q, k, v, angles=turns, causal=False, form=form)
 
     check_forms(run, inputs(31)[:3])
 

@@ -1,5 +1,8 @@
 """Linear attention with decay: its forms, both ways, and the matrix that it hides."""
 
+import sys
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +31,17 @@ def test_forms_agree(length: int, kind: str, chunk: int) -> None:
         return linear_attention(q, k, v, decay if decay.numel() else None, state, form=form, chunk=chunk)
 
     check_forms(run, inputs(length, kind))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 150), st.sampled_from(KINDS), st.integers(1, 70), st.integers(1, 70))
+def test_pieces_agree(length: int, kind: str, chunk: int, piece: int) -> None:
+    q, k, v, decay, state = (tensor.double() for tensor in inputs(length, kind))
+    decays = decay if decay.numel() else None
+    expected = linear_attention(q, k, v, decays, state, form="parallel")
+    with torch.no_grad(), patch.object(sys.modules[linear_attention.__module__], "_PIECE", piece):
+        found = linear_attention(q, k, v, decays, state, chunk=chunk)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,6 +5,8 @@ S_i = diag(exp g_i) S_{i−1} + k_i v_iᵀ,    o_i = S_iᵀ q_i,    g_i ≤ 0
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,6 +15,7 @@ from regard.mixers.linear.forms import Form, check_form, check_heads
 
 CHUNK = 64
 _CHUNK_OF_CHANNELS = 16  # with a decay for each channel, a chunk holds (chunk, chunk, channels) numbers
+_PIECE = 512  # tokens whose chunks are computed together where no gradients are wanted: they stay in the cache
 
 
 def linear_attention(
@@ -85,7 +88,7 @@ def _both_ways(
 
 def _parallel(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """The matrix of all pairs."""
-    total = decay.cumsum(2)  # (B, H, N, 1 or Dk)
+    total = _of_each(decay, q).cumsum(2)  # (B or 1, H, N, 1 or Dk)
     matrix = _inside(*(tensor[:, :, None] for tensor in (q, k, total))).squeeze(2)
     output = matrix @ v + (q * total.exp()) @ before
     left = (total[:, :, -1:] - total).exp()
@@ -93,15 +96,30 @@ def _parallel(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, ch
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Piece by piece, each from the state of the one before; where gradients are wanted there is but one."""
+    length, constant = q.shape[2], decay.shape[2] < q.shape[2]
+    chunk = min(chunk, length) if decay.shape[3] == 1 else min(chunk, length, _CHUNK_OF_CHANNELS)
+    piece = length if torch.is_grad_enabled() else max(_PIECE // chunk, 1) * chunk
+    rest = length % chunk if constant else 0  # by itself, for zeros after it would decay the state as well
+    outputs = []
+    for start, end in pairwise(sorted({*range(0, length - rest, piece), length - rest, length})):
+        query, key, value = (tensor[:, :, start:end] for tensor in (q, k, v))
+        decays = decay if constant else decay[:, :, start:end]
+        output, before = _piece(query, key, value, decays, before, min(chunk, end - start))
+        outputs.append(output)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), before
+
+
+def _piece(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Within chunks as in the parallel form, between them by the state at each chunk's start."""
     batch, heads, length, _ = q.shape
-    chunk = min(chunk, length) if decay.shape[3] == 1 else min(chunk, length, _CHUNK_OF_CHANNELS)
+    decay = decay.expand(-1, -1, chunk, -1) if decay.shape[2] == 1 else decay
     q, k, v, decay = (cut(tensor, chunk) for tensor in (q, k, v, decay))  # (B, H, chunks, chunk, D)
     total = decay.cumsum(3)
     end = total[:, :, :, -1:]
     inside = _inside(q, k, total) @ v
     added = (k * (end - total).exp()).mT @ v  # what each chunk adds to the state
-    kept = end.exp().mT  # and what it leaves of it, (B, H, chunks, 1 or Dk, 1)
+    kept = end.exp().mT.expand(-1, -1, added.shape[2], -1, -1)  # and what it leaves of it, (…, chunks, 1 or Dk, 1)
     states = []
     for factor, addition in zip(kept.unbind(2), added.unbind(2), strict=True):
         states.append(before)
@@ -125,11 +143,12 @@ def _inside(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
 def _recurrent(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Token by token."""
     outputs = []
+    kept = _of_each(decay, q).exp()
     tokens = zip(
-        q[..., None, :].unbind(2), k[..., None].unbind(2), v[..., None, :].unbind(2), decay.exp().unbind(2), strict=True
+        q[..., None, :].unbind(2), k[..., None].unbind(2), v[..., None, :].unbind(2), kept.unbind(2), strict=True
     )
-    for query, key, value, kept in tokens:
-        before = kept[..., None] * before + key * value
+    for query, key, value, factor in tokens:
+        before = factor[..., None] * before + key * value
         outputs.append(query @ before)
     return torch.cat(outputs, dim=2), before
 
@@ -141,10 +160,10 @@ def cut(tensor: Tensor, chunk: int) -> Tensor:
 
 
 def _spread(log_decay: Tensor | None, query: Tensor) -> Tensor:
-    """The log decays as (B, H, N, 1 or Dk)."""
+    """The log decays as (B, H, N, 1 or Dk), or (1, H, 1, 1) where they are the same for all tokens."""
     batch, heads, length, width = query.shape
     if log_decay is None:
-        return query.new_zeros(batch, heads, length, 1)
+        return query.new_zeros(1, heads, 1, 1)
     shapes = ((heads,), (batch, heads, length), (batch, heads, length, width))
     if log_decay.shape not in shapes:
         raise ValueError(
@@ -153,8 +172,13 @@ def _spread(log_decay: Tensor | None, query: Tensor) -> Tensor:
         )
     log_decay = log_decay.to(query)
     if log_decay.ndim == 1:
-        log_decay = log_decay[None, :, None].expand(batch, heads, length)
+        return log_decay[None, :, None, None]
     return log_decay if log_decay.ndim == 4 else log_decay[..., None]
+
+
+def _of_each(decay: Tensor, query: Tensor) -> Tensor:
+    """The log decay of each token."""
+    return decay.expand(-1, -1, query.shape[2], -1)
 
 
 def _checked(state: Tensor, query: Tensor, value: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import regard
@@ -58,19 +59,15 @@ def main() -> None:
     steps, seeds = (20, 1) if arguments.quick else (arguments.steps, arguments.seeds)
     names = [catalogue.mixer_named(name).__name__ for name in arguments.only or catalogue.mixers()]
     _, tokenizer = regard.mini()
-    cache = arguments.results.parent / "books.npz"
+    source = arguments.data.resolve()
+    cache = arguments.results.parent / f"books-{zlib.crc32(bytes(source)):08x}.npz"
     cache.parent.mkdir(parents=True, exist_ok=True)
-    text, held_out = Books.read(arguments.data, tokenizer, cache), Books.read(arguments.held_out, tokenizer)
-    results, found = Results(arguments.results), {}
-    with Progress() as bar:
-        task = bar.add_task("training", total=len(names) * seeds)
-        for name in names:
-            for seed in range(seeds):
-                bar.update(task, description=f"{name}, seed {seed}")
-                key = f"{name}, {steps} steps, seed {seed}"
-                loss = results.of(key, lambda name=name, seed=seed: validation_loss(name, text, held_out, steps, seed))
-                found.setdefault(name, []).append(loss)
-                bar.advance(task)
+    text, held_out = Books.read(source, tokenizer, cache), Books.read(arguments.held_out, tokenizer)
+    keys = {(name, seed): f"{name}, {steps} steps on {source}, seed {seed}" for name in names for seed in range(seeds)}
+    results = Results(arguments.results).of(
+        {keys[name, seed]: partial(validation_loss, name, text, held_out, steps, seed) for name, seed in keys}
+    )
+    found = {name: [results[keys[name, seed]] for seed in range(seeds)] for name in names}
     table = Table(
         "mixer", "validation loss", "range over seeds", title=f"{steps * BATCH * TOKENS:,} tokens, {seeds} seeds"
     )

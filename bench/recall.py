@@ -11,6 +11,7 @@ was interrupted goes on.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,17 @@ import plotly.graph_objects as go
 import torch
 from plotly import colors
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from regard.mixers import catalogue
+from regard.mixers.linear import Memory
 from small_models import Batch, Results, SmallModel, maker, state_bytes, train
 
 DIM, LAYERS, PARAMETERS, RATE = 64, 2, 62_000, 1e-2
 KEYS = VALUES = 32
 TOKENS, PAIRS, BATCH = 80, (4, 8, 16, 24), 32
 Size = dict[str, Any]
+MEMORIES = ("Moneta", "Yaad", "Memora", "LongTermMemory", "MemoryAsContext", "MemoryAsGate", "MemoryAsLayer")
 LINES: dict[str, tuple[str, list[Size]]] = {  # mixers of several sizes of state, by what makes it larger
     "Based, features": ("Based", [{"features": f, "window": 2} for f in (2, 4, 8)]),
     "Based, window": ("Based", [{"features": 2, "window": w} for w in (2, 16, 48)]),
@@ -35,11 +37,14 @@ LINES: dict[str, tuple[str, list[Size]]] = {  # mixers of several sizes of state
     "SlidingWindow, window": ("SlidingWindow", [{"window": w} for w in (2, 16, 48)]),
     "DeltaRule, heads": ("DeltaRule", [{"heads": h} for h in (4, 1)]),
     "GatedDeltaRule, heads": ("GatedDeltaRule", [{"heads": h} for h in (4, 1)]),
-    "LightningAttention, heads": ("LightningAttention", [{"heads": h} for h in (4, 1)]),
+    "LightNet, heads": ("LightNet", [{"heads": h} for h in (16, 4)]),
+    "LightningAttention, heads": ("LightningAttention", [{"heads": h} for h in (16, 4, 1)]),
     "CHELA, heads": ("CHELA", [{"heads": h} for h in (16, 4, 1)]),
     "FAST, heads": ("FAST", [{"heads": h} for h in (16, 4)]),
-    "LongVQ, codes": ("LongVQ", [{"codes": c, "window": 2} for c in (4, 16, 64)]),
+    "LongVQ, codes": ("LongVQ", [{"codes": c, "window": 2} for c in (4, 64)]),
     "SelectiveSSM, states": ("SelectiveSSM", [{"states": s} for s in (4, 16)]),
+    "Miras, heads": ("Miras", [{"heads": h} for h in (16, 4)]),
+    **{f"{name}, expansion": (name, [{"expansion": e} for e in (1, 4)]) for name in MEMORIES},
 }
 
 
@@ -62,11 +67,11 @@ def texts(batch: int, pairs: int, generator: torch.Generator) -> Batch:
     return ids, targets
 
 
-def recall(name: str, arguments: Size, steps: int, seed: int) -> dict[str, Any]:
+def recall(name: str, size: Size, steps: int, seed: int) -> dict[str, Any]:
     """Train one model; its accuracy at each number of pairs, the size of its state, and of its weights."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = SmallModel(maker(name, **arguments), KEYS + VALUES, DIM, LAYERS, PARAMETERS)
+    model = SmallModel(maker(name, **arguments_of(size)), KEYS + VALUES, DIM, LAYERS, PARAMETERS)
 
     def batches(done: float) -> Batch:
         """Two pairs for a beginning, then more and more."""
@@ -84,6 +89,11 @@ def recall(name: str, arguments: Size, steps: int, seed: int) -> dict[str, Any]:
             right[pairs] = float((model(ids).argmax(-1) == targets)[asked].float().mean())
     weights = sum(parameter.numel() for parameter in model.parameters())
     return {"recall": right, "state": state_bytes(model, TOKENS), "weights": weights}
+
+
+def arguments_of(size: Size) -> dict[str, Any]:
+    """Of a mixer; how much wider the hidden layer is than its input is a matter of its memory."""
+    return {"memory": Memory(expansion=size["expansion"])} if "expansion" in size else size
 
 
 def lines_of(names: list[str]) -> dict[str, tuple[str, list[Size]]]:
@@ -123,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="60 steps: shows that it runs")
     parser.add_argument("--only", nargs="*", help="these mixers only")
-    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("run/recall.jsonl"))
     parser.add_argument("--plot", type=Path, default=Path("run/recall.html"))
@@ -132,14 +142,11 @@ def main() -> None:
     names = [catalogue.mixer_named(name).__name__ for name in arguments.only or catalogue.mixers()]
     lines = lines_of(names)
     runs = {label_of(mixer, size): (mixer, size) for mixer, sizes in lines.values() for size in sizes}
-    results, found = Results(arguments.results), {}
-    with Progress() as bar:
-        task = bar.add_task("training", total=len(runs))
-        for label, (name, size) in runs.items():
-            bar.update(task, description=label)
-            key = f"{label}, {steps} steps at {RATE}, seed {arguments.seed}"
-            found[label] = results.of(key, lambda name=name, size=size: recall(name, size, steps, arguments.seed))
-            bar.advance(task)
+    keys = {label: f"{label}, {steps} steps at {RATE}, seed {arguments.seed}" for label in runs}
+    results = Results(arguments.results).of(
+        {keys[label]: partial(recall, name, size, steps, arguments.seed) for label, (name, size) in runs.items()}
+    )
+    found = {label: results[key] for label, key in keys.items()}
     table = Table("mixer", "weights", "state, bytes", *(f"{pairs} pairs" for pairs in PAIRS))
     for label, result in sorted(found.items(), key=lambda item: item[1]["state"]):
         cells = [f"{right:.2f}" for right in result["recall"].values()]

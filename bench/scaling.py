@@ -2,10 +2,10 @@
 
     python bench/scaling.py [--quick] [--only NAME ...] [--save]
 
-Prints one table: milliseconds of a forward pass of the layer (dim 256, batch 1) at each length, the exponent fitted to the
-longest lengths, memory, and the time of one decoding step after a short and a long text with the bytes of its state. Then
-the operators alone: SDPA, lightning attention, and on a GPU flash-linear-attention where it is installed. ``--save`` keeps
-the exponents for ``regard mixers``. Uses a GPU when there is one.
+Prints the milliseconds of a forward pass of the layer (dim 256, batch 1) at each length, the exponent fitted to the longest
+lengths, and the time of one decoding step after a short and a long text with the bytes of its state; the same of the memory
+that a pass holds at its peak; and the operators alone: SDPA, lightning attention, and on a GPU flash-linear-attention where
+it is installed. ``--save`` keeps the exponents of time for ``regard mixers``. Uses a GPU when there is one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import importlib.util
 import json
 import statistics
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,13 @@ from rich.progress import Progress
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
-from measuring import Run, allocated, clock, compare
+from measuring import Run, allocated, clock, compare, extra_memory
 from regard.mixers import catalogue
 from regard.mixers.linear import Mixer, lightning_attention
 
 DIM = 256
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-LIMIT = 20.0  # seconds of one pass; longer texts are left out, and shown as such
+LIMIT, WATCHED = 20.0, 5.0  # seconds of one pass, and of one whose memory is watched; longer texts are left out
 SAVED = Path(__file__).parent.parent / "src" / "regard" / "mixers" / "scaling.json"
 
 
@@ -48,10 +49,10 @@ def forward_times(mixer: Mixer, lengths: tuple[int, ...], device: str, repeats: 
     return times
 
 
-def exponent(times: dict[int, float]) -> float:
-    """The slope of log time against log length over the longest four lengths."""
-    longest = sorted(times)[-4:]
-    slope, _ = np.polyfit(np.log(longest), np.log([times[length] for length in longest]), 1)
+def exponent(found: dict[int, float]) -> float:
+    """The slope of log time or memory against log length over the longest four lengths."""
+    longest = sorted(found)[-4:]
+    slope, _ = np.polyfit(np.log(longest), np.log([found[length] for length in longest]), 1)
     return float(slope)
 
 
@@ -62,17 +63,25 @@ def decoding(mixer: Mixer, length: int, device: str) -> tuple[float, int]:
     return statistics.median(clock(lambda: mixer.decode(token, state), device) for _ in range(20)), state.bytes
 
 
-def memory(mixer: Mixer, length: int, device: str) -> int:
-    x = torch.randn(1, length, DIM, device=device)
-    return allocated(lambda: lambda: mixer(x))
+def memory(mixer: Mixer, length: int, device: str) -> float:
+    """Bytes held at the peak of a forward pass, what goes in and comes out included."""
+    if device == "cuda":
+        x = torch.randn(1, length, DIM, device=device)
+        return x.nbytes + extra_memory(lambda: mixer(x), device)
+    return allocated(lambda: partial(mixer, torch.randn(1, length, DIM)))
 
 
-def layer_table(
+def layer_tables(
     names: list[str], lengths: tuple[int, ...], device: str, repeats: int
-) -> tuple[Table, dict[str, float]]:
-    table = Table(title=f"one layer, dim {DIM}, {device}: milliseconds by tokens")
-    for column in ("mixer", *(f"{length:,}" for length in lengths), "N^", "MB at 4,096", "step, ms", "state, kB"):
-        table.add_column(column, justify="left" if column == "mixer" else "right")
+) -> tuple[Table, Table, dict[str, float]]:
+    """Of time, of memory, and the exponents of time."""
+    columns = ("mixer", *(f"{length:,}" for length in lengths), "N^")
+    of_time, of_memory = (
+        Table(title=f"one layer, dim {DIM}, {device}: {what} by tokens") for what in ("milliseconds", "MB at the peak")
+    )
+    for table, more in ((of_time, ("step, ms", "state, kB")), (of_memory, ())):
+        for column in (*columns, *more):
+            table.add_column(column, justify="left" if column == "mixer" else "right")
     found = {}
     with Progress(transient=True) as bar:
         for name in bar.track(names, description="mixers"):
@@ -80,14 +89,22 @@ def layer_table(
             times = forward_times(mixer, lengths, device, repeats)
             found[name] = round(exponent(times), 3)
             short, long = (decoding(mixer, length, device) for length in (lengths[0], min(max(times), 8192)))
-            cells = [f"{1000 * times[length]:.1f}" if length in times else "–" for length in lengths]
-            held = f"{memory(mixer, min(4096, lengths[-1]), device) / 1e6:.0f}"
-            steps, states = (
+            step, state = (
                 f"{1000 * short[0]:.2f} → {1000 * long[0]:.2f}",
                 f"{short[1] / 1e3:.0f} → {long[1] / 1e3:.0f}",
             )
-            table.add_row(name, *cells, f"{found[name]:.2f}", held, steps, states)
-    return table, found
+            of_time.add_row(name, *cells(times, lengths, 1e3), step, state)
+            held = {length: memory(mixer, length, device) for length, seconds in times.items() if seconds < WATCHED}
+            of_memory.add_row(name, *cells(held, lengths, 1e-6))
+    return of_time, of_memory, found
+
+
+def cells(found: dict[int, float], lengths: tuple[int, ...], scale: float) -> list[str]:
+    """What was found by length, and its exponent."""
+    return [
+        *(f"{scale * found[length]:.1f}" if length in found else "–" for length in lengths),
+        f"{exponent(found):.2f}",
+    ]
 
 
 def operators(length: int, device: str) -> dict[str, Run]:
@@ -134,8 +151,8 @@ def main() -> None:
     console = Console(width=170)
     names = [catalogue.mixer_named(name).__name__ for name in arguments.only or catalogue.mixers()]
     lengths = LENGTHS[:5] if arguments.quick else LENGTHS
-    table, found = layer_table(names, lengths, device, 1 if arguments.quick else 3)
-    console.print(table)
+    of_time, of_memory, found = layer_tables(names, lengths, device, 1 if arguments.quick else 3)
+    console.print(of_time, of_memory)
     console.print(operator_table((2048, 8192) if arguments.quick else (2048, 8192, 16384), device, 5))
     if arguments.save:
         SAVED.write_text(json.dumps(catalogue.exponents() | found, indent=1, sort_keys=True) + "\n", encoding="utf-8")

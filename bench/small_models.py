@@ -5,11 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 from torch.nn import Embedding, Linear, Module, ModuleList, RMSNorm, functional
 
@@ -101,11 +105,24 @@ class Results:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.found: dict[str, Any] = dict(json.loads(line) for line in lines)
 
-    def of(self, key: str, run: Callable[[], Any]) -> Any:
-        """The result, kept or new."""
-        if key not in self.found:
-            self.found[key] = run()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, self.found[key]]) + "\n")
-        return self.found[key]
+    def of(self, runs: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+        """The result of each, kept or new; a core runs one at a time, for small operators gain little from several."""
+        missing = {key: run for key, run in runs.items() if key not in self.found}
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(os.cpu_count(), spawn, initializer=torch.set_num_threads, initargs=(1,))
+        with Progress() as bar, pool:
+            task = bar.add_task("training", total=len(runs), completed=len(runs) - len(missing))
+            under_way = {pool.submit(run): key for key, run in missing.items()}
+            try:
+                for done in as_completed(under_way):
+                    self._keep(under_way[done], done.result())
+                    bar.update(task, advance=1, description=under_way[done])
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return {key: self.found[key] for key in runs}
+
+    def _keep(self, key: str, result: Any) -> None:
+        self.found[key] = result
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([key, result]) + "\n")

@@ -187,6 +187,11 @@ def mixers(
 
 _MIXER, _COST = "{:<24}{:<29}{:<6}{}", "  {:<27}{:<9}{}"  # two lines for each: one would not fit a terminal
 
+_LETTERS = (
+    "N tokens, D width, H heads, W window, F features of a head, S states or codes, C tokens of a segment, P persistent "
+    "tokens, K tokens of a convolution, M exponentials, E matrices of a memory times their expansion."
+)
+
 
 def _show_mixers(kinds: Mapping[str, type[Mixer]], exponents: Mapping[str, float]) -> None:
     out = Console()
@@ -198,13 +203,7 @@ def _show_mixers(kinds: Mapping[str, type[Mixer]], exponents: Mapping[str, float
         exact = "exact" if facts.exact else ""
         out.print(Text(_MIXER.format(name, _sees(kind), exact, facts.cited)), soft_wrap=True)
         out.print(Text(_COST.format(facts.time, grows, facts.state), "dim"), soft_wrap=True)
-    out.print()
-    out.print(
-        "N tokens, D width, H heads, W window, F features of a head, S states or codes, C tokens of a segment, P persistent "
-        "tokens, K tokens of a convolution, M exponentials, E matrices of a memory times their expansion. Measured on a "
-        "CPU, over the four longest of 512 to 65,536 tokens.",
-        highlight=False,
-    )
+    out.print(f"\n{_LETTERS} Measured on a CPU, over the four longest of 512 to 65,536 tokens.", highlight=False)
 
 
 def _show_mixer(kind: type[Mixer], exponent: float | None, example: str) -> None:
@@ -212,6 +211,7 @@ def _show_mixer(kind: type[Mixer], exponent: float | None, example: str) -> None
     out.print(Text(f"{kind.__name__}: {facts.paper}\n\n    {facts.formula}\n"), soft_wrap=True)
     measured = "" if exponent is None else f", measured N^{exponent:.2f}"
     out.print(Text(f"time {facts.time}{measured}; state {facts.state}; {_sees(kind)}"), soft_wrap=True)
+    out.print(_LETTERS, highlight=False, style="dim")
     out.print(Text(f"\n{example}"), soft_wrap=True)
 
 

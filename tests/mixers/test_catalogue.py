@@ -101,4 +101,5 @@ def test_the_command_shows_one() -> None:
     assert "S_i = (I − β_i k_i k_iᵀ) S_{i−1} + β_i k_i v_iᵀ" in result.output
     assert "Parallelizing Linear Transformers with the Delta Rule over Sequence Length" in result.output
     assert f"measured N^{catalogue.exponents()['DeltaRule']:.2f}" in result.output
+    assert "N tokens, D width, H heads" in result.output
     assert "from regard.mixers import DeltaRule\nimport torch\nmixer, x = DeltaRule(32, heads=4)" in result.output

@@ -44,7 +44,7 @@ class Miras(Mixer):
         heads: that divide it.
         design: the four choices.
         chunk: tokens whose gradients are taken at the same weights; fewer are nearer to a step for each token, and slower.
-        largest_step: of the gradient; by default 1 / chunk for a matrix, a quarter of that for a network, which is steeper.
+        largest_step: of the gradient; by default 1 / chunk for a matrix, half of that for a network, which is steeper.
         convolution: tokens that the short convolutions see.
 
     A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention, and
@@ -83,7 +83,7 @@ class Miras(Mixer):
                 f"largest_step={largest_step}"
             )
         self.heads, self.chunk, self.design = heads, chunk, design or Design()
-        self.largest_step = largest_step or 1 / (chunk if self.design.memory.depth == 1 else 4 * chunk)
+        self.largest_step = largest_step or 1 / (chunk if self.design.memory.depth == 1 else 2 * chunk)
         self.inputs = Linear(dim, 3 * dim, bias=False)
         self.convolution = ShortConvolution(3 * dim, convolution)
         self.step, self.keep = Linear(dim, heads), Linear(dim, heads)

@@ -141,12 +141,14 @@ class Mixer(Module, ABC):
             return self.mix(x, state, mask)
         texts = x.split(piece, dim=1)
         masks = [None] * len(texts) if mask is None else mask.split(piece, dim=1)
-        y, after = self.mix(texts[0], state, masks[0])
-        outputs = [y]
-        for text, real in zip(texts[1:], masks[1:], strict=True):
-            y, after = self.mix(text, after, real)
-            outputs.append(y)
-        return torch.cat(outputs, dim=1), after
+        first, after = self.mix(texts[0], state, masks[0])
+        y = first.new_empty(x.shape)  # pieces joined at the end would be held twice
+        places = y.split(piece, dim=1)
+        places[0].copy_(first)
+        for text, real, place in zip(texts[1:], masks[1:], places[1:], strict=True):
+            output, after = self.mix(text, after, real)
+            place.copy_(output)
+        return y, after
 
     @abstractmethod
     def mix(

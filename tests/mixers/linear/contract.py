@@ -26,9 +26,13 @@ def check_forms(
             for part, reference in zip(one, other, strict=True):
                 if not reference.numel():
                     continue
-                scale = max(float(reference.abs().max()), 1.0)
-                error = float((part.double() - reference).abs().max()) / scale
+                error = _error(part, reference)
                 assert error < tolerance, f"{form}: {name} off by {error:.2e}"
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """The largest, as a share of the largest number expected, or of 1."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1.0))
 
 
 def _check_half(function: Run, inputs: Sequence[Tensor], forms: Sequence[str]) -> None:
@@ -38,7 +42,7 @@ def _check_half(function: Run, inputs: Sequence[Tensor], forms: Sequence[str]) -
         for form in forms:
             found, _ = function(*inputs, form=form)
             assert found.dtype == torch.bfloat16, form
-            error = float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+            error = _error(found, expected)
             assert error < 2e-2, f"{form} in bfloat16: output off by {error:.2e}"
 
 
@@ -84,7 +88,7 @@ def _check_layer_in_half(mixer: Mixer, x: Tensor, tolerance: float) -> None:
         step, _ = mixer.decode(x[:, -1], state)
         for found, reference in ((whole, expected), (first, expected[:, :-1]), (step, expected[:, -1])):
             assert found.dtype == torch.bfloat16
-            error = float((found.float() - reference).abs().max() / expected.abs().max().clamp(min=1.0))
+            error = _error(found, reference)
             assert error < tolerance, f"in bfloat16: off by {error:.2e}"
 
 

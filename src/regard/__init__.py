@@ -2,7 +2,7 @@
 
 from regard import cache, mixers
 from regard.cache import compress
-from regard.calls import AttentionCall
+from regard.runtime import AttentionCall
 from regard.maps import AttentionMap
 from regard.mini import mini
 from regard.steer import (

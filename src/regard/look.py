@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 import regard
-from regard.calls import AttentionCall, Layers
+from regard.runtime import AttentionCall, Layers
 from regard.maps import AttentionMap
 from regard.view import Facts, report
 from regard.watch import At, Entropy, Mass, MeanDistance, Pooled, Received, Statistic, watch, with_tokens

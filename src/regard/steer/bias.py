@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from regard.calls import AttentionCall, Column, Where
+from regard.runtime import AttentionCall, Column, Where
 from regard.steer.edit import Edit, check_number, column, key_set, query_set, with_column
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from regard.calls import AttentionCall, Column, Heads, Layers, Where, selected
+from regard.runtime import AttentionCall, Column, Heads, Layers, Where, selected
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -58,7 +58,7 @@ def _differs(value: Any, default: Any) -> bool:
 
 def key_set(where: Where, call: AttentionCall) -> Tensor:
     """(B|1, M) boolean: the call's keys at these positions."""
-    return resolve(where, call, call.key_start, call.key.shape[2])
+    return resolve(where, call, call.place.key_start, call.key.shape[2])
 
 
 def query_set(where: Where | None, call: AttentionCall, heads: Tensor) -> Tensor:
@@ -66,17 +66,17 @@ def query_set(where: Where | None, call: AttentionCall, heads: Tensor) -> Tensor
     chosen = heads[None, :, None]
     if where is None:
         return chosen
-    return chosen & resolve(where, call, call.query_start, call.query.shape[2])[:, None]
+    return chosen & resolve(where, call, call.place.query_start, call.query.shape[2])[:, None]
 
 
 def with_column(edit: Edit, call: AttentionCall, heads: Tensor, make: Callable[[], Column]) -> AttentionCall:
     """The call with one more column, made once for the layers of a pass for which it is the same."""
-    shape = (call.query.shape[0], call.query.shape[2], call.key.shape[2], call.query_start, call.key_start)
+    shape = (call.query.shape[0], call.query.shape[2], call.key.shape[2], call.place.query_start, call.place.key_start)
     key = (id(edit), id(heads), shape, call.query.dtype, call.query.device)
-    column, *_ = call.remember(
+    column, *_ = call.place.remember(
         key, lambda: (make(), edit, heads)
     )  # which, while they are kept, have their ids to themselves
-    return call.changed(columns=(*call.columns, column))
+    return call.with_column(column)
 
 
 def column(rows: Tensor, by: float | Tensor, keys: Tensor, call: AttentionCall) -> Column:
@@ -93,7 +93,7 @@ def hiding(rows: Tensor, keys: Tensor, call: AttentionCall) -> Column:
 def resolve(where: Where, call: AttentionCall, start: int, length: int) -> Tensor:
     """(B|1, length) boolean: which of the tokens start … start + length − 1 are meant."""
     key = ("positions", id(where), start, length, call.query.shape[0], call.query.device)
-    chosen, _ = call.remember(key, lambda: (_resolve(where, call, start, length), where))
+    chosen, _ = call.place.remember(key, lambda: (_resolve(where, call, start, length), where))
     return chosen
 
 
@@ -101,10 +101,10 @@ def _resolve(where: Where, call: AttentionCall, start: int, length: int) -> Tens
     if isinstance(where, str):
         raise ValueError(f"{where!r} is a passage of a text; regard.locate(edit, text, tokenizer) finds its positions")
     if callable(where):
-        ids = call.token_ids
+        ids = call.place.token_ids
         if ids is None or ids.shape[1] < start + length:
             raise ValueError(
-                f"a function of token ids was given, but {call.path} sees {start + length} tokens whose ids are not "
+                f"a function of token ids was given, but {call.place.path} sees {start + length} tokens whose ids are not "
                 "known: the model was not given them as input_ids. Pass positions or a boolean mask instead"
             )
         where = where(ids)
@@ -118,7 +118,7 @@ def _resolve(where: Where, call: AttentionCall, start: int, length: int) -> Tens
     batch = call.query.shape[0]
     if mask.shape[0] not in (1, batch):
         if batch % mask.shape[0]:
-            raise ValueError(f"a mask for {mask.shape[0]} texts does not fit {call.path}, whose batch is {batch}")
+            raise ValueError(f"a mask for {mask.shape[0]} texts does not fit {call.place.path}, whose batch is {batch}")
         mask = mask.repeat_interleave(batch // mask.shape[0], dim=0)  # the beams of one text follow one another
     return mask.to(call.query.device)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from regard.calls import AttentionCall, Where
+from regard.runtime import AttentionCall, Where
 from regard.steer.edit import Edit, check_number, query_set
 
 

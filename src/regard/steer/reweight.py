@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from regard.calls import AttentionCall, Column, Factor, Where
+from regard.runtime import AttentionCall, Column, Factor, Where
 from regard.steer.edit import Edit, check_number, column, hiding, key_set, query_set, with_column
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy
 from torch import Tensor
 
-from regard.calls import Text
+from regard.runtime import Text
 
 
 @dataclass(frozen=True)

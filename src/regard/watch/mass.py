@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap, Segment, Segments, positions
+from regard.runtime import Call
+from regard.maps import TokenMap, Segment, Segments, positions
 from regard.watch.statistic import Statistic
 
 
@@ -40,33 +41,29 @@ class Mass(Statistic):
             raise ValueError(f'Mass needs a mapping from names to keys, such as {{"sink": [0]}}, got {segments!r}')
         self.segments = dict(segments)
         self.name = name
-        self._of_call: dict[str, Tensor] = {}
 
-    def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
-        """Have it computed in the shared pass."""
+    def ask(self, attention: TokenMap, call: Call) -> Callable[[], Tensor]:
+        """Have it computed in the shared pass: (B, H, N, S)."""
         try:
-            self._of_call = {name: _of_call(name, segment, call) for name, segment in self.segments.items()}
+            segments = {name: _of_call(name, segment, call) for name, segment in self.segments.items()}
         except IndexError as error:
-            raise IndexError(f"{error} at {call.path}; choose other segments, or other layers with layers=") from error
-        attention.expect("mass", self._of_call)
-
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
-        """(B, H, N, S)."""
-        return attention.mass(self._of_call)
+            raise IndexError(f"{error} at {call.place.path}; choose other segments, or other layers with layers=") from error
+        attention.expect("mass", segments)
+        return partial(attention.mass, segments)
 
     def coordinates(self) -> Mapping[str, Sequence[object]]:
         """The segments' names."""
         return {"segment": list(self.segments)}
 
 
-def _of_call(name: str, segment: Segment, call: AttentionCall) -> Tensor:
+def _of_call(name: str, segment: Segment, call: Call) -> Tensor:
     """A segment of the text as a mask over the keys that the call has: (M,) or (B, M)."""
-    keys = call.key.shape[2]
-    end = call.key_start + keys
+    keys = call.value.shape[2]
+    end = call.place.key_start + keys
     if isinstance(segment, Tensor) and segment.dtype == torch.bool and segment.ndim == 2:
         if segment.shape[1] > end:
             raise IndexError(f"segment {name!r} is a mask over {segment.shape[1]} keys, but there are {end}")
-        return functional.pad(segment, (0, end - segment.shape[1]))[:, call.key_start :]
+        return functional.pad(segment, (0, end - segment.shape[1]))[:, call.place.key_start :]
     mask = torch.zeros(end, dtype=torch.bool)
     mask[positions(segment, end, f"segment {name!r}", "keys")] = True
-    return mask[call.key_start :]
+    return mask[call.place.key_start :]

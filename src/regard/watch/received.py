@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
-from regard.calls import AttentionCall, Positions, selected
-from regard.maps import AttentionMap
+from regard.runtime import Call, Positions, selected
+from regard.maps import TokenMap
 from regard.watch.statistic import Statistic
 
 
@@ -32,24 +35,20 @@ class Received(Statistic):
     def __init__(self, queries: Positions | None = None, name: str = "received") -> None:
         self.queries = queries
         self.name = name
-        self._weights: Tensor | None = None
 
-    def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
-        """Have it computed in the shared pass."""
-        self._weights = query_weights(self.queries, call)
-        attention.expect("received", self._weights)
-
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
-        """(B, H, M)."""
-        return attention.received(self._weights)
+    def ask(self, attention: TokenMap, call: Call) -> Callable[[], Tensor]:
+        """Have it computed in the shared pass: (B, H, M)."""
+        weights = query_weights(self.queries, attention, call)
+        attention.expect("received", weights)
+        return partial(attention.received, weights)
 
 
-def query_weights(queries: Positions | None, call: AttentionCall) -> Tensor | None:
+def query_weights(queries: Positions | None, attention: TokenMap, call: Call) -> Tensor | None:
     """(B or 1, 1, N): 1 for queries that count, 0 for others; None where all count."""
-    if queries is None and call.token_mask is None:
+    if queries is None and call.place.token_mask is None:
         return None
-    device = call.query.device
-    chosen = selected(queries, call.query_start, call.query.shape[2]).to(device)[None, None]
-    if call.token_mask is not None:
-        chosen = chosen & call.token_mask[:, None].to(device)
+    device = attention.device
+    chosen = selected(queries, call.place.query_start, attention.shape[2]).to(device)[None, None]
+    if call.place.token_mask is not None:
+        chosen = chosen & call.place.token_mask[:, None].to(device)
     return chosen.float()

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap
+from regard.runtime import Call
+from regard.maps import TokenMap
 from regard.watch.statistic import Statistic
 
 
@@ -36,14 +36,14 @@ class Rows(Statistic):
             raise ValueError(f"Rows needs positions from 0 up, got {list(positions)}")
         self.positions = list(positions)
 
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
+    def measure(self, attention: TokenMap, call: Call) -> Tensor:
         """(B, H, positions, M)."""
         batch, heads, queries, keys = attention.shape
         rows = torch.full((batch, heads, len(self.positions), keys), torch.nan, dtype=attention.dtype)
         here = [
-            (number, position - call.query_start)
+            (number, position - call.place.query_start)
             for number, position in enumerate(self.positions)
-            if 0 <= position - call.query_start < queries
+            if 0 <= position - call.place.query_start < queries
         ]
         if here:
             numbers, local = zip(*here, strict=True)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import Module
 
-from regard.calls import Positions, selected
+from regard.runtime import Positions, selected
 from regard.steer.language.example import Example, Progress, highlighted, next_logits
 from regard.steer.language.heads import Head
 from regard.steer.language.pasta import pasta

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import Positions
+from regard.runtime import Positions
 from regard.steer.edit import Edit
 from regard.steer.steer import steer
 

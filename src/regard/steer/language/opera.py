@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.calls import Positions, selected
+from regard.runtime import Positions, selected
 from regard.watch import Rows, watch
 
 _AT_ONCE = 32  # rows of the response read in one pass, where it has to be read again

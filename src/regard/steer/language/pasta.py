@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import Positions, selected
+from regard.runtime import Positions, selected
 from regard.steer.language.example import Example, Measure, Progress, accuracy, highlighted
 from regard.steer.language.heads import Head, every_head, only, score_each
 from regard.steer.reweight import Reweight

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from torch.nn import Module
 
-from regard.calls import Where
+from regard.runtime import Where
 from regard.steer.language.example import Example, Measure, Progress, accuracy, mean_measure
 from regard.steer.language.heads import Head, every_head, only
 from regard.steer.reweight import Reweight

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, Layers
+from regard.runtime import AttentionCall, Layers
 from regard.maps import AttentionMap
 from regard.steer.vision._prompt import Inputs, read_prompt
 from regard.steer.vision.emphasize import Emphasize

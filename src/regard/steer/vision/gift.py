@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, Layers, Where
+from regard.runtime import AttentionCall, Layers, Where
 from regard.maps import AttentionMap
 from regard.steer.edit import Edit, check_number, column, key_set
 from regard.steer.vision._prompt import Inputs, last_query, last_row, masses, per_key, read_prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.nn import Module
 
-from regard.calls import Layers
+from regard.runtime import Layers
 from regard.steer.vision.emphasize import Emphasize
 from regard.steer.vision.image_tokens import decoder_layers, image_tokens
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, Layers
-from regard.calls.run import run
+from regard.runtime import AttentionCall, Layers
+from regard.runtime import run
 from regard.steer.edit import Edit
 from regard.steer.gate import Gate
 from regard.steer.steer import steer
@@ -88,7 +88,7 @@ class _Reinforce(Edit):
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         seen, unseen = run(last_query(call))[:, :, 0]
         chosen = vision_aware_heads(seen, unseen)
-        self.found[call.path] = chosen.nonzero()[:, 0].tolist()
+        self.found[call.place.path] = chosen.nonzero()[:, 0].tolist()
         return Gate(self.by).apply(call, chosen)
 
 

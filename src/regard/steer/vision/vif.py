@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import Layers
+from regard.runtime import Layers
 from regard.steer.edit import Edit
 from regard.steer.redistribute import Redistribute
 from regard.steer.temperature import Temperature

@@ -1,4 +1,4 @@
-"""The seam lets nothing by while somebody listens, and is gone when nobody does."""
+"""The seams let nothing by while some block is open, and leave everything alone when none is."""
 
 import threading
 from typing import Any
@@ -11,7 +11,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 
 import regard
-from regard.calls import AttentionCall
+from regard.runtime import AttentionCall
 
 OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -19,7 +19,6 @@ OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 def in_place() -> list[Any]:
     """What an interception changes in PyTorch."""
     return [
-        torch._C._dispatch_dump("aten::scaled_dot_product_attention"),
         torch.backends.mha.get_fastpath_enabled(),
         vars(CausalBias)["_dispatch"],
         functional.multi_head_attention_forward,
@@ -33,7 +32,7 @@ def test_everything_is_restored(raises: bool) -> None:
     try:
         with regard.watch(regard.Entropy()), regard.steer(None, regard.Temperature(2.0)):
             scaled_dot_product_attention(q, q, q)
-            assert all(now != then for now, then in zip(in_place()[:4], before, strict=False))
+            assert all(now != then for now, then in zip(in_place()[:3], before, strict=False))
             if raises:
                 raise KeyError
     except KeyError:

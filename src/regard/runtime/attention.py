@@ -1,4 +1,6 @@
-"""The kernel's part of an edited call: terms of the logits ride in further columns of queries and keys.
+"""The end of the chain: PyTorch's attention, with what is read of its matrix, on whatever edits made of a call.
+
+Terms that edits add to the logits ride in further columns of queries and keys:
 
     softmax(scale · Q Kᵀ + mask + Σ_e u_e w_eᵀ) V
 
@@ -9,21 +11,89 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.calls.call import AttentionCall
-from regard.calls.interception import plain_attention
 from regard.maps import AttentionMap, with_columns
+from regard.runtime.call import AttentionCall, Column, HiddenCall
 
 _WIDTH = 8  # the fused operators want widths that are multiples of it
 _FEW_QUERIES = 8  # up to here a bias of (queries, keys) is smaller than a copy of the keys
 _PARTS = {torch.float16: 2, torch.bfloat16: 3}  # numbers of a half precision that together hold a float32
-_HIDDEN = {torch.float16: -6e4}
-_HIDDEN_ELSEWHERE = -1e30
+# Hides a key, as a product of a query's number and a key's: such that no temperature brings it back.
+_HIDDEN = {torch.float16: (-6e4, 6e4)}
+_HIDDEN_ELSEWHERE = (-1e30, 1.0)
+
+
+plain: Callable[..., Tensor] = functools.partial(
+    torch.ops.aten.scaled_dot_product_attention.default._op_dk, torch._C.DispatchKey.CompositeImplicitAutograd
+)
+"""PyTorch's own ``scaled_dot_product_attention``, past any interception."""
+
+
+def attend(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCall) -> Tensor:
+    """The output of a call at the end of its chain, once what it carries to be read was read.
+
+    Args:
+        make: the output as the model's own call makes it.
+        last: the call as it came through the chain.
+        normal: as it went in, in four dimensions.
+    """
+    if not last.readings:
+        return _output(make, last, normal)
+    may_share = all(reading.shares for reading in last.readings) and not (last.edited or last.dropout_p)
+    may_share = may_share and not last.requires_grad
+    with torch.no_grad():
+        attention = edited_map(last.detached())
+        takes = [reading.ask(attention, last) for reading in last.readings]
+        shared = _share(last, attention) if may_share else None
+    output = _output(make, last, normal) if shared is None else _laid_out(shared, last)
+    with torch.no_grad():
+        for take in takes:
+            take()
+    return output
+
+
+def read(call: HiddenCall) -> None:
+    """What a mixer's call carries to be read, of its own matrix; no trace of it is left in the model's graph."""
+    if not call.readings:
+        return
+    # Nor in what a checkpoint around it counts, if it has its own hooks.
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.no_grad(), hooks:
+        attention = call.map(call.place)
+        for take in [reading.ask(attention, call) for reading in call.readings]:
+            take()
+
+
+def _output(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCall) -> Tensor:
+    arguments = ("query", "key", "value", "attn_mask", "is_causal", "scale", "dropout_p")
+    if not last.edited and all(getattr(last, name) is getattr(normal, name) for name in arguments):
+        output = make()
+        shape = (*normal.query.shape[:3], output.shape[-1])
+        return output if output.shape == shape else output.reshape(shape)
+    return _laid_out(run(last).to(normal.value.dtype), last)
+
+
+def _share(call: AttentionCall, attention: AttentionMap) -> Tensor | None:
+    """The output from the pass that answers what is read, where it is the same to rounding."""
+    if not attention.rides_along(call.value):
+        return None
+    attention.expect("product", call.value)
+    return attention @ call.value
+
+
+def _laid_out(output: Tensor, call: AttentionCall) -> Tensor:
+    """The output in memory as PyTorch's operator would have left it, for models take views of it."""
+    choice = torch._fused_sdp_choice(
+        call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal,
+        scale=call.scale, enable_gqa=call.enable_gqa,
+    )  # fmt: skip
+    return output.contiguous() if choice == 0 else output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def run(call: AttentionCall) -> Tensor:
@@ -37,20 +107,23 @@ def run(call: AttentionCall) -> Tensor:
         output = torch.where(call.own[..., None], _own_values(call), output)
     if call.gate is not None:
         output = output * call.gate[..., None].to(output.dtype)
-    return output
+    return output if call.added is None else output + call.added.to(output.dtype)
 
 
 def edited_map(call: AttentionCall) -> AttentionMap:
-    """The attention matrix that the edits of the logits leave, as an operator that is never stored."""
+    """The attention matrix that the edits of the logits leave, as an operator that is never stored; differentiable."""
+    bare = call.map()
+    if not call.columns:
+        return bare
+    query, key = _widen(call)
     with torch.no_grad():
-        bare = call.map()
-        if not call.columns:
-            return bare
-        query, key = _widen(call)
-        added = sum(
-            float(column.query.abs().amax() * column.key.abs().amax()) for column in call.columns if not column.hides
-        )
-        return with_columns(bare, query.detach(), key.detach(), call.factor, added, _blind(call))
+        added = sum(_largest(column) for column in call.columns if not column.hides)
+        blind = _blind(call)
+    return with_columns(bare, query, key, call.factor, added, blind)
+
+
+def _largest(column: Column) -> float:
+    return float(column.query.abs().amax() * column.key.abs().amax())
 
 
 def edited_dense(call: AttentionCall) -> Tensor:
@@ -60,7 +133,7 @@ def edited_dense(call: AttentionCall) -> Tensor:
         both = factor.query[..., None] & factor.key[:, None, None, :]
         matrix = torch.where(both, matrix * factor.by, matrix)
     if call.own is not None:
-        start = call.query_start - call.key_start
+        start = call.place.query_start - call.place.key_start
         identity = torch.eye(call.query.shape[2], call.key.shape[2] - start, dtype=matrix.dtype, device=matrix.device)
         matrix = torch.where(call.own[..., None], functional.pad(identity, (start, 0)), matrix)
     return matrix.to(call.query.dtype)
@@ -91,7 +164,7 @@ def _softmax_product(call: AttentionCall, value: Tensor) -> Tensor:
 def _with_bias(call: AttentionCall, value: Tensor) -> Tensor:
     """The same for a few queries, as in a decoding step: a bias of (queries, keys) instead of wider keys."""
     key = ("bias", *map(id, call.columns), id(call.attn_mask), call.is_causal)
-    bias, blind, *_ = call.remember(key, lambda: (*_bias(call), call.columns, call.attn_mask))
+    bias, blind, *_ = call.place.remember(key, lambda: (*_bias(call), call.columns, call.attn_mask))
     output = _attend(call, call.query, call.key, value, bias, False, call.scale)
     return output if blind is None else output.masked_fill(blind, 0.0)
 
@@ -111,9 +184,9 @@ def _bias(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         term = column.query[..., None] * column.key[:, None, None, :]
         bias = bias.masked_fill(term > 0, -math.inf) if column.hides else bias + term
     if not (call.is_causal or call.attn_mask is not None or any(column.hides for column in call.columns)):
-        return bias.to(call.value.dtype), None
+        return bias, None
     blind = bias.isneginf().all(dim=-1, keepdim=True)
-    return bias.masked_fill(blind, 0.0).to(call.value.dtype), blind
+    return bias.masked_fill(blind, 0.0), blind
 
 
 def _blind(call: AttentionCall) -> Tensor | None:
@@ -133,10 +206,10 @@ def _widen(call: AttentionCall) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = call.query.shape
     dtype, scale = call.query.dtype, call.factor
     lefts, rights = [call.query], [call.key]
+    of_query, of_key = _HIDDEN.get(dtype, _HIDDEN_ELSEWHERE)
     for column in call.columns:
-        term = column.query * _HIDDEN.get(dtype, _HIDDEN_ELSEWHERE) if column.hides else column.query
-        parts = [term.to(dtype)] if column.hides else _split(term / scale, dtype)
-        right = _per_key_head(call, column.key).to(dtype)[..., None]
+        parts = [(column.query * of_query).to(dtype)] if column.hides else _split(column.query / scale, dtype)
+        right = _per_key_head(call, column.key * of_key if column.hides else column.key).to(dtype)[..., None]
         lefts += [part.expand(batch, heads, queries)[..., None] for part in parts]
         rights += [right] * len(parts)
     return torch.cat(lefts, dim=-1), torch.cat(rights, dim=-1)
@@ -186,7 +259,7 @@ def _scaled(value: Tensor, chosen: Tensor, by: float) -> Tensor:
 
 def _own_values(call: AttentionCall) -> Tensor:
     """The value at each query's own position."""
-    start = call.query_start - call.key_start
+    start = call.place.query_start - call.place.key_start
     value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
     return value[:, :, start : start + call.query.shape[2]]
 
@@ -200,4 +273,4 @@ def _attend(
     causal: bool,
     scale: float | None,
 ) -> Tensor:
-    return plain_attention(query, key, value, mask, call.dropout_p, causal, scale=scale, enable_gqa=call.enable_gqa)
+    return plain(query, key, value, mask, call.dropout_p, causal, scale=scale, enable_gqa=call.enable_gqa)

@@ -26,6 +26,11 @@ class Selection:
         self._matched.update(matches)
         return bool(matches)
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether all heads of a layer are chosen."""
+        return self._heads is None
+
     def heads(self, path: str, layer: int, number: int) -> list[int] | None:
         """The chosen heads of a layer that has this number of them; None for all."""
         chosen = self._heads

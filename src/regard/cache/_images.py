@@ -13,7 +13,7 @@ from torch.nn import Module
 from regard.cache.policy import Entries, Policy, ceil
 from regard.calls import AttentionCall, Where
 from regard.steer.edit import resolve
-from regard.steer.vision.image_tokens import image_tokens
+from regard.tokens import image_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module, functional
 
 from regard.calls import AttentionCall, Column, Where, edited_map
-from regard.steer.vision.image_tokens import AfterImage, image_tokens
+from regard.tokens import AfterImage, image_tokens
 
 Inputs = Mapping[str, Any]
 

@@ -10,7 +10,7 @@ from regard.calls import AttentionCall, Layers
 from regard.maps import AttentionMap
 from regard.steer.vision._prompt import Inputs, read_prompt
 from regard.steer.vision.emphasize import Emphasize
-from regard.steer.vision.image_tokens import decoder_layers
+from regard.tokens import decoder_layers
 from regard.watch import Statistic, watch
 
 _VISION = "*vis*"  # vision_tower, visual, vision_model

@@ -15,7 +15,7 @@ from regard.calls import AttentionCall, Layers, Where
 from regard.maps import AttentionMap
 from regard.steer.edit import Edit, check_number, column, key_set
 from regard.steer.vision._prompt import Inputs, last_query, last_row, masses, per_key, read_prompt
-from regard.steer.vision.image_tokens import decoder_layers
+from regard.tokens import decoder_layers
 from regard.watch import Statistic, watch
 
 _ROWS_AT_ONCE = 32

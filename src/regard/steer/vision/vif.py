@@ -11,7 +11,7 @@ from regard.steer.edit import Edit
 from regard.steer.redistribute import Redistribute
 from regard.steer.temperature import Temperature
 from regard.steer.vision._prompt import Inputs, read_prompt
-from regard.steer.vision.image_tokens import decoder_layers
+from regard.tokens import decoder_layers
 from regard.watch import Received, watch
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import regard
 from regard import cli
-from regard.compare import compare
+from regard.steer.compare import compare
 
 TEXT = "The code of Ada is 48213. The code of Tom is 70455. The code of Ada is"
 runner = CliRunner()

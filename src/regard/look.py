@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import Module
 
 import regard
-from regard.calls import AttentionCall, Layers
+from regard.calls import AttentionCall
 from regard.maps import AttentionMap
-from regard.tokens import Encoded, encode
+from regard.tokens import Encoded, Layers, encode
 from regard.view import Facts, report
 from regard.watch import At, Entropy, Mass, MeanDistance, Pooled, Received, Statistic, watch, with_tokens
 
@@ -130,7 +130,7 @@ def _record(
             MeanDistance(),
             Pooled(-(-len(special) // _PICTURE)),
             counter,
-            layers=layers,
+            layers=layers,  # type: ignore[arg-type]
         ) as seen,
     ):
         model(**encoded.inputs, **no_cache)

@@ -46,7 +46,7 @@ def encode(
 
     >>> import regard
     >>> model, tokenizer = regard.mini()
-    >>> (encoded,) = encode(model, tokenizer, "It rained all day.", max_tokens=3)
+    >>> (encoded,) = encode(model, tokenizer, "It rained all day.", max_tokens=4)
     >>> tokenizer.decode(encoded.inputs["input_ids"][0])
     '<s>It rained'
     """

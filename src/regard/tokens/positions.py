@@ -25,12 +25,12 @@ def resolve(
     start: int,
     length: int,
     *,
-    batch: int = 1,
+    batch: int | None = None,
     token_ids: Tensor | None = None,
     device: torch.device | None = None,
     what: str = "positions",
 ) -> Tensor:
-    """(batch or 1, length) boolean: which of the tokens start … start + length − 1 of a text are meant.
+    """(batch or 1, length) boolean: which of the tokens start … start + length − 1 of the texts are meant.
 
     Positions are those of the text, padding included; negative ones count from its end, start + length, as far as it is
     known. One that the text has not reached yet is no error: ``generate`` may reach it, and `check` tells if nothing did.
@@ -41,7 +41,8 @@ def resolve(
             a function from token ids (batch, tokens) to such a tensor; None for every token.
         start: the position of the first token asked for.
         length: how many are asked for.
-        batch: of the call. Where it is a multiple of the texts given, the beams of one text follow one another.
+        batch: of the call, where each row of what is given for several texts stands for as many as make it up, since the
+            beams of a text follow one another; None to leave as many rows as there are.
         token_ids: (batch, tokens) of the whole text, for functions.
         device: of the result; that of a mask, or else the CPU, by default.
         what: the argument's name, for errors.
@@ -66,13 +67,15 @@ def resolve(
         mask = functional.pad(known, (0, end - known.shape[-1]))[..., start:]
         mask = mask if mask.ndim == 2 else mask[None]
     elif isinstance(read, slice):
-        mask = _of_slice(range(end)[read], end)[:, start:]
+        mask = _of_range(range(end)[read], start, length)
     else:
         rows = [read] if isinstance(read[0], int) else read
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for row, chosen in zip(mask, rows, strict=True):
+        for row, chosen in enumerate(rows):
             local = [p - start if p >= 0 else p + length for p in chosen]
-            row[[p for p in local if 0 <= p < length]] = True
+            here = [p for p in local if 0 <= p < length]
+            if here:
+                mask[row, here[0] if len(here) == 1 else here] = True
     return _for_batch(mask, batch, what).to(device)
 
 
@@ -159,11 +162,13 @@ def indices(
         chosen = torch.arange(length)[read] if _goes_up(read) else torch.tensor(_listed(read, length))
         chosen = torch.where(chosen < 0, chosen + length, chosen)
     if not len(chosen):
-        raise ValueError(f"{what} is empty: {where!r} of {length} {unit}")
+        raise _is_empty(f"{_short(where)} of {length} {unit}", what)
     return chosen
 
 
-def among(where: Positions, length: int, what: str = "positions", *, unit: str = "tokens", batch: int = 1) -> Tensor:
+def among(
+    where: Positions, length: int, what: str = "positions", *, unit: str = "tokens", batch: int | None = None
+) -> Tensor:
     """(batch or 1, length) boolean: which of ``length`` that are all there are meant.
 
     Raises:
@@ -175,15 +180,14 @@ def among(where: Positions, length: int, what: str = "positions", *, unit: str =
     tensor([[ True, False, False],
             [False,  True,  True]])
     """
-    read = plain(where, what)
-    there = f"there are {length} {unit}"
+    read, there = plain(where, what), f"there are {length} {unit}"
     if isinstance(read, Tensor):
         if read.shape[-1] != length:
             raise IndexError(f"{what} is a mask of shape {tuple(read.shape)}, but {there}")
-    elif isinstance(read, slice):
-        indices(read, length, what, unit=unit)
     else:
         _check_bounds(read, length, what, "position", there)
+        if isinstance(read, slice) and not range(length)[read]:
+            raise _is_empty(f"{where!r} of {length} {unit}", what)
     return resolve(read, 0, length, batch=batch, what=what)
 
 
@@ -232,16 +236,19 @@ def _asked(function: Callable[[Tensor], Tensor], token_ids: Tensor | None, end: 
     return mask
 
 
-def _of_slice(chosen: range, end: int) -> Tensor:
-    mask = torch.zeros(1, end, dtype=torch.bool)
-    forwards = chosen if chosen.step > 0 else chosen[::-1]
-    mask[:, forwards.start : forwards.stop : forwards.step] = True
+def _of_range(chosen: range, start: int, length: int) -> Tensor:
+    """(1, length) boolean: which of the tokens start … start + length − 1 are in the range."""
+    mask = torch.zeros(1, length, dtype=torch.bool)
+    upwards = chosen if chosen.step > 0 else chosen[::-1]
+    there = upwards[max((start - upwards.start + upwards.step - 1) // upwards.step, 0) :]
+    if there:
+        mask[:, there.start - start : there.stop - start : there.step] = True
     return mask
 
 
-def _for_batch(mask: Tensor, batch: int, what: str) -> Tensor:
+def _for_batch(mask: Tensor, batch: int | None, what: str) -> Tensor:
     rows = mask.shape[0]
-    if rows in (1, batch):
+    if batch is None or rows in (1, batch):
         return mask
     if batch % rows:
         raise ValueError(f"{what} is a mask for {rows} texts, or positions for so many, but the batch is {batch}")
@@ -292,7 +299,7 @@ def _of_array(where: Tensor | numpy.ndarray[Any, Any], what: str, repeats: bool)
     if kind == "bool" and where.ndim in (1, 2):
         return where if isinstance(where, Tensor) else torch.tensor(where.tolist())
     if 0 in where.shape:
-        raise _is_empty(where, what)
+        raise _is_empty(_short(where), what)
     if kind.startswith(("int", "uint")) and where.ndim <= 2:
         narrow = kind in ("int8", "uint8")
         if narrow and bool(((where == 0) | (where == 1)).all()):
@@ -305,7 +312,7 @@ def _of_sequence(where: Sequence[Any], what: str, repeats: bool) -> Plain:
     if isinstance(where, range) or all(type(entry) is int for entry in where):
         chosen = list(where)
         if not chosen:
-            raise _is_empty(where, what)
+            raise _is_empty(_short(where), what)
         if not repeats and len(chosen) > 2 and set(chosen) <= {0, 1}:
             raise _is_mask(chosen if len(chosen) < 9 else f"{len(chosen)} of them", what)
         return chosen
@@ -331,7 +338,7 @@ def _of_rows(where: Sequence[Any], what: str, repeats: bool) -> Plain:
     if len(lists) < len(rows):
         raise TypeError(f"{what} must be positions for each text, or masks of one length, got {_short(where)}")
     if not any(lists):
-        raise _is_empty(where, what)
+        raise _is_empty(_short(where), what)
     return lists  # type: ignore[return-value]
 
 
@@ -356,8 +363,8 @@ def _short(value: object) -> str:
     return written if len(written) <= 80 else f"{written[:80]} …"
 
 
-def _is_empty(where: object, what: str) -> ValueError:
-    return ValueError(f"{what} is empty: {_short(where)} names no position; leave it out, or name some")
+def _is_empty(where: str, what: str) -> ValueError:
+    return ValueError(f"{what} is empty: {where} names none; leave it out, or name some")
 
 
 def _is_mask(got: object, what: str) -> ValueError:

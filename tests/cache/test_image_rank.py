@@ -12,7 +12,7 @@ from torch import Tensor
 
 import regard
 from regard.cache import Entries, ImageRank, KeepAll, Policy
-from regard.steer.vision import ImageTokens, decoder_layers
+from regard.tokens import ImageTokens, decoder_layers
 from tests.cache.images import SEERS, generate, pair, reader
 from tests.cache.reference import matrix
 from tests.steer.vision.conftest import IMAGE, Seer

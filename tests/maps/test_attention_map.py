@@ -314,7 +314,7 @@ def test_questions_that_are_refused() -> None:
         (ValueError, r"weights of shape \(2 or 1, 4 or 1, 5\), got \(2, 4, 7\)", lambda: A.received(normal(2, 4, 7))),
         (IndexError, "segment 'image' ends at 9, but there are 7 keys", lambda: A.mass({"image": slice(1, 9)})),
         (IndexError, "segment 'sink' names position 7, but there are 7 keys", lambda: A.mass({"sink": [0, 7]})),
-        (IndexError, "segment 'none' is empty", lambda: A.mass({"none": []})),
+        (ValueError, "segment 'none' is empty", lambda: A.mass({"none": []})),
         (ValueError, "mapping from names to keys", lambda: A.mass([0])),  # type: ignore[arg-type]
         (IndexError, "targets go from 0 to 8; keys from 0 to 6", lambda: A.at(torch.tensor([0, 8, 1, 1, 1]))),
         (ValueError, r"positions of shape \(5,\) or \(2, 5\)", lambda: A.at(torch.zeros(4, dtype=torch.long))),

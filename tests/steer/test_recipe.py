@@ -8,7 +8,8 @@ import torch
 from torch.nn import Module
 
 import regard
-from regard.steer import Edit, load_recipe, locate, parse_edit, save_recipe
+from regard.steer import Edit, load_recipe, parse_edit, save_recipe
+from regard.tokens import locate
 
 EDITS: list[Edit] = [
     regard.Reweight(keys=[0, -1], by=0.5, renormalize=False, layers="*.2.*", heads=[1, 5]),

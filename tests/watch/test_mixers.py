@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from regard.runtime import Call, looked_at
 from regard.mixers import HiddenMap
 from regard.mixers.linear import (
     SoftmaxAttention,
 )
+from regard.runtime import Call, looked_at
 from tests.watch.mixers import (
     DIM,
     TOKENS,

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import regard
-from regard.runtime import looked_at
 from regard.mixers import HiddenMap
 from regard.mixers.linear import (
     DeltaRule,
@@ -23,6 +22,7 @@ from regard.mixers.linear import (
     SlidingWindow,
     State,
 )
+from regard.runtime import looked_at
 from tests.watch.mixers import (
     DIM,
     built,

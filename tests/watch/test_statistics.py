@@ -214,7 +214,7 @@ def test_arguments_that_make_no_sense() -> None:
         (ValueError, "threshold between 0 and 1, got 2", lambda: regard.Sinks(threshold=2)),
         (ValueError, "k of at least 1, got 0", lambda: regard.TopK(0)),
         (ValueError, "at least 1 token, got 0", lambda: regard.Pooled(0)),
-        (ValueError, r"positions from 0 up, got \[-1\]", lambda: regard.Rows([-1])),
+        (ValueError, r"positions that can be counted", lambda: regard.Rows(slice(3, None))),
         (
             ValueError,
             "knows the targets previous, own, next, induction, repeated, retrieval, got 'last'",

@@ -159,6 +159,6 @@ def _explain_no_cache(model: Module, seen: bool) -> str:
     if not seen:
         return f"nothing was compressed: {explain(model)}"
     return (
-        f"nothing was compressed: {name} kept no keys and values. It needs to be a decoder that takes past_key_values, run with "
-        "use_cache=True, and without gradient checkpointing, which turns it off"
+        f"nothing was compressed: {name} kept no keys and values. It needs to be a decoder that takes past_key_values, run "
+        "with use_cache=True, and without gradient checkpointing, which turns it off"
     )

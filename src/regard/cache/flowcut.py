@@ -19,7 +19,8 @@ from torch.nn.functional import pad
 from regard.cache._images import _ImagePolicy, at_entries, best
 from regard.cache.policy import Entries
 from regard.maps import TokenMap
-from regard.runtime import AttentionCall, HiddenCall, Place, Proceed, Reading, Site, Where, entered
+from regard.runtime import AttentionCall, HiddenCall, Place, Proceed, Reading, Site, entered
+from regard.tokens import Where
 
 _ENCODERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")  # as transformers names them
 _CLASS_TOKENS = ("class_embedding", "cls_token")
@@ -148,7 +149,8 @@ class _Encoder:
         if masked or cut is None or (images, patches) != (cut.left.shape[0], cut.left.shape[1] * self._merged):
             raise ValueError(
                 f"FlowCut follows patches from layer to layer, but {self._name} does not attend to the same ones in each: "
-                f"{call.place.path} has a call of {images} × {patches} patches{', some masked' * masked}. ImageRank works without"
+                f"{call.place.path} has a call of {images} × {patches} patches{', some masked' * masked}. ImageRank works "
+                "without"
             )
         left = cut.left.repeat_interleave(self._merged, dim=1)
         attention, importance = (t.unflatten(1, (-1, self._merged)) for t in flow(call, left, self._class_token))

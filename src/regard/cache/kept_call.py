@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from regard.runtime import AttentionCall, run
 from regard.maps import AttentionMap, TokenMap
+from regard.runtime import AttentionCall, run
 
 if TYPE_CHECKING:
     from regard.cache.head_group import HeadGroup

@@ -106,7 +106,8 @@ class AttentionCall:
     probability goes nowhere.
 
     Edits change the tensors, or add to what follows: ``columns`` of the logits, ``factors`` of the probabilities, rows that
-    are their ``own`` value (B|1, H, N) instead, a ``gate`` (B|1, H|1, N|1) of the output, and ``added`` (B|1, H, N|1, D) to it.
+    are their ``own`` value (B|1, H, N) instead, a ``gate`` (B|1, H|1, N|1) of the output, and what is ``added`` to it
+    (B|1, H, N|1, D).
     """
 
     query: Tensor

@@ -22,6 +22,7 @@ from regard.runtime import unseen_model
 from regard.runtime.call import AttentionCall, HiddenCall, Place, normalize
 from regard.runtime.stack import Stack
 from regard.runtime.tracker import Site, Tracker
+from regard.tokens import Selection
 
 Proceed = Callable[[Any], Tensor]
 
@@ -59,7 +60,8 @@ class Block:
         self.interceptor = interceptor
         self.tracker = next(shared, None) or Tracker(model)
         self.first_pass = self.tracker.passes
-        self.seen: dict[str, None] = {}  # paths of the calls that the model made, in order
+        self.seen: dict[int, str] = {}  # paths of the calls that the model made, by number
+        self.mixers: set[int] = set()  # numbers of those that have no queries and keys
         self.is_open = False
         self._elsewhere = WeakSet(threading.enumerate())
         self._elsewhere.discard(threading.current_thread())
@@ -83,6 +85,19 @@ class Block:
     def adopts(self, thread: threading.Thread) -> bool:
         """Whether a thread without blocks of its own is one that began in this one."""
         return self.tracker.model is not None and thread not in self._elsewhere
+
+    @property
+    def passes(self) -> int:
+        """How many passes the model has made in it."""
+        return self.tracker.passes - self.first_pass
+
+    def layers(self, selection: Selection) -> int | None:
+        """How many calls a pass of the model makes, where the selection counts from the last."""
+        return self.tracker.count_layers() if selection.counts_layers else None
+
+    def chooses(self, selection: Selection, site: Site) -> bool:
+        """Whether a call made there is of a chosen layer and pass."""
+        return selection.wants_pass(site.pass_index) and selection.wants(site.path, site.layer, self.layers(selection))
 
     def check(self) -> None:
         """Refuse a block in which no call was seen, with what to do about it."""
@@ -146,7 +161,9 @@ def some_open() -> bool:
 
 def looked_at() -> bool:
     """Whether a call made now goes through any block: what is made for `intercept` alone is made only then."""
-    return bool(_everywhere) and not (_local.busy or torch.compiler.is_compiling() or recomputing()) and bool(_here_open())
+    return (
+        bool(_everywhere) and not (_local.busy or torch.compiler.is_compiling() or recomputing()) and bool(_here_open())
+    )
 
 
 def edited() -> bool:
@@ -164,9 +181,7 @@ def recomputing() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def intercept(
-    call: Any, finish: Callable[[Any, Any], Tensor], *, label: str = "", past: int | None = None
-) -> Tensor:
+def intercept(call: Any, finish: Callable[[Any, Any], Tensor], *, label: str = "", past: int | None = None) -> Tensor:
     """The output of a call that is made here, by whatever the open blocks make of it.
 
     Args:
@@ -176,7 +191,7 @@ def intercept(
         past: the number of tokens before the call's own, where its maker knows.
     """
     blocks = [] if _local.busy or torch.compiler.is_compiling() else _here_open()
-    links = _links(blocks, label) if blocks else []
+    links = _links(blocks, label, isinstance(call, HiddenCall)) if blocks else []
     if not links:
         return _finish(call, call, finish)
     normal = normalize(call, *links[0][1].maker) if isinstance(call, AttentionCall) else call
@@ -196,7 +211,7 @@ def _finish(last: Any, normal: Any, finish: Callable[[Any, Any], Tensor]) -> Ten
     return finish(last, normal)
 
 
-def _links(blocks: list[Block], label: str) -> list[Link]:
+def _links(blocks: list[Block], label: str, hidden: bool) -> list[Link]:
     """The blocks that want the call, each with where it stands in its model; who gives a call its keys goes first."""
     stack = Stack()
     if recomputing():
@@ -211,7 +226,9 @@ def _links(blocks: list[Block], label: str) -> list[Link]:
         site = sites[id(tracker)]
         if site is None:
             continue
-        block.seen[site.path] = None
+        block.seen[site.layer] = site.path
+        if hidden:
+            block.mixers.add(site.layer)
         if block.interceptor.wants(_in_block(site, block)):
             links.append((block, site))
     return sorted(links, key=lambda link: not link[0].interceptor.outermost)
@@ -273,4 +290,6 @@ def _refuse_edits(blocks: list[Block], stack: Stack) -> None:
         model = block.tracker.model
         inside = model is None or any(frame.module in set(model.modules()) for frame in stack.frames)
         if block.interceptor.edits and inside:
-            raise RuntimeError("attention cannot be steered or compressed under gradient checkpointing; disable it, or leave the block")
+            raise RuntimeError(
+                "attention cannot be steered or compressed under gradient checkpointing; disable it, or leave the block"
+            )

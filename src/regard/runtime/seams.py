@@ -1,9 +1,9 @@
 """Where calls are found: PyTorch's functions of attention, replaced such that who is not looked at is left alone.
 
 ``scaled_dot_product_attention`` is replaced in PyTorch's dispatcher, below every name that it was imported under, once for
-the process: to register kernels and take them away again under calls of other threads crashes PyTorch. While some block is
-open, what would go around it is led back: the fast path of PyTorch's transformer layers, the kernels that a `CausalBias` picks
-by itself, ``need_weights=True`` of `nn.MultiheadAttention`, and compiled code.
+the process: to register kernels and take them away again under calls of other threads crashes PyTorch. While some block
+is open, what would go around it is led back: the fast path of PyTorch's transformer layers, the kernels that a `CausalBias`
+picks by itself, ``need_weights=True`` of `nn.MultiheadAttention`, and compiled code.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ class Text:
     def place(self, value: Tensor, queries: int, past: int | None) -> tuple[bool, int, int]:
         """Whether a call goes on with this text, and the positions of its first query and key.
 
-        ``value`` is the call's, whose keys stand where they do; ``past`` the number of tokens before its own, None if it is not
-        known.
+        ``value`` is the call's, whose keys stand where they do; ``past`` the number of tokens before its own, None if that
+        is not known.
         """
         batch, _, keys, _ = value.shape
         longer = keys == self.keys + queries if past is None else past == self.end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,14 @@ class Tracker:
         texts = self._texts if place.cache is None else self._texts_by_cache[place.cache]
         return texts[place.path]
 
+    def count_layers(self) -> int | None:
+        """How many calls a pass makes: of one that is over, or as many as the model has innermost modules of attention."""
+        if self.passes > 1 and self.layers:
+            return len(self.layers)
+        if self.model is None:
+            return None
+        return _attention_modules(self.model)
+
     def _pass_of(self, frames: list[Frame]) -> _Pass:
         thread = threading.get_ident()
         running = self._running.get(thread)
@@ -210,6 +219,13 @@ def _tokens_before(cache: Any, layer: int | None, queries: int) -> int | None:
     if length < queries:  # a layer that attends to the keys of another has none of its own
         length = max((int(other.get_seq_length()) for other in getattr(cache, "layers", ())), default=0)
     return length - queries if length >= queries else None
+
+
+def _attention_modules(model: Module) -> int:
+    names = [
+        name for name, module in model.named_modules() if re.search("attention|attn|mixer", type(module).__name__, re.I)
+    ]
+    return sum(not any(other.startswith(f"{name}.") for other in names) for name in names)
 
 
 def _without_wrappers(path: str) -> str:

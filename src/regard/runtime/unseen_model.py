@@ -19,6 +19,6 @@ def explain(model: Module | None) -> str:
             f'{implementation!r}, which does not call {_SEEN}. Before the block, call: model.set_attn_implementation("sdpa")'
         )
     return (
-        f"no attention call was seen in {name}: it was not run inside the block, or its attention is its own code, not {_SEEN}. "
-        "Compute it there, or build regard.AttentionMap from its queries and keys; a mixer is seen where it has a map()"
+        f"no attention call was seen in {name}: it was not run inside the block, or its attention is its own code, not "
+        f"{_SEEN}. Compute it there, or build regard.AttentionMap from its queries and keys; a mixer is seen where it has a map()"
     )

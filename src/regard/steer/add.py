@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from regard.runtime import AttentionCall, Where
+from regard.runtime import AttentionCall
 from regard.steer.edit import Edit, key_set, query_set
+from regard.tokens import Where
 
 Direction = Sequence[float] | Tensor
 

@@ -72,7 +72,9 @@ class capture:  # noqa: N801 - a context manager, named as what one writes
                 f"nothing was captured of {call.place.path}; captured were {', '.join(self._kept) or 'no calls'}"
             )
         if len(kept) > 1 and call.place.pass_index >= len(kept):
-            raise ValueError(f"{len(kept)} passes of {call.place.path} were captured, but this is pass {call.place.pass_index + 1}")
+            raise ValueError(
+                f"{len(kept)} passes of {call.place.path} were captured, but this is pass {call.place.pass_index + 1}"
+            )
         return kept[call.place.pass_index if len(kept) > 1 else 0]
 
 

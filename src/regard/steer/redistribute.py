@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from regard.runtime import AttentionCall, Where, edited_map
+from regard.runtime import AttentionCall, edited_map
 from regard.steer.edit import Edit, check_number, column, hiding, key_set, query_set
+from regard.tokens import Where
 
 
 @dataclass(frozen=True, repr=False)

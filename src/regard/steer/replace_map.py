@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from regard.runtime import AttentionCall, Where
+from regard.runtime import AttentionCall
 from regard.steer.edit import Edit, query_set
 from regard.steer.temperature import is_bias
+from regard.tokens import Where
 
 
 @dataclass(frozen=True, repr=False)

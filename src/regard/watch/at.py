@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.runtime import Call
 from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.watch.statistic import Statistic
 
 Target = int | str | Tensor

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from regard.runtime import Call
 from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.watch.statistic import Statistic
 
 

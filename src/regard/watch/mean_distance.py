@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from regard.runtime import Call
 from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.watch.statistic import Statistic
 
 

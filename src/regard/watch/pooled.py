@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from regard.runtime import Call
 from regard.maps import TokenMap, one_hot, sum_rows
+from regard.runtime import Call
 from regard.watch.statistic import Statistic
 
 

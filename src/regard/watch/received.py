@@ -7,8 +7,9 @@ from functools import partial
 
 from torch import Tensor
 
-from regard.runtime import Call, Positions, selected
 from regard.maps import TokenMap
+from regard.runtime import Call
+from regard.tokens import Where, check_form, resolve
 from regard.watch.statistic import Statistic
 
 
@@ -18,7 +19,7 @@ class Received(Statistic):
     Queries that ``token_mask`` calls padding do not count. Over the steps of ``generate`` it goes on adding up.
 
     Args:
-        queries: the positions of the queries that count; all by default.
+        queries: the positions of the queries that count, as for `regard.Reweight`; all by default.
         name: of the variable, to watch several at once.
 
     >>> import torch, regard
@@ -31,8 +32,10 @@ class Received(Statistic):
     """
 
     dims = ("key",)
+    places = ("queries",)
 
-    def __init__(self, queries: Positions | None = None, name: str = "received") -> None:
+    def __init__(self, queries: Where | None = None, name: str = "received") -> None:
+        check_form(queries, "queries")
         self.queries = queries
         self.name = name
 
@@ -43,12 +46,21 @@ class Received(Statistic):
         return partial(attention.received, weights)
 
 
-def query_weights(queries: Positions | None, attention: TokenMap, call: Call) -> Tensor | None:
+def query_weights(queries: Where | None, attention: TokenMap, call: Call) -> Tensor | None:
     """(B or 1, 1, N): 1 for queries that count, 0 for others; None where all count."""
     if queries is None and call.place.token_mask is None:
         return None
     device = attention.device
-    chosen = selected(queries, call.place.query_start, attention.shape[2]).to(device)[None, None]
+    batch, _, number, _ = attention.shape
+    chosen = resolve(
+        queries,
+        call.place.query_start,
+        number,
+        batch=batch,
+        token_ids=call.place.token_ids,
+        device=device,
+        what="queries",
+    )[:, None]
     if call.place.token_mask is not None:
         chosen = chosen & call.place.token_mask[:, None].to(device)
     return chosen.float()

@@ -8,8 +8,8 @@ import numpy
 import xarray
 from torch import Tensor
 
-from regard.runtime import Call
 from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.watch.received import query_weights
 from regard.watch.statistic import Statistic
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 import xarray
 from torch import Tensor
 
-from regard.runtime import Call
 from regard.maps import TokenMap
+from regard.runtime import Call
+from regard.tokens import Where
 
 Measured = Tensor | Mapping[str, Tensor]
 
@@ -45,6 +46,19 @@ class Statistic:
     name: str
     dims: tuple[str, ...]
     units: ClassVar[str] = "share of attention"
+    places: ClassVar[tuple[str, ...]] = ()
+    """The arguments that are positions in the text, or name several."""
+
+    def named_positions(self) -> dict[str, Where]:
+        """The chosen positions, by what errors call them."""
+        named: dict[str, Where] = {}
+        for name in self.places:
+            given = getattr(self, name)
+            if isinstance(given, Mapping):
+                named |= {f"segment {key!r}": where for key, where in given.items()}
+            elif given is not None:
+                named[f"{type(self).__name__}: {name}"] = given
+        return named
 
     def ask(self, attention: TokenMap, call: Call) -> Callable[[], Measured]:
         """Announce with ``attention.expect(…)`` what will be asked, and return what measures it once all have announced."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nan
 from torch.nn.functional import pad
 
-from regard.runtime import Call
 from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.watch.statistic import Statistic
 
 

@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from regard.maps import TokenMap
-from regard.runtime import (
-    AttentionCall, Call, Heads, HiddenCall, Layers, Place, Proceed, Reading, Selection, Site, entered,
-)
+from regard.runtime import AttentionCall, Call, HiddenCall, Place, Proceed, Reading, Site, entered
+from regard.tokens import Heads, Layers, Passes, Selection, check
 from regard.watch._sequence import Part, Sequence
 from regard.watch.recording import Recording
 from regard.watch.statistic import Measured, Statistic
@@ -33,8 +33,10 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
             as transformers' does with ``attn_implementation="sdpa"``; left out or None, every call made in the block. Of
             ``regard.mixers``, those that have a hidden map are read by it, each as one call.
         statistics: what to read, such as ``regard.Entropy()``.
-        layers: the number of an attention call in order, a glob on the path of the module that makes it, or several.
-        heads: the number of a query head, several, or a mapping from layers to heads.
+        layers: the number of an attention call in order, negative from the last, a slice or range of them, a glob on the path
+            of the module that makes it, or several of these.
+        heads: numbers of query heads in the same way, or a mapping from layers to heads.
+        passes: numbers of the model's passes in the block: of ``generate`` 0 is the prompt, in diffusion they are steps.
         token_mask: (batch, tokens), nonzero for real tokens, as a tokenizer's ``attention_mask``. Padded queries become
             NaN and count in no sum. Tokens that ``generate`` adds are real.
         keep_maps: keep each call's `AttentionMap` (and with it its query and key) in ``seen.maps``.
@@ -71,7 +73,8 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
         model: Module | Statistic | None = None,
         *statistics: Statistic,
         layers: Layers | None = None,
-        heads: Heads | Mapping[int | str, Heads] | None = None,
+        heads: Heads | Mapping[Any, Heads] | None = None,
+        passes: Passes | None = None,
         token_mask: Tensor | None = None,
         keep_maps: bool = False,
         share: bool = True,
@@ -86,11 +89,11 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
         self.token_mask = None if token_mask is None else _check_mask(token_mask)
         self.keep_maps = keep_maps
         self.share = share
-        self._layers, self._heads = layers, heads
+        self._selection = Selection(layers, heads, passes)
         self._blocks: list[_Block] = []
 
     def __enter__(self) -> Recording:
-        block = _Block(self, Selection(self._layers, self._heads))
+        block = _Block(self, self._selection)
         block.enter()
         self._blocks.append(block)
         return block.recording
@@ -114,6 +117,7 @@ class _Block:
         self._options = options
         self._selection = selection
         self._entered = entered(self, options.model)
+        self._tokens = 0  # of the longest text seen
 
     def enter(self) -> None:
         self._block = self._entered.__enter__()
@@ -124,22 +128,25 @@ class _Block:
     def check(self) -> None:
         """Refuse a block in which there was nothing to see, or not what was chosen."""
         self._block.check()
-        self._selection.check(list(self._block.seen))
+        self._selection.check(self._block.seen, passes=self._block.passes)
+        for statistic in self._options.statistics:
+            for name, where in statistic.named_positions().items():
+                check(where, self._tokens, name)
 
     def wants(self, site: Site) -> bool:
         """Whether its layer was chosen."""
-        return self._selection.wants(site.path, site.layer)
+        return self._block.chooses(self._selection, site)
 
     def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
         """Have what is run in the end be read."""
         place = replace(call.place, token_mask=self._mask_of(call))
-        share = self._options.share and self._selection.everywhere
+        share = self._options.share and self._selection.every_head
         return proceed(call.with_reading(Reading(partial(self._ask, place), share)))
 
     def _ask(self, place: Place, attention: TokenMap, last: AttentionCall | HiddenCall) -> Callable[[], None]:
         """Have each statistic announce what it needs; what is returned measures them."""
         call: Call = last.at(place)
-        heads = self._selection.heads(place.path, place.layer, attention.shape[1])
+        heads = self._selection.heads(place.path, place.layer, attention.shape[1], self._block.layers(self._selection))
         if heads is not None:
             attention, call = attention.heads(heads), call.heads(heads)
         asked: dict[Statistic, Callable[[], Measured]] = {}
@@ -171,6 +178,7 @@ class _Block:
         if not sequences or sequences[-1].text is not text:
             sequences.append(Sequence(text))
         _, number, queries, keys = attention.shape
+        self._tokens = max(self._tokens, place.query_start + queries, place.key_start + keys)
         every = list(range(number)) if heads is None else heads
         sequences[-1].parts.append(Part(place.query_start, place.key_start, queries, keys, every, measured))
         if self._options.keep_maps:

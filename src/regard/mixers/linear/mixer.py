@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.runtime import HiddenCall, Place, intercept, looked_at, read, unseen
 from regard.maps import AttentionMap
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear.dynamical_system import DynamicalSystem
+from regard.runtime import HiddenCall, Place, intercept, looked_at, read, unseen
 
 _PIECE = 2048  # tokens of all texts together
 _SMALLEST_PIECE = 256  # below, the pieces' number costs more than their size saves

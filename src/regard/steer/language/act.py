@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.runtime import AttentionCall, Where, edited_map
+from regard.runtime import AttentionCall, edited_map
 from regard.steer.edit import Edit, check_number, column, hiding, key_set
 from regard.steer.language.example import Example, Measure, Progress, accuracy, mean_measure, next_logits
 from regard.steer.language.heads import Head, every_head, only, score_each
+from regard.tokens import Where
 from regard.watch import Sinks, watch
 
 

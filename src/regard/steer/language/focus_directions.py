@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.runtime import AttentionCall, Where, selected
 from regard.maps import AttentionMap
+from regard.runtime import AttentionCall
 from regard.steer.add import AddToKey, AddToQuery
 from regard.steer.custom import Custom
 from regard.steer.language.example import Example, Progress, highlighted, next_logits
 from regard.steer.language.heads import Head, only
 from regard.steer.steer import steer
+from regard.tokens import Where, resolve
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ class _Directions:
         attention = AttentionMap(
             moved.query, moved.key, moved.attn_mask, moved.is_causal, moved.scale, moved.enable_gqa
         )
-        relevant = selected(highlighted(example), 0, len(example))
-        response = selected(example.response, 0, len(example)).nonzero().flatten()
+        relevant = resolve(highlighted(example), 0, len(example))[0]
+        response = resolve(example.response, 0, len(example))[0].nonzero().flatten()
         return attention.mass({"relevant": relevant})[:, :, response.to(call.query.device)].mean()
 
 

@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.runtime import AttentionCall
-from regard.runtime import run
+from regard.runtime import AttentionCall, run
 from regard.steer.edit import Edit, check_number
 from regard.steer.gate import Gate
 from regard.steer.language._outputs import with_output

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, functional
 
-from regard.runtime import AttentionCall, Column, Where, edited_map
-from regard.steer.vision.image_tokens import AfterImage, image_tokens
+from regard.runtime import AttentionCall, Column, edited_map
+from regard.tokens import AfterImage, Where, image_tokens
 
 Inputs = Mapping[str, Any]
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.runtime import AttentionCall, Layers
-from regard.runtime import run
+from regard.runtime import AttentionCall, run
 from regard.steer.edit import Edit
 from regard.steer.gate import Gate
 from regard.steer.steer import steer
 from regard.steer.vision._prompt import Inputs, Prompt, last_query, read_prompt
-from regard.steer.vision.image_tokens import decoder_layers
+from regard.tokens import Layers, decoder_layers
 
 
 def vhr(model: Module, inputs: Inputs, by: float = 2.0, layers: Layers | None = None) -> Gate:

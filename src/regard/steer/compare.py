@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from regard.complete import complete as write
-from regard.complete import encode
-from regard.steer import Edit, locate, steer
+from regard.models import complete as write
+from regard.steer import Edit, steer
+from regard.tokens import encode, locate
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def compare(
     ' 48213'
     """
     located = tuple(locate(edit, text, tokenizer) for edit in edits)
-    inputs = encode(model, tokenizer, text, complete)
+    inputs = encode(model, tokenizer, text, room=complete)[0].inputs
     plain, steered = (_read(model, tokenizer, inputs, block, complete) for block in ((), located))
     tokens = {int(token) for scores, _ in (plain, steered) for token in scores.topk(likeliest).indices}
     order = sorted(tokens, key=lambda token: -float(plain[0][token]))

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import regard
 from regard import cli
-from regard.compare import compare
+from regard.steer.compare import compare
 
 TEXT = "The code of Ada is 48213. The code of Tom is 70455. The code of Ada is"
 runner = CliRunner()
@@ -53,12 +53,18 @@ def test_command_line_shows_both(tmp_path: Path) -> None:
         (["--edit", "Reweight(keys=0, by=-1)"], "at least 0, got -1"),
         (["--edit", "Rewait(keys=0, by=1)"], "did you mean Reweight?"),
         (["--recipe", "missing.json"], "missing.json"),
-        (["--edit", "Gate(1)", "--text", "missing.txt"], "there is no file missing.txt"),
-        (["--edit", "Gate(1)", "--text", "word " * 1100], "but the model has positions for 1,024"),
+        (
+            ["--edit", "Gate(1)", "--text", "missing.txt"],
+            "there is no file missing.txt; the words of a text are given by",
+        ),
+        (["--edit", "Gate(1)", "--text", "The code of Ada"], "there is no file The code of Ada"),
+        (["--edit", "Gate(1)", "--text", "."], ". is a folder"),
+        (["--edit", "Gate(1)", "--prompt", "Ada", "--text", "ada.txt"], "given twice, by --text and by --prompt"),
+        (["--edit", "Gate(1)", "--prompt", "word " * 1100], "but the model has positions for 1,024"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str) -> None:
-    text = [] if "--text" in arguments else ["--text", TEXT]
+    text = [] if {"--text", "--prompt"} & set(arguments) else ["--prompt", TEXT]
     result = runner.invoke(cli.app, ["steer", *arguments, *text])
     assert result.exit_code == 1
     assert message in result.output.replace("\n", " ")

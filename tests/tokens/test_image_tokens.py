@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 import regard
-from regard.steer.vision import ImageTokens, decoder_layers, image_tokens
+from regard.tokens import ImageTokens, decoder_layers, image_tokens
 from tests.steer.vision.conftest import SMALL, Seer
 
 

@@ -1,13 +1,12 @@
-"""Where in a prompt the image stands, and which attention calls are the language model's."""
+"""Where in a prompt the image stands."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Module
 
 _NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -70,38 +69,6 @@ def image_tokens(model: Module) -> ImageTokens:
     if not found:
         raise ValueError(
             f"the config of {type(model).__name__} names no image token ({', '.join(_NAMES)}); if the model has some, "
-            "say which: ImageTokens((token_id,))"
+            "say which: regard.tokens.ImageTokens((token_id,))"
         )
     return ImageTokens(tuple(found))
-
-
-def decoder_layers(model: Module) -> list[str]:
-    """For each layer of the language model in order, what ``layers=`` calls it; the vision tower's are not among them.
-
-    Raises:
-        ValueError: the model has no stack of layers.
-
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))
-    >>> decoder_layers(model)
-    ['model.layers.0.*', 'model.layers.1.*']
-    """
-    decoder = decoder_of(model)
-    stacks = {name: child for name, child in decoder.named_children() if isinstance(child, ModuleList)}
-    if not stacks:
-        names = ", ".join(name for name, _ in decoder.named_children())
-        raise ValueError(
-            f"{type(decoder).__name__} has no ModuleList of layers, only {names}; name the layers yourself with layers="
-        )
-    stack = max(stacks, key=lambda name: len(stacks[name]))
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    start = f"{prefix}.{stack}" if prefix else stack
-    return [f"{start}.{number}.*" for number in range(len(stacks[stack]))]
-
-
-def decoder_of(model: Module) -> Module:
-    """The language model inside a vision–language model."""
-    find: Any = getattr(model, "get_decoder", None)
-    decoder: Module = model if find is None else find()
-    return decoder

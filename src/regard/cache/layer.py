@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from regard.cache.head_group import HeadGroup, merge
 from regard.cache.open_block import OpenBlock
 from regard.cache.policy import Entries
+from regard.runtime import interceptors
 
 
 class KeptLayer(CacheLayerMixin):
@@ -47,7 +48,7 @@ class KeptLayer(CacheLayerMixin):
         The call is handed everything if nothing was dropped. Otherwise it gets the new ones only, to go by their shapes: what
         it attends to is found where the call arrives.
         """
-        if not self.block.is_open:
+        if not self.block.is_open and not any(other.outermost for other in interceptors()):
             raise RuntimeError(
                 "this cache was compressed, and its model can read it within regard.compress(model, policy) only"
             )

@@ -287,7 +287,8 @@ def test_inputs_that_are_refused() -> None:
     refused(
         ValueError, r"query must be \(batch, heads, tokens, head_dim\), got shape \(4, 5, 8\)", query=normal(4, 5, 8)
     )
-    refused(ValueError, r"key is empty: shape \(2, 4, 0, 8\)", key=normal(2, 4, 0, 8))
+    refused(ValueError, r"key has no heads or no head_dim: shape \(2, 4, 7, 0\)", key=normal(2, 4, 7, 0))
+    refused(ValueError, r"query has no heads or no head_dim: shape \(2, 0, 5, 8\)", query=normal(2, 0, 5, 8))
     refused(ValueError, "differ in head_dim: 8 and 6", key=normal(2, 4, 7, 6))
     refused(ValueError, "query has batch 2 and key 3", key=normal(3, 4, 7, 8))
     refused(ValueError, "query has 4 heads and key 2; pass enable_gqa=True", key=normal(2, 2, 7, 8))
@@ -309,8 +310,12 @@ def test_inputs_that_are_refused() -> None:
 def test_questions_that_are_refused() -> None:
     A = AttentionMap(normal(2, 4, 5, 8), normal(2, 2, 7, 8), enable_gqa=True)
     for error, message, ask in (
-        (ValueError, r"V of shape \(2, 2 or 4, 7, width\), got \(2, 4, 5, 8\)", lambda: A @ normal(2, 4, 5, 8)),
-        (ValueError, r"broadcastable to \(2, 4, 5, 'width'\), got \(2, 4, 7, 8\)", lambda: A.T @ normal(2, 4, 7, 8)),
+        (
+            ValueError,
+            r"V of shape \(2 or 1, 2 or 4 or 1, 7, width\), got \(2, 4, 5, 8\)",
+            lambda: A @ normal(2, 4, 5, 8),
+        ),
+        (ValueError, r"V of shape \(2 or 1, 4 or 1, 5, width\), got \(2, 4, 7, 8\)", lambda: A.T @ normal(2, 4, 7, 8)),
         (ValueError, r"weights of shape \(2 or 1, 4 or 1, 5\), got \(2, 4, 7\)", lambda: A.received(normal(2, 4, 7))),
         (IndexError, "segment 'image' ends at 9, but there are 7 keys", lambda: A.mass({"image": slice(1, 9)})),
         (IndexError, "segment 'sink' names position 7, but there are 7 keys", lambda: A.mass({"sink": [0, 7]})),

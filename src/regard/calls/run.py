@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from regard.calls.call import AttentionCall
 from regard.calls.interception import plain_attention
-from regard.maps import AttentionMap, with_columns
+from regard.maps import AttentionMap
 
 _WIDTH = 8  # the fused operators want widths that are multiples of it
 _FEW_QUERIES = 8  # up to here a bias of (queries, keys) is smaller than a copy of the keys
@@ -50,7 +50,7 @@ def edited_map(call: AttentionCall) -> AttentionMap:
         added = sum(
             float(column.query.abs().amax() * column.key.abs().amax()) for column in call.columns if not column.hides
         )
-        return with_columns(bare, query.detach(), key.detach(), call.factor, added, _blind(call))
+        return bare.with_columns(query.detach(), key.detach(), call.factor, added, _blind(call))
 
 
 def edited_dense(call: AttentionCall) -> Tensor:

@@ -287,7 +287,8 @@ def test_inputs_that_are_refused() -> None:
     refused(
         ValueError, r"query must be \(batch, heads, tokens, head_dim\), got shape \(4, 5, 8\)", query=normal(4, 5, 8)
     )
-    refused(ValueError, r"key is empty: shape \(2, 4, 0, 8\)", key=normal(2, 4, 0, 8))
+    refused(ValueError, r"key has no heads or no head_dim: shape \(2, 4, 7, 0\)", key=normal(2, 4, 7, 0))
+    refused(ValueError, r"query has no heads or no head_dim: shape \(2, 0, 5, 8\)", query=normal(2, 0, 5, 8))
     refused(ValueError, "differ in head_dim: 8 and 6", key=normal(2, 4, 7, 6))
     refused(ValueError, "query has batch 2 and key 3", key=normal(3, 4, 7, 8))
     refused(ValueError, "query has 4 heads and key 2; pass enable_gqa=True", key=normal(2, 2, 7, 8))
@@ -309,8 +310,12 @@ def test_inputs_that_are_refused() -> None:
 def test_questions_that_are_refused() -> None:
     A = AttentionMap(normal(2, 4, 5, 8), normal(2, 2, 7, 8), enable_gqa=True)
     for error, message, ask in (
-        (ValueError, r"V of shape \(2, 2 or 4, 7, width\), got \(2, 4, 5, 8\)", lambda: A @ normal(2, 4, 5, 8)),
-        (ValueError, r"broadcastable to \(2, 4, 5, 'width'\), got \(2, 4, 7, 8\)", lambda: A.T @ normal(2, 4, 7, 8)),
+        (
+            ValueError,
+            r"V of shape \(2 or 1, 2 or 4 or 1, 7, width\), got \(2, 4, 5, 8\)",
+            lambda: A @ normal(2, 4, 5, 8),
+        ),
+        (ValueError, r"V of shape \(2 or 1, 4 or 1, 5, width\), got \(2, 4, 7, 8\)", lambda: A.T @ normal(2, 4, 7, 8)),
         (ValueError, r"weights of shape \(2 or 1, 4 or 1, 5\), got \(2, 4, 7\)", lambda: A.received(normal(2, 4, 7))),
         (IndexError, "segment 'image' ends at 9, but there are 7 keys", lambda: A.mass({"image": slice(1, 9)})),
         (IndexError, "segment 'sink' names position 7, but there are 7 keys", lambda: A.mass({"sink": [0, 7]})),
@@ -332,3 +337,116 @@ def test_a_large_matrix_is_only_made_on_request() -> None:
     A = AttentionMap(torch.zeros(1, 2, 20000, 1), torch.zeros(1, 2, 20000, 1))
     with pytest.raises(ValueError, match=r"\(1, 2, 20000, 20000\) takes 3.0 GiB.*force=True"):
         A.dense()
+
+
+@pytest.mark.parametrize("keys", [4, 6])
+def test_tiles_are_in_the_order_asked_for(keys: int) -> None:
+    A = AttentionMap(normal(1, 2, 5, 8), normal(1, 2, keys, 8))
+    order = [3, 2, 1, 0]
+    for rows in ([0], [4, 2, 0], slice(None)):
+        assert torch.allclose(A.tile(rows, order), A.dense()[:, :, rows][..., order], atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("causal", [True, False])
+def test_scales_that_are_not_positive(kernel: Any, scale: float, causal: bool) -> None:
+    query, key, value = normal(3, 1, 2, 9, 8).unbind()
+    call = Call(query, key, None, causal, scale)
+    A, matrix = AttentionMap(**call.arguments(), kernel=kernel), call.matrix()
+    close(A @ value, matrix @ value.double())
+    close(A.received(), matrix.sum(2))
+    close(A.entropy(), call.entropy())
+    close(A.logsumexp(), call.logsumexp())
+
+
+@pytest.mark.parametrize("masked", ["causal", "boolean", "additive", "blind"])
+def test_gradients_of_the_reference_kernel(masked: str) -> None:
+    """Entries of 0 and rows that see nothing have gradients of 0, not NaN."""
+    query, key = normal(1, 2, 5, 8).double().requires_grad_(), normal(1, 2, 6, 8).double().requires_grad_()
+    mask = normal(1, 1, 5, 6).double()
+    if masked == "boolean":
+        mask = mask > 0
+    elif masked == "additive":
+        mask = mask.masked_fill(mask > 0.5, -math.inf)
+    elif masked == "blind":
+        mask = mask > 0
+        mask[:, :, 2] = False
+
+    def outputs(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        A = AttentionMap(query, key, None if masked == "causal" else mask, masked == "causal", kernel="dense")
+        seen = A.logsumexp()
+        return A.entropy(), seen.masked_fill(seen.isneginf(), 0.0), A.received(), A.dense()
+
+    assert torch.autograd.gradcheck(outputs, (query, key), fast_mode=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_values_with_more_batch_or_heads_than_the_map(kernel: Any) -> None:
+    for shape in ((1, 1), (1, 3), (2, 1)):
+        call = Call(normal(*shape, 5, 8), normal(*shape, 7, 8), None, True, None)
+        A, value = AttentionMap(**call.arguments(), kernel=kernel), normal(2, 3, 7, 4)
+        close(A @ value, call.matrix() @ value.double())
+        A.expect("product", value)
+        close(A @ value, call.matrix() @ value.double())
+        weights = normal(2, 3, 5, 4)
+        close(A.T @ weights, call.matrix().mT @ weights.double())
+    with pytest.raises(ValueError, match=r"V of shape \(any batch, 3 or 1, 7, width\), got \(2, 2, 7, 4\)"):
+        AttentionMap(normal(1, 3, 5, 8), normal(1, 3, 7, 8)) @ normal(2, 2, 7, 4)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (0, 2, 0, 0)])
+def test_no_batch_no_queries_no_keys(kernel: Any, shape: tuple[int, ...]) -> None:
+    batch, heads, queries, keys = shape
+    A = AttentionMap(normal(batch, heads, queries, 8), normal(batch, heads, keys, 8), kernel=kernel)
+    assert A.shape == shape
+    assert torch.equal(A @ normal(batch, heads, keys, 5), torch.zeros(batch, heads, queries, 5))
+    assert torch.equal(A.T @ normal(batch, heads, queries, 5), torch.zeros(batch, heads, keys, 5))
+    assert torch.equal(A.received(), torch.zeros(batch, heads, keys))
+    assert torch.equal(A.entropy(), torch.zeros(batch, heads, queries))
+    assert A.logsumexp().shape == (batch, heads, queries)
+    assert bool(A.logsumexp().isneginf().all())
+    assert A.dense().shape == shape
+    assert A.at(torch.full((queries,), -1)).shape == (batch, heads, queries)
+    assert A.mean_distance().shape == (batch, heads, queries)
+    assert (A + A.scale_rows(torch.ones(queries))).received().shape == (batch, heads, keys)
+
+
+def test_viewers_take_no_square() -> None:
+    """A mask of keys alone was expanded to every query."""
+    tokens = 200_000
+    mask = torch.arange(tokens).expand(2, 1, 1, tokens) % 3 > 0
+    A = AttentionMap(torch.zeros(2, 1, tokens, 1), torch.zeros(2, 1, tokens, 1), mask)
+    assert torch.equal(A.viewers(), mask[:, :, 0] * float(tokens))
+    each = normal(4, 2, 9, 6) > 0
+    weights = normal(1, 1, 9)
+    found = AttentionMap(normal(4, 2, 9, 8), normal(4, 2, 6, 8), each).viewers(weights)
+    close(found, (each * weights[..., None]).sum(2))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_heads_that_are_not_contiguous(kernel: Any) -> None:
+    query, key = normal(1, 2, 64, 48).mT, normal(2, 1, 2, 64, 48)[1].mT
+    value = normal(1, 2, 64, 48).mT
+    call = Call(query, key, None, False, None)
+    close(AttentionMap(query, key, kernel=kernel) @ value, call.matrix() @ value.double())
+
+
+def test_columns_beside_queries_and_keys() -> None:
+    """Two columns: a bias of each key, and one that hides a key from a query that then sees nothing else."""
+    query, key, bias = normal(1, 2, 5, 8), normal(1, 2, 6, 8), normal(1, 2, 6, 1)
+    blind = torch.zeros(1, 2, 5, dtype=torch.bool)
+    blind[:, :, 3] = True
+    wide = torch.cat([query, query.new_ones(1, 2, 5, 1)], -1), torch.cat([key, bias], -1)
+    logits = query.double() @ key.double().mT + bias.double().mT
+    for mask in (None, normal(1, 1, 5, 6) > -1, normal(1, 1, 5, 6)):
+        A = AttentionMap(query, key, mask).with_columns(*wide, scale=1.0, added=3.0, blind=blind)
+        terms = (
+            logits
+            if mask is None
+            else logits.masked_fill(~mask, -math.inf)
+            if mask.dtype == torch.bool
+            else logits + mask
+        )
+        close(A.dense(), terms.softmax(-1).masked_fill(blind[..., None], 0.0))

@@ -207,7 +207,7 @@ def test_one_text_in_several_calls(kind: str) -> None:
 @pytest.mark.parametrize("statistic", [regard.Entropy(), regard.Sinks()], ids=["Entropy", "Sinks"])
 def test_statistics_of_probabilities_are_refused(kind: str, statistic: regard.Statistic) -> None:
     model, name = nn.Sequential(built(kind)), type(statistic).__name__
-    message = rf"{name} of 0: a hidden map has no (entropy|viewers): .*received, mass, pool, at.*with layers="
+    message = rf"{name} of 0: HiddenMap\(.*\) has no (entropy|viewers): .*received, mass, pool, at.*with layers="
     with pytest.raises(NotImplementedError, match=message), regard.watch(model, statistic):
         model(text())
     assert not looked_at()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,10 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     *_, queries, keys = scores.shape
     device = scores.query.device
     logits = scores.logits(torch.arange(queries, device=device), torch.arange(keys, device=device), torch.float64)
-    logsumexp = torch.logsumexp(logits, dim=-1)
+    # What is hidden is taken out before the logarithms, where −inf · 0 would make gradients NaN.
+    hidden = logits.isneginf()
+    blind = hidden.all(dim=-1)
+    logsumexp = logits.masked_fill(blind[..., None], 0.0).logsumexp(dim=-1)
     matrix = probabilities(logits)
     forward = transposed = received = entropy = None
     if request.values is not None:
@@ -26,7 +31,9 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     if request.received is not None:
         received = (matrix * request.received.double().unsqueeze(-1)).sum(dim=-2).to(request.dtype)
     if request.entropy:
-        entropy = torch.special.entr(matrix).sum(dim=-1).to(request.dtype)
+        surprise = (logsumexp[..., None] - logits).masked_fill(hidden, 0.0)
+        entropy = (matrix * surprise).sum(dim=-1).to(request.dtype)
+    logsumexp = logsumexp.masked_fill(blind, -math.inf)
     return segments_from_values(asked, Answer(logsumexp.to(request.dtype), forward, transposed, received, entropy))
 
 

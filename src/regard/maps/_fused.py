@@ -29,6 +29,10 @@ def evaluate(scores: Scores, request: Request) -> Answer:
         raise RefusedError("the fused operators' log-sum-exp has no gradient")
     if scores.is_causal and scores.mask is not None:
         raise RefusedError("the fused operators take a triangle or a mask, not both")
+    if scores.scale <= 0:
+        raise RefusedError(
+            "the fused operators hide keys before they scale, and a shift of the logits is divided by it"
+        )
     if request.entropy and _biased(scores):
         raise RefusedError("with an additive mask the entropy needs the expected bias, which no column can carry")
     with torch.no_grad():
@@ -121,7 +125,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[
     values = value.shape[-1]
     width = max(query.shape[-1], values)
     width += -width % ALIGNMENT
-    query, key, value = (functional.pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
+    # The operators read rows of neighbouring numbers, whatever the strides say.
+    query, key, value = (
+        t.contiguous() if t.stride(-1) != 1 else t
+        for t in (functional.pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
+    )
     operator = {"cpu": _attend_cpu, "cuda": _attend_cuda}.get(query.device.type)
     if operator is None:
         raise RefusedError(f"PyTorch has no fused attention that returns the log-sum-exp on {query.device.type}")

@@ -133,7 +133,7 @@ def make_scores(
     mask = None if attn_mask is None else _check_mask(attn_mask, shape, query)
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
-    return Scores(query, key, mask, is_causal, float(scale))
+    return Scores(query, key, mask, is_causal, float(scale), bound=0.0 if 0 in shape else None)
 
 
 def _check_tensors(query: Tensor, key: Tensor) -> None:
@@ -144,8 +144,8 @@ def _check_tensors(query: Tensor, key: Tensor) -> None:
             )
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, tokens, head_dim), got shape {tuple(tensor.shape)}")
-        if tensor.numel() == 0:
-            raise ValueError(f"{name} is empty: shape {tuple(tensor.shape)}; every dimension must be at least 1")
+        if 0 in (tensor.shape[1], tensor.shape[3]):
+            raise ValueError(f"{name} has no heads or no head_dim: shape {tuple(tensor.shape)}")
         if tensor.dtype not in _SUPPORTED:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected one of {', '.join(map(str, _SUPPORTED))}")
     if query.dtype != key.dtype:
@@ -162,7 +162,7 @@ def _check_tensors(query: Tensor, key: Tensor) -> None:
 def _broadcast_batch(query: Tensor, key: Tensor) -> int:
     if 1 not in (query.shape[0], key.shape[0]) and query.shape[0] != key.shape[0]:
         raise ValueError(f"query has batch {query.shape[0]} and key {key.shape[0]}; they must agree, or one be 1")
-    return max(query.shape[0], key.shape[0])
+    return query.shape[0] if key.shape[0] == 1 else key.shape[0]
 
 
 def _check_heads(query_heads: int, key_heads: int, enable_gqa: bool) -> int:

@@ -26,7 +26,7 @@ def evaluate(scores: Scores, request: Request, kernel: KernelName) -> Answer:
     """Evaluate with the kernel named; a fused operator that is missing or refuses gives way to the tiled kernel."""
     # Autocast would run the products in half precision, and so the statistics.
     with torch.autocast(scores.query.device.type, enabled=False):
-        if kernel == "dense":
+        if kernel == "dense" or 0 in scores.shape:
             return _dense.evaluate(scores, request)
         if kernel == "fused" or (kernel == "auto" and _fused_serves(scores, request)):
             try:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.maps import AttentionMap, with_columns
+from regard.maps import AttentionMap
 from regard.runtime.call import AttentionCall, Column, HiddenCall
 
 _WIDTH = 8  # the fused operators want widths that are multiples of it
@@ -119,7 +119,7 @@ def edited_map(call: AttentionCall) -> AttentionMap:
     with torch.no_grad():
         added = sum(_largest(column) for column in call.columns if not column.hides)
         blind = _blind(call)
-    return with_columns(bare, query, key, call.factor, added, blind)
+    return bare.with_columns(query, key, call.factor, added, blind)
 
 
 def _largest(column: Column) -> float:

@@ -21,8 +21,13 @@ def with_columns(
         scale: factor of the logits.
         added: the largest sum of terms, but for those that hide: beside those, the precision need not rise.
         blind: (B, Hq, N), true for queries whose every key is hidden by columns; their rows are zero.
+
+    Raises:
+        ValueError: for a call with a soft cap.
     """
     scores = plain._scores
+    if scores.softcap is not None:
+        raise ValueError("terms of the logits cannot ride in columns beside a soft cap, which would cap them too")
     mask = scores.mask
     if blind is not None and bool(blind.any()):
         sees = ~blind[..., None]
@@ -31,5 +36,7 @@ def with_columns(
         else:
             mask = torch.where(sees, mask, -torch.inf)
     view = object.__new__(AttentionMap)
-    view._bind(Scores(query, key, mask, scores.is_causal, scale, scores.limit + added), plain._pass.kernel)
+    bound = scores.limit + added
+    edited = Scores(query, key, mask, scores.is_causal, scale, bound, sinks=scores.sinks)
+    view._bind(edited, plain._pass.kernel)
     return view

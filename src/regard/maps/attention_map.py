@@ -23,8 +23,8 @@ class AttentionMap(TokenMap):
     Semantics are those of ``torch.nn.functional.scaled_dot_product_attention``. A row that may see no key is all zeros,
     with log-sum-exp −inf and entropy 0. Statistics come in float32 (float64 for float64 inputs); logits too large for
     float32 to tell their probabilities apart are evaluated in float64. ``@``, ``.T @``, `logsumexp`, `entropy`,
-    `received`, `mass`, `pool`, `at`, `rows` and `tile` are differentiable in query, key, an additive mask and the tensor
-    they multiply; `topk`, `max` and `mean_distance` are not, and say so in their result, which never requires a gradient.
+    `received`, `mass`, `pool`, `at`, `rows` and `tile` are differentiable in query, key, an additive mask, sinks and what
+    they multiply. `topk`, `max` and `mean_distance` are not, and say so in their result, which never requires a gradient.
 
     Args:
         query: (B, Hq, N, D), of float16, bfloat16, float32 or float64.
@@ -33,6 +33,9 @@ class AttentionMap(TokenMap):
         is_causal: query i sees the keys j ≤ i.
         scale: factor of the logits; 1/√D by default.
         enable_gqa: let neighbouring query heads share a key head.
+        softcap: c makes ``c · tanh(s / c)`` of each logit s before the mask, as Gemma 2 does; no cap by default.
+        sinks: (Hq,), (B, Hq) or (B|1, Hq|1, N|1), one more logit in each row's softmax whose probability goes to no key,
+            as in gpt-oss; rows then sum to less than 1, and the log-sum-exp counts it.
         kernel: "auto", or one of "fused" (PyTorch's operators), "tiled" (any device) and "dense" (the float64 reference).
 
     Raises:
@@ -59,10 +62,12 @@ class AttentionMap(TokenMap):
         scale: float | None = None,
         enable_gqa: bool = False,
         *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
         kernel: KernelName = "auto",
     ) -> None:
         check_kernel(kernel)
-        self._bind(make_scores(query, key, attn_mask, is_causal, scale, enable_gqa), kernel)
+        self._bind(make_scores(query, key, attn_mask, is_causal, scale, enable_gqa, softcap, sinks), kernel)
         _ = self._scores.limit  # refuses NaN and infinity here, where the caller can see what it passed
 
     def _bind(self, scores: Scores, kernel: KernelName) -> None:
@@ -185,7 +190,9 @@ class AttentionMap(TokenMap):
 
     def _some_rows(self, rows: Tensor, columns: Tensor) -> Tensor:
         every = torch.arange(self.shape[3], device=self.device)
-        matrix = _dense.probabilities(self._scores.logits(rows, every, self._scores.dtype))
+        scores = self._scores
+        sinks = None if scores.sinks is None else scores.sinks.to(scores.dtype).expand(self.shape[:3])[:, :, rows]
+        matrix = _dense.probabilities(scores.logits(rows, every, scores.dtype), sinks)
         return (matrix if len(columns) == len(every) else matrix[..., columns]).to(self.dtype)
 
     # --- orderings and distances --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -74,10 +75,13 @@ class Piece:
 def pieces(scores: Scores, head_by_head: bool = False) -> list[Piece]:
     """Cut the matrix into pieces, the largest first; how, depends on its shape alone."""
     batch, _, queries, keys = scores.shape
-    heads, size = batch * scores.key.shape[1], scores.groups * queries * keys
-    room = _room(scores)
-    at_once = 1 if head_by_head else min(heads, max(1, room // size))
-    parts = 1 if at_once > 1 or _on_gpu(scores) else max(1, min(-(-_PIECES // heads), size // (2 * room)))
+    heads, groups, room = batch * scores.key.shape[1], scores.groups, _room(scores)
+    at_once, parts = 1, 1
+    if not head_by_head:
+        rows = min(queries, _rows_at_most(scores)) if _on_gpu(scores) else queries
+        at_once = min(heads, max(1, room // (groups * rows * keys)))
+    if at_once == 1 and not _on_gpu(scores):
+        parts = max(1, min(-(-_PIECES // heads), groups * queries * keys // (2 * room)))
     rows = -(-queries // parts)
     return [
         Piece(slice(head, min(head + at_once, heads)), slice(start, min(start + rows, queries)), start // rows)
@@ -90,13 +94,20 @@ def strips(scores: Scores, piece: Piece) -> Iterator[Strip]:
     """Cut a piece into strips that fit the buffer."""
     keys, groups = scores.shape[3], scores.groups
     room = _room(scores) // (groups * (piece.heads.stop - piece.heads.start))
-    start, stop = piece.rows.start, piece.rows.start
+    most = _rows_at_most(scores)
+    stop = piece.rows.start
     while stop < piece.rows.stop:
         start = stop
-        reach = min(start + _ROWS_AT_MOST // groups, keys) if scores.is_causal else keys
-        most = _ROWS_AT_MOST // groups if scores.is_causal or not _on_gpu(scores) else piece.rows.stop
+        reach = min(start + most, keys) if scores.is_causal else keys
         stop = min(start + max(1, _ROWS_AT_LEAST // groups, min(most, room // reach)), piece.rows.stop)
         yield Strip(piece.heads, slice(start, stop), min(stop, keys) if scores.is_causal else keys, groups)
+
+
+def _rows_at_most(scores: Scores) -> int:
+    """Queries in a strip; on a GPU only a triangle limits them."""
+    if _on_gpu(scores) and not scores.is_causal:
+        return scores.shape[2]
+    return max(1, _ROWS_AT_MOST // scores.groups)
 
 
 def _on_gpu(scores: Scores) -> bool:
@@ -156,7 +167,7 @@ class Workspace:
         self.shifted = self.biased or scores.limit > _UNSHIFTED
         self.unit = 1.0 if self.biased else _LOG_2
         self.sinks = None if scores.sinks is None else self.of_sinks(scores.sinks)
-        self._triangle = self._hidden_triangle() if scores.is_causal else None
+        self._triangle = _hidden_triangle(dtype, self.query.device) if scores.is_causal else None
 
     def of_keys(self, tensor: Tensor) -> Tensor:
         """(B, heads, M, …) as (B · heads, M, …)."""
@@ -233,10 +244,11 @@ class Workspace:
         """Zeros for each part of the queries, since several workers add to them at once."""
         return self.query.new_zeros(1 + max(piece.number for piece in of_all), *shape)
 
-    def _hidden_triangle(self) -> Tensor:
-        """What hides the part of a causal strip's last columns that lies above the diagonal."""
-        rows = min(_ROWS_AT_MOST, self.scores.shape[2])
-        return self.query.new_full((rows, rows), _HIDDEN).triu_(1)
+
+@lru_cache(maxsize=8)
+def _hidden_triangle(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What hides the part of a causal strip's last columns that lies above the diagonal."""
+    return torch.full((_ROWS_AT_MOST, _ROWS_AT_MOST), _HIDDEN, dtype=dtype, device=device).triu_(1)
 
 
 @torch.no_grad()

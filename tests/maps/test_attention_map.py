@@ -393,7 +393,7 @@ def test_a_large_matrix_is_only_made_on_request() -> None:
 def test_any_strides(kernel: Any) -> None:
     """The fused operators read a head's entries side by side, whatever the strides say."""
     q, k, v = (normal(3, 1, 2, 64, 48)[i].mT for i in range(3))
-    assert q.stride(-1) == 64
+    assert q.stride(-1) == 48
     A = AttentionMap(q, k, kernel=kernel)
     matrix = Call(q, k, None, False, None).matrix()
     close(A @ v, matrix @ v.double())
@@ -408,8 +408,8 @@ def test_soft_cap_of_gemma_2() -> None:
     module.num_key_value_groups = 3  # type: ignore[assignment]
     output, matrix = modeling.eager_attention_forward(module, 5 * q, k, v, triangle, scaling=0.3, softcap=4.0)
     A = AttentionMap(5 * q, k, is_causal=True, scale=0.3, enable_gqa=True, softcap=4.0)
-    close(A @ v, output.transpose(1, 2), 1e-7)
-    close(A.dense(), matrix, 1e-7)
+    close(A @ v, output.transpose(1, 2), 1e-6)  # its softmax is in float32
+    close(A.dense(), matrix, 1e-6)  # its softmax is in float32
 
 
 def test_sinks_of_gpt_oss() -> None:

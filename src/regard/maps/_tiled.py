@@ -167,7 +167,9 @@ class Workspace:
         self.shifted = self.biased or scores.limit > _UNSHIFTED
         self.unit = 1.0 if self.biased else _LOG_2
         self.sinks = None if scores.sinks is None else self.of_sinks(scores.sinks)
-        self._triangle = _hidden_triangle(dtype, self.query.device) if scores.is_causal else None
+        # Below the extremes of an additive mask too.
+        hidden = -math.inf if self.biased else _HIDDEN
+        self._triangle = _triangle(hidden, dtype, self.query.device) if scores.is_causal else None
 
     def of_keys(self, tensor: Tensor) -> Tensor:
         """(B, heads, M, …) as (B · heads, M, …)."""
@@ -246,9 +248,9 @@ class Workspace:
 
 
 @lru_cache(maxsize=8)
-def _hidden_triangle(dtype: torch.dtype, device: torch.device) -> Tensor:
+def _triangle(hidden: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What hides the part of a causal strip's last columns that lies above the diagonal."""
-    return torch.full((_ROWS_AT_MOST, _ROWS_AT_MOST), _HIDDEN, dtype=dtype, device=device).triu_(1)
+    return torch.full((_ROWS_AT_MOST, _ROWS_AT_MOST), hidden, dtype=dtype, device=device).triu_(1)
 
 
 @torch.no_grad()

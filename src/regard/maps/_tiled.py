@@ -323,7 +323,7 @@ class _Forward:
         batch, heads, _, keys = self.scores.shape
         total = self.total if self.scores.mask is None else self.total.masked_fill(self.total == 0, 1.0)
         logsumexp = self.total.log()
-        entropy = None if self.weighted is None else self._entropy(logsumexp, total)
+        entropy = None if self.weighted is None else self._entropy(self.weighted.div_(total), logsumexp, total)
         if self.highest is not None:
             logsumexp.add_(self.highest, alpha=self.work.unit)
         transposed = None
@@ -335,9 +335,8 @@ class _Forward:
             self.mass.div_(total.unsqueeze(-1))
         return Answer(logsumexp, self.forward, transposed, entropy=entropy, mass=self.mass)
 
-    def _entropy(self, logsum: Tensor, total: Tensor) -> Tensor:
-        """``Σ P (log Σ e^s − s)`` over the keys, beside which a sink has its share of Σ e^s."""
-        expected = self.weighted.div_(total)
+    def _entropy(self, expected: Tensor, logsum: Tensor, total: Tensor) -> Tensor:
+        """``Σ P (log Σ e^s − s)`` over the keys, beside which a sink has its share of Σ e^s; ``expected`` is ``Σ P s``."""
         if self.work.sinks is not None:
             logsum = logsum * (1 - self.work.exp_sinks(self.work.sinks, self.highest) / total)
         return torch.sub(logsum, expected, alpha=_LOG_2).clamp_(min=0)

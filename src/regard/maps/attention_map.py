@@ -27,8 +27,8 @@ class AttentionMap(TokenMap):
     Semantics are those of ``torch.nn.functional.scaled_dot_product_attention``. A row that may see no key is all zeros,
     with log-sum-exp −inf and entropy 0. Statistics come in float32 (float64 for float64 inputs); logits too large for
     float32 to tell their probabilities apart are evaluated in float64. ``@``, ``.T @``, `logsumexp`, `entropy`,
-    `received`, `mass`, `pool`, `at`, `rows` and `tile` are differentiable in query, key, an additive mask and the tensor
-    they multiply; `topk`, `max` and `mean_distance` are not, and say so in their result, which never requires a gradient.
+    `received`, `mass`, `pool`, `at`, `rows` and `tile` are differentiable in query, key, an additive mask, sinks and what
+    they multiply. `topk`, `max` and `mean_distance` are not, and say so in their result, which never requires a gradient.
 
     Args:
         query: (B, Hq, N, D), of float16, bfloat16, float32 or float64.
@@ -37,6 +37,9 @@ class AttentionMap(TokenMap):
         is_causal: query i sees the keys j ≤ i.
         scale: factor of the logits; 1/√D by default.
         enable_gqa: let neighbouring query heads share a key head.
+        softcap: c makes ``c · tanh(s / c)`` of each logit s before the mask, as Gemma 2 does; no cap by default.
+        sinks: (Hq,), (B, Hq) or (B|1, Hq|1, N|1), one more logit in each row's softmax whose probability goes to no key,
+            as in gpt-oss; rows then sum to less than 1, and the log-sum-exp counts it.
         kernel: "auto", or one of "fused" (PyTorch's operators), "tiled" (any device) and "dense" (the float64 reference).
 
     Raises:
@@ -64,11 +67,13 @@ class AttentionMap(TokenMap):
         scale: float | None = None,
         enable_gqa: bool = False,
         *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
         kernel: KernelName = "auto",
     ) -> None:
         check_kernel(kernel)
         refuse_forward_mode(query, key, attn_mask)
-        self._bind(make_scores(query, key, attn_mask, is_causal, scale, enable_gqa), kernel)
+        self._bind(make_scores(query, key, attn_mask, is_causal, scale, enable_gqa, softcap, sinks), kernel)
         _ = self._scores.limit  # refuses NaN and infinity here, where the caller can see what it passed
 
     def _bind(self, scores: Scores, kernel: KernelName) -> None:
@@ -122,7 +127,12 @@ class AttentionMap(TokenMap):
             scale: factor of the logits.
             added: the largest sum of terms, but for those that hide: beside those, the precision need not rise.
             blind: (B, Hq, N), true for queries whose every key is hidden by columns; their rows are zero.
+
+        Raises:
+            ValueError: for a call with a soft cap.
         """
+        if self._scores.softcap is not None:
+            raise ValueError("terms of the logits cannot ride in columns beside a soft cap, which would cap them too")
         mask = self._scores.mask
         if blind is not None and bool(blind.any()):
             sees = ~blind[..., None]
@@ -164,7 +174,9 @@ class AttentionMap(TokenMap):
         return True
 
     @property
-    def _row_totals(self) -> Tensor:
+    def _row_totals(self) -> Tensor | None:
+        if self._scores.sinks is not None:  # which take a part of each row
+            return None
         return torch.ones(1, 1, 1, dtype=self.dtype, device=self.device)
 
     # --- products -----------------------------------------------------------------------------------------------------
@@ -255,7 +267,9 @@ class AttentionMap(TokenMap):
 
     def _some_rows(self, index: Tensor) -> Tensor:
         every = torch.arange(self.shape[3], device=self.device)
-        return _dense.probabilities(self._scores.logits(index, every, self._scores.dtype)).to(self.dtype)
+        scores = self._scores
+        sinks = None if scores.sinks is None else scores.sinks.to(scores.dtype).expand(self.shape[:3])[:, :, index]
+        return _dense.probabilities(scores.logits(index, every, scores.dtype), sinks).to(self.dtype)
 
     # --- orderings and distances --------------------------------------------------------------------------------------
 

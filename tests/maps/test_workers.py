@@ -1,7 +1,7 @@
 """Workers do every item, in the caller's modes, and leave the process's number of threads as it was."""
 
-import _thread
 import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -103,13 +103,14 @@ def test_error_is_raised_after_what_was_begun_and_stops_the_rest(error: type[Bas
     assert ended[-2:] == [-1, 0]
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system sends no signals to threads")
 def test_interrupt_of_the_caller_waits_for_what_was_begun() -> None:
     running, ended = [], []
 
     def function(item: int) -> None:
         running.append(item)
         if item == 3:
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         time.sleep(0.01)
         ended.append(item)
 

@@ -1,9 +1,9 @@
 """Run attention, see it, steer it: attention matrices that are never stored, in any PyTorch model."""
 
-from regard import cache, mixers
+from regard import cache, masks, mixers
 from regard.cache import compress
 from regard.calls import AttentionCall
-from regard.maps import AttentionMap
+from regard.maps import AttentionMap, attention
 from regard.mini import mini
 from regard.steer import (
     AddToKey,
@@ -71,12 +71,14 @@ __all__ = [
     "Temperature",
     "TopK",
     "ValueNorm",
+    "attention",
     "cache",
     "capture",
     "compress",
     "load",
     "load_recipe",
     "locate",
+    "masks",
     "mini",
     "mixers",
     "parse_edit",

@@ -2,6 +2,7 @@
 
 from regard.maps._columns import Segment, Segments, indicator_columns, positions
 from regard.maps._with_columns import with_columns
+from regard.maps.attention import attention
 from regard.maps.attention_map import AttentionMap
 from regard.maps.token_map import TokenMap, TopK, TransposedMap, one_hot, sum_rows
 
@@ -12,6 +13,7 @@ __all__ = [
     "TokenMap",
     "TopK",
     "TransposedMap",
+    "attention",
     "indicator_columns",
     "one_hot",
     "positions",

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from regard.masks import Mask, causal
+
 # Rounding in a logit s is about |s| times the unit roundoff, and becomes the relative error of a probability. Beyond
 # these magnitudes the error would pass 1e-5 (float32 inputs) or 1e-3 (half inputs, evaluated in float32), so the
 # call is evaluated one precision higher.
@@ -22,8 +24,8 @@ class Scores:
     """``s[i, j] = scale * query[i] · key[j] + mask[i, j]``, never evaluated as a whole.
 
     ``query`` is (B, Hq, N, D) and ``key`` (B, Hk, M, D) with Hk a divisor of Hq; ``mask`` is boolean (True: visible) or
-    additive, of four dimensions each of which is 1 or that of (B, Hq, N, M); ``is_causal`` hides ``j > i``. ``bound`` is the
-    `limit`, where it is known.
+    additive, of four dimensions each of which is 1 or that of (B, Hq, N, M); ``is_causal`` hides ``j > i``; ``rule``
+    hides besides what it does not show. ``bound`` is the `limit`, where it is known.
     """
 
     query: Tensor
@@ -32,6 +34,7 @@ class Scores:
     is_causal: bool
     scale: float
     bound: float | None = None
+    rule: Mask | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -76,7 +79,8 @@ class Scores:
         """The same call with these query heads alone."""
         keys = [head // self.groups for head in index]
         mask = self.mask if self.mask is None or self.mask.shape[1] == 1 else self.mask[:, index]
-        return replace(self, query=self.query[:, index], key=self.key[:, keys], mask=mask)
+        rule = None if self.rule is None else self.rule.heads(index).to(self.query.device)
+        return replace(self, query=self.query[:, index], key=self.key[:, keys], mask=mask, rule=rule)
 
     def visible(self) -> Tensor:
         """Which entries the mask, if there is one, leaves visible, in the mask's own shape."""
@@ -93,6 +97,8 @@ class Scores:
             scores = apply_mask_(scores, self.mask.expand(self.shape)[:, :, rows][..., columns])
         if self.is_causal:
             scores = scores.masked_fill(columns > rows[:, None], -math.inf)
+        if self.rule is not None:
+            scores = scores.masked_fill(self._hidden(self.rule, rows[:, None], columns), -math.inf)
         return scores
 
     def entries(self, targets: Tensor) -> Tensor:
@@ -109,7 +115,17 @@ class Scores:
         hidden = targets < 0
         if self.is_causal:
             hidden = hidden | (targets > torch.arange(queries, device=targets.device))
+        if self.rule is not None:
+            rows = torch.arange(queries, device=targets.device)[:, None]
+            unseen = self._hidden(self.rule, rows, index[:, None, :, None])
+            scores = scores.masked_fill(unseen.squeeze(-1), -math.inf)
         return scores.masked_fill(hidden[:, None], -math.inf)
+
+    def _hidden(self, rule: Mask, rows: Tensor, columns: Tensor) -> Tensor:
+        """Which pairs the rule hides, of rows (…, n, 1) and columns that broadcast to (B, 1, n, m)."""
+        batch, heads, *_ = self.shape
+        b, h = torch.arange(batch, device=rows.device), torch.arange(heads, device=rows.device)
+        return ~rule.visible(b[:, None, None, None], h[:, None, None], rows, columns)
 
 
 def apply_mask_(scores: Tensor, mask: Tensor) -> Tensor:
@@ -118,7 +134,13 @@ def apply_mask_(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def make_scores(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    rule: Mask | None = None,
 ) -> Scores:
     """Check one call's inputs, as SDPA would, and bring them to one form."""
     _check_tensors(query, key)
@@ -133,7 +155,21 @@ def make_scores(
     mask = None if attn_mask is None else _check_mask(attn_mask, shape, query)
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
-    return Scores(query, key, mask, is_causal, float(scale))
+    if rule is not None:
+        _check_rule(rule, shape)
+        rule = (rule & causal() if is_causal else rule).to(query.device)
+        is_causal = False
+    return Scores(query, key, mask, is_causal, float(scale), rule=rule)
+
+
+def _check_rule(rule: Mask, shape: tuple[int, int, int, int]) -> None:
+    if not isinstance(rule, Mask):
+        what = f"a tensor of shape {tuple(rule.shape)}" if isinstance(rule, Tensor) else type(rule).__name__
+        raise TypeError(
+            f"mask is a rule of regard.masks, such as masks.causal(), got {what}: pass a tensor as attn_mask, "
+            "a mask_mod through masks.from_mask_mod, a BlockMask through masks.from_block_mask"
+        )
+    rule.check(*shape)
 
 
 def _check_tensors(query: Tensor, key: Tensor) -> None:

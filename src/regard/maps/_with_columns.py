@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from regard.maps._scores import Scores
 from regard.maps.attention_map import AttentionMap
 
 
@@ -31,5 +32,6 @@ def with_columns(
         else:
             mask = torch.where(sees, mask, -torch.inf)
     view = object.__new__(AttentionMap)
-    view._bind(Scores(query, key, mask, scores.is_causal, scale, scores.limit + added), plain._pass.kernel)
+    wider = replace(scores, query=query, key=key, mask=mask, scale=scale, bound=scores.limit + added)
+    view._bind(wider, plain._pass.kernel)
     return view

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from regard.maps import _columns, _dense, _tiled
+from regard.maps import _blocked, _columns, _dense, _tiled
 from regard.maps._columns import Segment, Segments
 from regard.maps._pass import Pass, Question
 from regard.maps._scores import Scores, make_scores
 from regard.maps._select import KernelName, check_kernel
 from regard.maps.token_map import TokenMap, TopK
+from regard.masks import Mask
 
 _ENTRIES_AT_ONCE = 2**24
 
@@ -33,7 +34,9 @@ class AttentionMap(TokenMap):
         is_causal: query i sees the keys j ≤ i.
         scale: factor of the logits; 1/√D by default.
         enable_gqa: let neighbouring query heads share a key head.
-        kernel: "auto", or one of "fused" (PyTorch's operators), "tiled" (any device) and "dense" (the float64 reference).
+        kernel: "auto", or one of "fused" (PyTorch's operators), "tiled" (any device), "blocked" (the visible tiles of a mask)
+            and "dense" (the float64 reference).
+        mask: a rule of `regard.masks`, which hides pairs besides; only tiles with a visible pair are visited.
 
     Raises:
         ValueError, TypeError: inputs that SDPA would refuse, empty ones, and NaN or infinity in query or key.
@@ -60,9 +63,10 @@ class AttentionMap(TokenMap):
         enable_gqa: bool = False,
         *,
         kernel: KernelName = "auto",
+        mask: Mask | None = None,
     ) -> None:
-        check_kernel(kernel)
-        self._bind(make_scores(query, key, attn_mask, is_causal, scale, enable_gqa), kernel)
+        check_kernel(kernel, mask is not None)
+        self._bind(make_scores(query, key, attn_mask, is_causal, scale, enable_gqa, mask), kernel)
         _ = self._scores.limit  # refuses NaN and infinity here, where the caller can see what it passed
 
     def _bind(self, scores: Scores, kernel: KernelName) -> None:
@@ -145,6 +149,8 @@ class AttentionMap(TokenMap):
         if weights is None:
             weights = torch.ones(1, 1, queries, device=self.device)
         weights = weights.to(self.dtype)
+        if self._scores.rule is not None:
+            return _blocked.viewers(self._scores, weights)
         if self._scores.is_causal:
             later = weights.flip(-1).cumsum(-1).flip(-1)
             return torch.nn.functional.pad(later, (0, keys - queries))
@@ -194,6 +200,13 @@ class AttentionMap(TokenMap):
         batch, heads, queries, _ = self.shape
         shares = torch.zeros(batch, heads, queries, k, dtype=self.dtype, device=self.device)
         index = torch.full(shares.shape, -1, dtype=torch.long, device=self.device)
+        if self._scores.rule is not None:
+            for visible, matrix in _blocked.softmax_strips(self._scores):
+                best = matrix.topk(min(k, visible.columns), dim=-1)
+                found = visible.positions(self.device)[best.indices].masked_fill(best.values == 0, -1)
+                visible.of_queries(shares)[..., : visible.columns].copy_(best.values)
+                visible.of_queries(index)[..., : visible.columns].copy_(found)
+            return TopK(shares, index)
         for strip, matrix in _tiled.softmax_strips(self._scores):
             best = matrix.topk(min(k, strip.columns), dim=-1)
             strip.of_queries(shares)[..., : strip.columns].copy_(best.values)
@@ -207,9 +220,15 @@ class AttentionMap(TokenMap):
         that see a part of it (a decode step has one query, at its end).
         """
         batch, heads, queries, keys = self.shape
-        result = torch.empty(batch, heads, queries, dtype=self.dtype, device=self.device)
+        result = torch.zeros(batch, heads, queries, dtype=self.dtype, device=self.device)
         key_positions = torch.arange(keys, device=self.device) + key_start
         query_positions = torch.arange(queries, device=self.device) + query_start
+        if self._scores.rule is not None:
+            for visible, matrix in _blocked.softmax_strips(self._scores):
+                keys_seen = key_positions[visible.positions(self.device)]
+                distance = (query_positions[visible.rows, None] - keys_seen).abs()
+                visible.of_queries(result).copy_(matrix.mul_(distance).sum(dim=-1))
+            return result
         for strip, matrix in _tiled.softmax_strips(self._scores):
             distance = (query_positions[strip.rows, None] - key_positions[: strip.columns]).abs()
             strip.of_queries(result).copy_(matrix.mul_(distance).sum(dim=-1))

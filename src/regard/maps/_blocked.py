@@ -22,51 +22,34 @@ from regard.maps._request import Answer, Request, segments_as_values, segments_f
 from regard.maps._scores import Scores
 from regard.masks import Mask, window
 
-# Hides a logit, and times a probability of 0 gives 0, which −inf would not. Beside an additive mask, whose entries may be
-# as low, it is −inf.
-_HIDDEN = -1e30
-
 
 class Workspace:
-    """One worker's buffers, into which strips are written one after another; logits are in units of ``unit`` nats.
+    """One worker's buffers, into which strips are written one after another."""
 
-    2ˣ is evaluated in half the time of eˣ. An additive mask is left in nats, since its extremes (the least number of its
-    dtype, by custom) would overflow.
-    """
-
-    def __init__(self, scores: Scores, plan: Plan, query: Tensor, key: Tensor) -> None:
-        self.scores, self.plan, self.query, self.key = scores, plan, query, key
-        additive = scores.mask is not None and scores.mask.is_floating_point()
-        self.unit = 1.0 if additive else math.log(2)
-        self.exp = torch.exp if additive else torch.exp2
-        self.hides = -math.inf if additive else _HIDDEN
+    def __init__(self, call: _Call) -> None:
+        self.call = call
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, strip: Strip) -> Tensor:
         """Uninitialised room for one strip; the same memory each time."""
         size = math.prod(strip.shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = self.query.new_empty(size)
+            self._buffers[name] = self.call.query.new_empty(size)
         return self._buffers[name][:size].view(strip.shape)
 
     def logits(self, strip: Strip, key: Tensor) -> Tensor:
         """The strip's masked logits, in the buffer."""
-        out = self.buffer("logits", strip)
-        query = strip.of_queries(self.query) * (self.scores.scale / self.unit)
-        product(query, key.transpose(-1, -2), out)
-        if self.scores.mask is not None:
-            mask = strip.of_mask(self.scores.mask)
+        out = product(strip.of_queries(self.call.query), key.transpose(-1, -2), self.buffer("logits", strip))
+        attn_mask = self.call.scores.mask
+        if attn_mask is not None:
+            mask = strip.of_mask(attn_mask)
             if mask.dtype == torch.bool:
-                out.masked_fill_(~mask, self.hides)
+                out.masked_fill_(~mask, self.call.plan.hides)
             else:
                 out.add_(mask)
-        for columns, hidden in self.plan.hidden(strip):
-            out[..., columns].masked_fill_(hidden, self.hides)
+        for columns, bias in self.call.plan.biases(strip):
+            out[..., columns] += bias
         return out
-
-    def seen(self, highest: Tensor) -> Tensor:
-        """Whether a row sees a key, from its highest logit."""
-        return highest > (self.hides if self.hides == -math.inf else self.hides / 2)
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -122,43 +105,67 @@ class KeySums:
 
 
 class _Call:
-    """What forward and backward pass have in common: the inputs in the precision to work in, and the shares."""
+    """What all passes have in common: the inputs in the precision to work in, the queries scaled, and the plan.
+
+    Logits are in units of ``unit`` nats, for 2ˣ: eˣ is up to 100 times as slow where it underflows. An additive mask is left
+    in nats, since its extremes (the least number of its dtype, by custom) would overflow.
+    """
+
+    def __init__(self, scores: Scores, plan: Plan) -> None:
+        self.scores, self.plan = scores, plan
+        self.unit = math.log(2) if plan.hides > -math.inf else 1.0
+        self.query = scores.query.to(plan.dtype) * (scores.scale / self.unit)
+        self.key = scores.key.to(plan.dtype)
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.plan.dtype, device=self.query.device)
+
+    def cast(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(self.plan.dtype)
+
+    def exp(self, logits: Tensor, out: Tensor) -> Tensor:
+        """The exponentials of differences of logits."""
+        if self.unit == 1:
+            logits = torch.mul(logits, 1 / math.log(2), out=out)
+        return torch.exp2(logits, out=out)
+
+    def least(self) -> float:
+        """Below the logits of all pairs that are seen, and so far above hidden ones that these weigh nothing."""
+        return torch.finfo(self.plan.dtype).min if self.plan.hides == -math.inf else self.plan.hides / 2
+
+
+class _Pass(_Call):
+    """Strips divided among workers; a subclass says what to do with each."""
 
     def __init__(self, scores: Scores, request: Request, plan: Plan) -> None:
-        self.scores, self.plan = scores, plan
-        # The log-sum-exp of a half-precision row would not be good enough to make its probabilities again.
-        self.dtype = torch.promote_types(request.dtype, torch.float32)
-        self.query, self.key = scores.query.to(self.dtype), scores.key.to(self.dtype)
-        self.values = None if request.values is None else request.values.to(self.dtype)
-        self.weights = None if request.weights is None else request.weights.to(self.dtype)
+        super().__init__(scores, plan)
+        self.values, self.weights = self.cast(request.values), self.cast(request.weights)
         self.values_per_query_head = self.values is not None and self.values.shape[1] != self.key.shape[1]
         self.shares = plan.shares(torch.get_num_threads() if scores.query.device.type == "cpu" else 1)
 
-    def new(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype, device=self.query.device)
-
     def run(self) -> None:
         """Visit every strip."""
-        _workers.each(self._visit, self.shares)
+        _workers.each(self.visit, self.shares)
 
-    def _visit(self, share: Share) -> None:
-        work = Workspace(self.scores, self.plan, self.query, self.key)
+    def visit(self, share: Share) -> None:
+        """Visit the strips of one share."""
+        work = Workspace(self)
         for strip in share.strips:
-            self._add(share, strip, work)
+            self.add(share, strip, work)
 
-    def _add(self, share: Share, strip: Strip, work: Workspace) -> None:
+    def add(self, share: Share, strip: Strip, work: Workspace) -> None:
         raise NotImplementedError
 
 
-class _Forward(_Call):
-    """The answer, strip by strip."""
+class _Forward(_Pass):
+    """The answer, strip by strip; rows are divided by their sums at the end."""
 
     def __init__(self, scores: Scores, request: Request, plan: Plan) -> None:
         super().__init__(scores, request, plan)
         batch, heads, queries, keys = scores.shape
         self.segments = request.segments
-        self.logsumexp = self.new(batch, heads, queries).fill_(-math.inf)
-        self.entropy = self.new(batch, heads, queries) if request.entropy else None
+        self.highest, self.total = self.new(batch, heads, queries, 1), self.new(batch, heads, queries, 1)
+        self.expected = self.new(batch, heads, queries, 1) if request.entropy else None
         self.mass = self.new(batch, heads, queries, len(request.segments)) if request.segments else None
         self.forward = self.transposed = None
         if self.values is not None:
@@ -167,36 +174,43 @@ class _Forward(_Call):
             self.transposed = KeySums(self.new(batch, heads, keys, self.weights.shape[-1]), self.shares, True)
 
     def answer(self) -> Answer:
+        """Visit every strip and gather what they gave; a row that sees nothing has a sum of 0."""
         self.run()
-        transposed = None if self.transposed is None else self.transposed.finish()
-        return Answer(self.logsumexp, self.forward, transposed, entropy=self.entropy, mass=self.mass)
+        logs, total = self.total.log(), self.total.clamp(min=1)
+        entropy = None
+        if self.expected is not None:
+            entropy = (total.log() - self.expected.mul_(self.unit) / total).squeeze(-1).clamp_(min=0)
+        return Answer(
+            (self.highest * self.unit + logs).squeeze(-1),
+            None if self.forward is None else self.forward.div_(total),
+            None if self.transposed is None else self.transposed.finish(),
+            entropy=entropy,
+            mass=None if self.mass is None else self.mass.div_(total),
+        )
 
-    def _add(self, share: Share, strip: Strip, work: Workspace) -> None:
+    def add(self, share: Share, strip: Strip, work: Workspace) -> None:
         shifted = work.logits(strip, strip.of_keys(self.key))
-        highest = shifted.amax(dim=-1, keepdim=True)
-        blind = ~work.seen(highest)
-        highest.masked_fill_(blind, 0.0)
+        highest = torch.amax(shifted, dim=-1, keepdim=True).clamp_(min=self.least())
+        strip.of_queries(self.highest).copy_(highest)
         shifted.sub_(highest)
-        exps = work.exp(shifted, out=work.buffer("exps", strip) if self.entropy is not None else shifted)
+        exps = self.exp(shifted, work.buffer("exps", strip) if self.expected is not None else shifted)
         total = exps.sum(dim=-1, keepdim=True)
-        strip.of_queries(self.logsumexp).copy_((highest * work.unit + total.log()).squeeze(-1))
-        total.masked_fill_(blind, 1.0)
-        if self.entropy is not None:
-            if work.hides == -math.inf:  # a hidden key's −inf · 0 counts as nothing
+        strip.of_queries(self.total).copy_(total)
+        if self.expected is not None:
+            if self.plan.hides == -math.inf:  # a hidden key's −inf · 0 counts as nothing
                 shifted.clamp_(min=torch.finfo(shifted.dtype).min)
-            expected = shifted.mul_(exps).sum(dim=-1, keepdim=True) / total
-            strip.of_queries(self.entropy).copy_((total.log() - expected * work.unit).squeeze(-1).clamp_(min=0))
+            strip.of_queries(self.expected).copy_(shifted.mul_(exps).sum(dim=-1, keepdim=True))
         if self.mass is not None:
-            self._add_masses(strip, exps, total)
+            self._add_masses(self.mass, strip, exps)
         if self.forward is not None and self.values is not None:
             values = strip.of_keys(self.values, self.values_per_query_head)
-            torch.div(product(exps, values), total, out=strip.of_queries(self.forward))
+            strip.of_queries(self.forward).copy_(product(exps, values))
         if self.transposed is not None and self.weights is not None:
-            weights = strip.of_queries(self.weights) / total
+            weights = strip.of_queries(self.weights) / total.clamp_(min=1)  # a row that sees something has at least 1
             self.transposed.add(share, strip, product_of_keys(exps, weights, exps.shape[1]))
 
-    def _add_masses(self, strip: Strip, exps: Tensor, total: Tensor) -> None:
-        part = strip.of_queries(self.mass)  # type: ignore[arg-type]
+    def _add_masses(self, mass: Tensor, strip: Strip, exps: Tensor) -> None:
+        part = strip.of_queries(mass)
         for number, runs in enumerate(self.segments):
             for keys, columns in strip.pieces():
                 for run in runs:
@@ -204,10 +218,9 @@ class _Forward(_Call):
                     if start < stop:
                         before = columns.start - keys.start
                         part[..., number] += exps[..., start + before : stop + before].sum(dim=-1)
-        part.div_(total)
 
 
-class _Backward(_Call):
+class _Backward(_Pass):
     """Gradients of one pass, summed up strip by strip, each of which is evaluated again.
 
     With ``dP = dO Vᵀ + W dTᵀ`` the logits' gradient is ``P ⊙ (dP − rowsum(P ⊙ dP) + dL − dH (log P + H))``.
@@ -217,7 +230,7 @@ class _Backward(_Call):
         super().__init__(ctx.scores, ctx.request, ctx.plan)
         *inputs, logsumexp, self.entropy = ctx.saved_tensors
         self.inputs: list[Tensor | None] = inputs
-        self.logsumexp = logsumexp.masked_fill(logsumexp.isneginf(), math.inf)
+        self.logsumexp = logsumexp.masked_fill(logsumexp.isneginf(), math.inf).unsqueeze(-1) / self.unit
         self.d_logsumexp, self.d_forward, self.d_transposed, self.d_entropy = gradients
         d_query, d_key, d_mask, d_values, d_weights = (
             None if tensor is None or not need else self.new(*tensor.shape)
@@ -230,10 +243,10 @@ class _Backward(_Call):
     def gradients(self) -> list[Tensor | None]:
         if self.d_mask is not None:  # its dimensions of size 1 are written to by every share
             for share in self.shares:
-                self._visit(share)
+                self.visit(share)
         else:
             self.run()
-        d_key = None if self.d_key is None else self.d_key.finish()
+        d_key = None if self.d_key is None else self.d_key.finish().mul_(self.unit)
         d_values = None if self.d_values is None else self.d_values.finish()
         sums = (self.d_query, d_key, self.d_mask, d_values, self.d_weights)
         return [
@@ -241,10 +254,10 @@ class _Backward(_Call):
             for total, tensor in zip(sums, self.inputs, strict=True)
         ]
 
-    def _add(self, share: Share, strip: Strip, work: Workspace) -> None:
+    def add(self, share: Share, strip: Strip, work: Workspace) -> None:
         key = strip.of_keys(self.key)
-        matrix = work.logits(strip, key).sub_(strip.of_queries(self.logsumexp).unsqueeze(-1) / work.unit)
-        work.exp(matrix, out=matrix)
+        matrix = work.logits(strip, key).sub_(strip.of_queries(self.logsumexp))
+        self.exp(matrix, matrix)
         if self.d_values is not None and self.d_forward is not None:
             shared = matrix.shape[1] if self.values_per_query_head else key.shape[1]
             part = product_of_keys(matrix, strip.of_queries(self.d_forward), shared)
@@ -255,10 +268,10 @@ class _Backward(_Call):
             return
         d_logits = self._logit_gradient(strip, work, matrix)
         if self.d_query is not None:
-            strip.of_queries(self.d_query).add_(product(d_logits, key), alpha=self.scores.scale)
+            torch.mul(product(d_logits, key), self.scores.scale, out=strip.of_queries(self.d_query))
         if self.d_key is not None:
-            query = strip.of_queries(self.query) * self.scores.scale
-            self.d_key.add(share, strip, product_of_keys(d_logits, query, key.shape[1]))
+            part = product_of_keys(d_logits, strip.of_queries(self.query), key.shape[1])
+            self.d_key.add(share, strip, part)
         if self.d_mask is not None:
             self._add_to_mask(self.d_mask, strip, d_logits)
 
@@ -273,7 +286,7 @@ class _Backward(_Call):
             d_transposed = strip.of_keys(self.d_transposed, True)
             d_matrix += product(strip.of_queries(self.weights), d_transposed.transpose(-1, -2))
         if self.d_entropy is not None and self.entropy is not None:
-            log_matrix = matrix.log().clamp_(min=_HIDDEN)
+            log_matrix = matrix.log().clamp_(min=-1e30)  # so that 0 · it is 0
             log_matrix += strip.of_queries(self.entropy).unsqueeze(-1)
             d_matrix -= log_matrix * strip.of_queries(self.d_entropy).unsqueeze(-1)
         d_logits = torch.mul(matrix, d_matrix, out=d_matrix)
@@ -308,7 +321,9 @@ class _Differentiable(torch.autograd.Function):
 
 def evaluate(scores: Scores, request: Request) -> Answer:
     """Answer the request from the visible tiles; differentiable in query, key, an additive mask, values and weights."""
-    request, plan = _receive_as_weights(request), Plan(scores, _rule(scores))
+    # The log-sum-exp of a half-precision row would not be good enough to make its probabilities again.
+    request = replace(_receive_as_weights(request), dtype=torch.promote_types(request.dtype, torch.float32))
+    plan = Plan(scores, _rule(scores), request.dtype)
     if scores.requires_grad or request.requires_grad:
         asked, request = request, segments_as_values(scores, request)
         tensors = (scores.query, scores.key, scores.mask, request.values, request.weights)
@@ -339,28 +354,26 @@ def _rule(scores: Scores) -> Mask:
 @torch.no_grad()
 def softmax_strips(scores: Scores) -> Iterator[tuple[Strip, Tensor]]:
     """Each strip with its probabilities, (batch, query heads, rows, columns); they are overwritten by the next."""
-    plan = Plan(scores, _rule(scores))
-    query, key = scores.query.to(scores.dtype), scores.key.to(scores.dtype)
-    work = Workspace(scores, plan, query, key)
+    plan = Plan(scores, _rule(scores), scores.dtype)
+    call = _Call(scores, plan)
+    work = Workspace(call)
     for strip in plan.strips():
-        logits = work.logits(strip, strip.of_keys(key))
-        highest = logits.amax(dim=-1, keepdim=True)
-        blind = ~work.seen(highest)
-        logits.sub_(highest.masked_fill_(blind, 0.0))
-        work.exp(logits, out=logits)
-        yield strip, logits.div_(logits.sum(dim=-1, keepdim=True).masked_fill_(blind, 1.0))
+        logits = work.logits(strip, strip.of_keys(call.key))
+        logits.sub_(logits.amax(dim=-1, keepdim=True).clamp_(min=call.least()))
+        call.exp(logits, logits)
+        yield strip, logits.div_(logits.sum(dim=-1, keepdim=True).clamp_(min=1))
 
 
 @torch.no_grad()
 def viewers(scores: Scores, weights: Tensor) -> Tensor:
     """The sum of the weights (B|1, 1, N) of the queries that may see each key: (B, Hq, M)."""
-    plan, (batch, heads, queries, keys) = Plan(scores, _rule(scores)), scores.shape
+    plan, (batch, heads, queries, keys) = Plan(scores, _rule(scores), scores.dtype), scores.shape
     weights = weights.expand(batch, heads, queries)
     sums = weights.new_zeros(batch, heads, keys)
     for strip in plan.strips():
         visible = weights.new_ones(strip.shape)
-        for columns, hidden in plan.hidden(strip):
-            visible[..., columns].masked_fill_(hidden, 0)
+        for columns, bias in plan.biases(strip):
+            visible[..., columns] *= bias == 0
         if scores.mask is not None:
             visible.masked_fill_(~strip.of_mask(scores.visible()), 0)
         part = (strip.of_queries(weights).unsqueeze(-2) @ visible).squeeze(-2)

@@ -1,8 +1,8 @@
 """Run attention, see it, steer it: attention matrices that are never stored, in any PyTorch model."""
 
-from regard import cache, mixers, tokens
+from regard import cache, masks, mixers, tokens
 from regard.cache import compress
-from regard.maps import AttentionMap
+from regard.maps import AttentionMap, attention
 from regard.mini import mini
 from regard.runtime import AttentionCall
 from regard.steer import (
@@ -72,12 +72,14 @@ __all__ = [
     "Temperature",
     "TopK",
     "ValueNorm",
+    "attention",
     "cache",
     "capture",
     "compress",
     "load",
     "load_recipe",
     "locate",
+    "masks",
     "mini",
     "mixers",
     "parse_edit",

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from regard.masks import Mask, causal
+
 # Rounding in a logit s is about |s| times the unit roundoff, and becomes the relative error of a probability. Beyond
 # these magnitudes the error would pass 1e-5 (float32 inputs) or 1e-3 (half inputs, evaluated in float32), so the
 # call is evaluated one precision higher.
@@ -22,9 +24,10 @@ class Scores:
     """``s[i, j] = scale * query[i] · key[j] + mask[i, j]``, never evaluated as a whole.
 
     ``query`` is (B, Hq, N, D) and ``key`` (B, Hk, M, D) with Hk a divisor of Hq; ``mask`` is boolean (True: visible) or
-    additive, of four dimensions each of which is 1 or that of (B, Hq, N, M); ``is_causal`` hides ``j > i``. ``bound`` is the
-    `limit`, where it is known. Before the mask, ``softcap`` c makes ``c · tanh(s / c)`` of s. ``sinks``, of three dimensions
-    each of which is 1 or that of (B, Hq, N), are one more logit of each row, whose probability goes to no key.
+    additive, of four dimensions each of which is 1 or that of (B, Hq, N, M); ``is_causal`` hides ``j > i``; ``rule``
+    hides besides what it does not show. ``bound`` is the `limit`, where it is known. Before the mask, ``softcap`` c makes
+    ``c · tanh(s / c)`` of s. ``sinks``, of three dimensions each of which is 1 or that of (B, Hq, N), are one more logit of
+    each row, whose probability goes to no key.
     """
 
     query: Tensor
@@ -35,6 +38,7 @@ class Scores:
     bound: float | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    rule: Mask | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -84,7 +88,9 @@ class Scores:
         keys = [head // self.groups for head in index]
         mask = self.mask if self.mask is None or self.mask.shape[1] == 1 else self.mask[:, index]
         sinks = self.sinks if self.sinks is None or self.sinks.shape[1] == 1 else self.sinks[:, index]
-        return replace(self, query=self.query[:, index], key=self.key[:, keys], mask=mask, sinks=sinks)
+        rule = None if self.rule is None else self.rule.heads(index).to(self.query.device)
+        key = self.key[:, keys]
+        return replace(self, query=self.query[:, index], key=key, mask=mask, sinks=sinks, rule=rule)
 
     def visible(self) -> Tensor:
         """Which entries the mask, if there is one, leaves visible, in the mask's own shape."""
@@ -110,6 +116,8 @@ class Scores:
             scores = apply_mask_(scores, self.mask.expand(self.shape)[:, :, rows][..., columns])
         if self.is_causal:
             scores = scores.masked_fill(columns > rows[:, None], -math.inf)
+        if self.rule is not None:
+            scores = scores.masked_fill(self._hidden(self.rule, rows[:, None], columns), -math.inf)
         return scores
 
     def entries(self, targets: Tensor) -> Tensor:
@@ -126,7 +134,17 @@ class Scores:
         hidden = targets < 0
         if self.is_causal:
             hidden = hidden | (targets > torch.arange(queries, device=targets.device))
+        if self.rule is not None:
+            rows = torch.arange(queries, device=targets.device)[:, None]
+            unseen = self._hidden(self.rule, rows, index[:, None, :, None])
+            scores = scores.masked_fill(unseen.squeeze(-1), -math.inf)
         return scores.masked_fill(hidden[:, None], -math.inf)
+
+    def _hidden(self, rule: Mask, rows: Tensor, columns: Tensor) -> Tensor:
+        """Which pairs the rule hides, of rows (…, n, 1) and columns that broadcast to (B, 1, n, m)."""
+        batch, heads, *_ = self.shape
+        b, h = torch.arange(batch, device=rows.device), torch.arange(heads, device=rows.device)
+        return ~rule.visible(b[:, None, None, None], h[:, None, None], rows, columns)
 
 
 def apply_mask_(scores: Tensor, mask: Tensor) -> Tensor:
@@ -143,6 +161,7 @@ def make_scores(
     enable_gqa: bool,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    rule: Mask | None = None,
 ) -> Scores:
     """Check one call's inputs, as SDPA would, and bring them to one form."""
     _check_tensors(query, key)
@@ -160,10 +179,26 @@ def make_scores(
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a positive number, as 50.0 is, or None for no cap; got {softcap!r}")
     sinks = None if sinks is None else _check_sinks(sinks, shape, query)
+    if rule is not None:
+        _check_rule(rule, shape)
+        if softcap is not None or sinks is not None:
+            raise ValueError("a rule as mask= goes with no softcap or sinks; pass the mask's dense() as attn_mask")
+        rule = (rule & causal() if is_causal else rule).to(query.device)
+        is_causal = False
     return Scores(
         query, key, mask, is_causal, float(scale), bound=0.0 if 0 in shape else None,
-        softcap=None if softcap is None else float(softcap), sinks=sinks,
+        softcap=None if softcap is None else float(softcap), sinks=sinks, rule=rule,
     )  # fmt: skip
+
+
+def _check_rule(rule: Mask, shape: tuple[int, int, int, int]) -> None:
+    if not isinstance(rule, Mask):
+        what = f"a tensor of shape {tuple(rule.shape)}" if isinstance(rule, Tensor) else type(rule).__name__
+        raise TypeError(
+            f"mask is a rule of regard.masks, such as masks.causal(), got {what}: pass a tensor as attn_mask, "
+            "a mask_mod through masks.from_mask_mod, a BlockMask through masks.from_block_mask"
+        )
+    rule.check(*shape)
 
 
 def _check_tensors(query: Tensor, key: Tensor) -> None:

@@ -45,8 +45,8 @@ def locate(what: Any, text: str | Sequence[str], tokenizer: Any, occurrence: Occ
     >>> _, tokenizer = regard.mini()
     >>> locate(regard.Reweight(keys="is 48", by=2), "The code is 48.", tokenizer)
     Reweight(keys=[5, 6, 7, 8], by=2)
-    >>> locate("is", ["It is.", "This is it: it is."], tokenizer, occurrence=-1)
-    [[7, 8], [8, 9]]
+    >>> locate("Ada", ["Hello Ada.", "They say that Ada slept."], tokenizer)
+    [[6, 7], [4, 5]]
     """
     if isinstance(what, str):
         return _Texts(text, tokenizer).find(what, occurrence)

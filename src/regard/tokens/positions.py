@@ -69,13 +69,7 @@ def resolve(
     elif isinstance(read, slice):
         mask = _of_range(range(end)[read], start, length)
     else:
-        rows = [read] if isinstance(read[0], int) else read
-        mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for row, chosen in enumerate(rows):
-            local = [p - start if p >= 0 else p + length for p in chosen]
-            here = [p for p in local if 0 <= p < length]
-            if here:
-                mask[row, here[0] if len(here) == 1 else here] = True
+        mask = _of_numbers([read] if isinstance(read[0], int) else read, start, length)
     return _for_batch(mask, batch, what).to(device)
 
 
@@ -211,9 +205,9 @@ def plain(where: Positions | str, what: str = "positions", *, repeats: bool = Fa
     if isinstance(where, str):
         raise ValueError(f"{where!r} is a passage of a text; regard.locate(edit, text, tokenizer) finds its positions")
     if isinstance(where, Tensor | numpy.ndarray):
-        return _of_array(where, what, repeats)
+        return _plain_array(where, what, repeats)
     if isinstance(where, range | list | tuple):
-        return _of_sequence(where, what, repeats)
+        return _plain_sequence(where, what, repeats)
     if _is_int(where):
         return [operator.index(where)]  # type: ignore[arg-type]
     raise _not_positions(where, what)
@@ -243,6 +237,17 @@ def _of_range(chosen: range, start: int, length: int) -> Tensor:
     there = upwards[max((start - upwards.start + upwards.step - 1) // upwards.step, 0) :]
     if there:
         mask[:, there.start - start : there.stop - start : there.step] = True
+    return mask
+
+
+def _of_numbers(rows: Sequence[Sequence[int]], start: int, length: int) -> Tensor:
+    """(rows, length) boolean: which of the tokens start … start + length − 1 each row names."""
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row, chosen in enumerate(rows):
+        local = [position - start if position >= 0 else position + length for position in chosen]
+        here = [position for position in local if 0 <= position < length]
+        if here:
+            mask[row, here[0] if len(here) == 1 else here] = True
     return mask
 
 
@@ -292,23 +297,23 @@ def _listed(read: Plain, length: int) -> Any:
     return list(range(length)[read]) if isinstance(read, slice) else read
 
 
-def _of_array(where: Tensor | numpy.ndarray[Any, Any], what: str, repeats: bool) -> Plain:
+def _plain_array(where: Tensor | numpy.ndarray[Any, Any], what: str, repeats: bool) -> Plain:
     kind = str(where.dtype).removeprefix("torch.")
     if kind == "object" and where.ndim:
-        return _of_sequence(where.tolist(), what, repeats)
+        return _plain_sequence(where.tolist(), what, repeats)
     if kind == "bool" and where.ndim in (1, 2):
         return where if isinstance(where, Tensor) else torch.tensor(where.tolist())
     if 0 in where.shape:
         raise _is_empty(_short(where), what)
     if kind.startswith(("int", "uint")) and where.ndim <= 2:
-        narrow = kind in ("int8", "uint8")
+        narrow = kind in ("int8", "uint8") and where.ndim
         if narrow and bool(((where == 0) | (where == 1)).all()):
             raise _is_mask(f"{kind} {tuple(where.shape)}", what)
-        return _of_sequence(where.tolist() if where.ndim else [where.item()], what, repeats)
+        return _plain_sequence(where.tolist() if where.ndim else [where.item()], what, repeats)
     raise _not_positions(f"{kind} {tuple(where.shape)}", what)
 
 
-def _of_sequence(where: Sequence[Any], what: str, repeats: bool) -> Plain:
+def _plain_sequence(where: Sequence[Any], what: str, repeats: bool) -> Plain:
     if isinstance(where, range) or all(type(entry) is int for entry in where):
         chosen = list(where)
         if not chosen:
@@ -319,16 +324,16 @@ def _of_sequence(where: Sequence[Any], what: str, repeats: bool) -> Plain:
     if all(map(_is_bool, where)):
         return torch.tensor([bool(entry) for entry in where])
     if all(_is_int(entry) for entry in where):
-        return _of_sequence([operator.index(entry) for entry in where], what, repeats)
+        return _plain_sequence([operator.index(entry) for entry in where], what, repeats)
     if all(isinstance(entry, range | list | tuple | Tensor | numpy.ndarray) and _ndim(entry) for entry in where):
-        return _of_rows(where, what, repeats)
+        return _plain_rows(where, what, repeats)
     strange = next(entry for entry in where if not _is_int(entry))
     if _is_bool(strange):
         raise TypeError(f"{what} must be positions or booleans, got both in one list: {_short(where)}")
     raise _not_positions(strange, what, " among them")
 
 
-def _of_rows(where: Sequence[Any], what: str, repeats: bool) -> Plain:
+def _plain_rows(where: Sequence[Any], what: str, repeats: bool) -> Plain:
     """Positions for each text, where a text may have none; or a mask for each, all of one length."""
     rows = [plain(row, what, repeats=repeats) if len(row) else [] for row in where]
     masks = [row for row in rows if isinstance(row, Tensor) and row.ndim == 1]
@@ -368,7 +373,9 @@ def _is_empty(where: str, what: str) -> ValueError:
 
 
 def _is_mask(got: object, what: str) -> ValueError:
-    return ValueError(f"{what} are zeros and ones, {got}: is this a mask? Pass booleans, as .bool() makes them")
+    return ValueError(
+        f"{what} are zeros and ones, {got}: is this a mask? Pass booleans, as .bool() makes them, or name each once"
+    )
 
 
 def _not_positions(got: object, what: str, where: str = "") -> TypeError:

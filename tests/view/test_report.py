@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from regard.view import Facts, report
+from regard.view import RunFacts, report
 
-FACTS = Facts("MiniLM", "The Awakening", 24, 2, 3, 1.25, 313_000_000, 1_300_000_000, "cpu", "float32", "1.0")
+FACTS = RunFacts("MiniLM", "The Awakening", 24, 2, 3, 1.25, 313_000_000, 1_300_000_000, "cpu", "float32", "1.0")
 
 MODULE = importlib.import_module("regard.view.report")
 
@@ -84,7 +84,7 @@ def test_hostile_names_and_tokens_stay_text(small):
     tokens[:, : len(hostile)] = hostile
     paths = ["</script><img src=x>", "'\"<b>"]
     dataset = small.assign_coords(key_token=tokens, layer=paths)
-    facts = Facts("</title><b>\"&'", "{{ 7 * 7 }}</cite><b>", 24, 2, 3, 1.0, 1, 1, "<b>", "<b>", "<b>")
+    facts = RunFacts("</title><b>\"&'", "{{ 7 * 7 }}</cite><b>", 24, 2, 3, 1.0, 1, 1, "<b>", "<b>", "<b>")
     page, plain = Page(report(dataset, facts)), Page(report(small, FACTS))
     for tag in ("script", "img", "title", "cite"):
         assert page.count(tag) == plain.count(tag)

@@ -31,7 +31,7 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def initial_state(state: Tensor | None, query: Tensor, value: Tensor) -> Tensor:
-    """The state (B, H, Dk, Dv) to begin with in float32 at least, zeros where there is none; one of another shape is refused."""
+    """The state (B, H, Dk, Dv) to begin with, in float32 at least: zeros where there is none; another shape is refused."""
     shape = (*query.shape[:2], query.shape[3], value.shape[3])
     dtype = torch.promote_types(value.dtype, torch.float32)
     if state is None:

@@ -154,7 +154,7 @@ class Mixer(Module, ABC):
     def mix(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mix checked inputs (B, N, dim) after a state; where there is a mask, padding is of zeros, and comes first if it must."""
+        """Mix checked inputs (B, N, dim) after a state; where there is a mask, padding is zeros, first if it must be."""
 
     def decode(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token more, (batch, dim), after a state: its output (batch, dim), and the state after it."""

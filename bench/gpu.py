@@ -112,18 +112,18 @@ def of_map(of: Call, kernel: Literal["auto", "fused", "tiled"]) -> dict[str, flo
 
 
 def of_gradients(causal: bool, device: str) -> dict[str, float]:
-    """Of queries and keys, through product, entropy and received, against autograd through the stored matrix."""
+    """Of queries and keys, through product, logsumexp and received, against autograd through the stored matrix."""
     of = call(torch.float32, causal, device, 90)
     leaves = [of.query.requires_grad_(), of.key.requires_grad_()]
     A = regard.AttentionMap(of.query, of.key, of.attn_mask, causal, enable_gqa=True)
     found = torch.autograd.grad(
-        (A @ of.key.detach()).sin().sum() + A.entropy().sum() + A.received().sin().sum(), leaves
+        (A @ of.key.detach()).sin().sum() + A.logsumexp().sum() + A.received().sin().sum(), leaves
     )
     defined = on_cpu(Call(of.query.detach(), of.key.detach(), of.attn_mask, causal, None))
     query, key = defined.query.double().requires_grad_(), defined.key.double().requires_grad_()
     exact = Call(query, key, defined.attn_mask, causal, None)
     matrix, values = exact.matrix(), key.detach().repeat_interleave(2, 1)
-    total = (matrix @ values).sin().sum() + exact.entropy().sum() + matrix.sum(2).sin().sum()
+    total = (matrix @ values).sin().sum() + exact.logsumexp().sum() + matrix.sum(2).sin().sum()
     expected = torch.autograd.grad(total, [query, key])
     return {name: difference(*pair) for name, *pair in zip(("query", "key"), found, expected, strict=True)}
 

@@ -1,13 +1,10 @@
 """The checks that a GPU is held to hold on the processor, and each can fail."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from bench.gpu import Check, checked, checks, difference
+from bench.gpu import Check, checked, checks, difference, main
 from bench.results import Report
 
 CHECKS = {check.name: check for check in checks("cpu")}
@@ -40,10 +37,9 @@ def test_what_is_wrong_or_does_not_run_is_named(monkeypatch: pytest.MonkeyPatch)
     assert report.cells[named] == "5.0e-01, all"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says where there is none")
-def test_it_says_that_there_is_no_gpu() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "bench.gpu"], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 2
-    assert "There is no GPU" in run.stderr
+def test_it_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "There is no GPU" in capsys.readouterr().err

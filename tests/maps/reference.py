@@ -46,7 +46,7 @@ class Call:
 
     def matrix(self) -> Tensor:
         logits = self.logits()
-        total = logits.logsumexp(dim=-1, keepdim=True)
+        total: Tensor = logits.logsumexp(dim=-1, keepdim=True)
         return torch.exp(logits - total.masked_fill(total.isneginf(), 0.0))
 
     def entropy(self) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import Module
 import regard
 from regard.runtime import AttentionCall, Proceed, Site, entered
 from regard.tokens import Encoded, Layers, Selection, encode
-from regard.view import Facts, report
+from regard.view import RunFacts, report
 from regard.watch import At, Entropy, Mass, MeanDistance, Pooled, Received, watch, with_tokens
 
 _NEAR = 8
@@ -31,7 +31,7 @@ class Look:
     """What a model did on a text: ``dataset`` as recorded, ``facts`` of the run."""
 
     dataset: xarray.Dataset
-    facts: Facts
+    facts: RunFacts
 
     def html(self) -> str:
         """The report, one self-contained page."""
@@ -74,7 +74,7 @@ def look(
     tokens = [tokenizer.convert_ids_to_tokens(encoded.inputs["input_ids"][0].tolist()) for encoded in windows]
     dataset = with_tokens(xarray.concat(recorded, "batch", join="outer"), tokens)
     device = next(model.parameters()).device
-    facts = Facts(
+    facts = RunFacts(
         model=model_name or type(model).__name__,
         text=text_name,
         tokens=sum(encoded.inputs["input_ids"].shape[1] for encoded in windows),

@@ -25,7 +25,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same text, read ``plain`` and ``steered`` by ``edits``; both hold the likeliest next tokens of either."""
+    """One text, read ``plain`` and ``steered`` by ``edits``; both hold the likeliest next tokens of either."""
 
     edits: tuple[Edit, ...]
     plain: Said

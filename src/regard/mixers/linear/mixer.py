@@ -109,7 +109,7 @@ class Mixer(Module, ABC):
         return intercept(_as_call(hidden, state), finish, past=0 if state is None else state.seen), after[0]
 
     def _forward(self, x: Tensor, state: State | None, mask: Tensor | None) -> tuple[Tensor, State]:
-        """The same, whoever looks."""
+        """Mix the tokens, real ones brought to where `mix` wants them, whether anyone watches or not."""
         tensors = None if state is None else state.tensors
         seen = x.shape[1] + (0 if state is None else state.seen)
         if mask is None:
@@ -161,7 +161,7 @@ class Mixer(Module, ABC):
     def mix(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same on checked inputs; where there is a mask, padding is of zeros, and comes first if it must."""
+        """Mix checked inputs (B, N, dim) after a state; where there is a mask, padding is zeros, first if it must be."""
 
     def decode(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token more, (batch, dim), after a state: its output (batch, dim), and the state after it."""

@@ -147,7 +147,9 @@ def test_attention_and_its_gradients(masked: tuple[Call, masks.Mask]) -> None:
     close(output, expected)
     direction = normal(*output.shape)
     for gradient, other in zip(
-        torch.autograd.grad(output, inputs, direction), torch.autograd.grad(expected, exact, direction.double()), strict=True
+        torch.autograd.grad(output, inputs, direction),
+        torch.autograd.grad(expected, exact, direction.double()),
+        strict=True,
     ):
         close(gradient, other, 1e-4)
 

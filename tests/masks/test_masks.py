@@ -282,5 +282,5 @@ def test_what_is_refused(message: str, make: Callable[[], object]) -> None:
 
 
 def test_a_mask_mod_that_is_not_boolean_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"a mask_mod returns a boolean tensor.*returned torch.int64"):
+    with pytest.raises(TypeError, match=r"a mask_mod returns a boolean tensor.*returned torch\.int64"):
         masks.from_mask_mod(lambda b, h, q, k: q - k).dense(1, 1, 4, 4)

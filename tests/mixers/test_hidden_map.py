@@ -24,8 +24,9 @@ def stored(request: pytest.FixtureRequest) -> Iterator[Tensor]:
 
 
 def hidden(matrix: Tensor) -> HiddenMap:
-    values = torch.randn(*matrix.shape[:2], matrix.shape[3], 4, dtype=matrix.dtype)
-    return HiddenMap(lambda v: matrix @ v, tuple(matrix.shape), values)
+    batch, heads, queries, keys = matrix.shape
+    values = torch.randn(batch, heads, keys, 4, dtype=matrix.dtype)
+    return HiddenMap(lambda v: matrix @ v, (batch, heads, queries, keys), values)
 
 
 def test_entries(stored: Tensor) -> None:

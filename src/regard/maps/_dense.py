@@ -18,10 +18,11 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     device = scores.query.device
     logits = scores.logits(torch.arange(queries, device=device), torch.arange(keys, device=device), torch.float64)
     # What is hidden is taken out before the logarithms, where −inf · 0 would make gradients NaN.
-    hidden = logits.isneginf()
-    blind = hidden.all(dim=-1)
-    logsumexp = logits.masked_fill(blind[..., None], 0.0).logsumexp(dim=-1)
-    matrix = probabilities(logits)
+    sinks = None if scores.sinks is None else scores.sinks.double().expand(scores.shape[:3])
+    every = with_sinks(logits, sinks)
+    hidden, blind = logits.isneginf(), every.isneginf().all(dim=-1)
+    logsumexp = every.masked_fill(blind[..., None], 0.0).logsumexp(dim=-1)
+    matrix = probabilities(logits, sinks)
     forward = transposed = received = entropy = None
     if request.values is not None:
         values = request.values.double()
@@ -37,7 +38,14 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     return segments_from_values(asked, Answer(logsumexp.to(request.dtype), forward, transposed, received, entropy))
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """Softmax over the last dimension; a row of −inf alone gives zeros."""
-    hidden = logits.isneginf().all(dim=-1, keepdim=True)
-    return torch.softmax(logits.masked_fill(hidden, 0.0), dim=-1).masked_fill(hidden, 0.0)
+def with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Rows of logits with their sink, (B, Hq, N), as one more, the last."""
+    return logits if sinks is None else torch.cat([logits, sinks.unsqueeze(-1)], dim=-1)
+
+
+def probabilities(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Softmax over the last dimension, beside the sinks (B, Hq, N); a row of −inf alone gives zeros."""
+    every = with_sinks(logits, sinks)
+    hidden = every.isneginf().all(dim=-1, keepdim=True)
+    matrix = torch.softmax(every.masked_fill(hidden, 0.0), dim=-1).masked_fill(hidden, 0.0)
+    return matrix[..., : logits.shape[-1]]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from regard.maps import _columns, _dense, _tiled
+from regard.maps import _blocked, _columns, _dense, _tiled
 from regard.maps._causal import runs_on, triangle_rows
 from regard.maps._columns import Segments
 from regard.maps._pass import Pass, Question
@@ -17,6 +17,7 @@ from regard.maps._scores import Scores, make_scores
 from regard.maps._select import KernelName, check_kernel
 from regard.maps.restricted import Restricted
 from regard.maps.token_map import TokenMap, TopK
+from regard.masks import Mask
 
 _ENTRIES_AT_ONCE = 2**24
 
@@ -27,8 +28,8 @@ class AttentionMap(TokenMap):
     Semantics are those of ``torch.nn.functional.scaled_dot_product_attention``. A row that may see no key is all zeros,
     with log-sum-exp −inf and entropy 0. Statistics come in float32 (float64 for float64 inputs); logits too large for
     float32 to tell their probabilities apart are evaluated in float64. ``@``, ``.T @``, `logsumexp`, `entropy`,
-    `received`, `mass`, `pool`, `at`, `rows` and `tile` are differentiable in query, key, an additive mask and the tensor
-    they multiply; `topk`, `max` and `mean_distance` are not, and say so in their result, which never requires a gradient.
+    `received`, `mass`, `pool`, `at`, `rows` and `tile` are differentiable in query, key, an additive mask, sinks and what
+    they multiply. `topk`, `max` and `mean_distance` are not, and say so in their result, which never requires a gradient.
 
     Args:
         query: (B, Hq, N, D), of float16, bfloat16, float32 or float64.
@@ -37,7 +38,12 @@ class AttentionMap(TokenMap):
         is_causal: query i sees the keys j ≤ i.
         scale: factor of the logits; 1/√D by default.
         enable_gqa: let neighbouring query heads share a key head.
-        kernel: "auto", or one of "fused" (PyTorch's operators), "tiled" (any device) and "dense" (the float64 reference).
+        softcap: c makes ``c · tanh(s / c)`` of each logit s before the mask, as Gemma 2 does; no cap by default.
+        sinks: (Hq,), (B, Hq) or (B|1, Hq|1, N|1), one more logit in each row's softmax whose probability goes to no key,
+            as in gpt-oss; rows then sum to less than 1, and the log-sum-exp counts it.
+        kernel: "auto", or one of "fused" (PyTorch's operators), "tiled" (any device), "blocked" (the visible tiles of a mask)
+            and "dense" (the float64 reference).
+        mask: a rule of `regard.masks`, which hides pairs besides; only tiles with a visible pair are visited.
 
     Raises:
         ValueError, TypeError: inputs that SDPA would refuse, no heads or no head_dim, and NaN or infinity in query or key.
@@ -64,11 +70,15 @@ class AttentionMap(TokenMap):
         scale: float | None = None,
         enable_gqa: bool = False,
         *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
         kernel: KernelName = "auto",
+        mask: Mask | None = None,
     ) -> None:
-        check_kernel(kernel)
+        check_kernel(kernel, mask is not None)
         refuse_forward_mode(query, key, attn_mask)
-        self._bind(make_scores(query, key, attn_mask, is_causal, scale, enable_gqa), kernel)
+        scores = make_scores(query, key, attn_mask, is_causal, scale, enable_gqa, softcap, sinks, mask)
+        self._bind(scores, kernel)
         _ = self._scores.limit  # refuses NaN and infinity here, where the caller can see what it passed
 
     def _bind(self, scores: Scores, kernel: KernelName) -> None:
@@ -122,7 +132,12 @@ class AttentionMap(TokenMap):
             scale: factor of the logits.
             added: the largest sum of terms, but for those that hide: beside those, the precision need not rise.
             blind: (B, Hq, N), true for queries whose every key is hidden by columns; their rows are zero.
+
+        Raises:
+            ValueError: for a call with a soft cap.
         """
+        if self._scores.softcap is not None:
+            raise ValueError("terms of the logits cannot ride in columns beside a soft cap, which would cap them too")
         mask = self._scores.mask
         if blind is not None and bool(blind.any()):
             sees = ~blind[..., None]
@@ -141,6 +156,8 @@ class AttentionMap(TokenMap):
 
     def _rows_alone(self, rows: Tensor) -> TokenMap:
         scores, keys = self._scores, self.shape[3]
+        if scores.rule is not None or (scores.sinks is not None and scores.sinks.shape[2] > 1):
+            return Restricted(self, rows, None)
         query, kernel = scores.query[:, :, rows], self._pass.kernel
         mask = scores.mask if scores.mask is None or scores.mask.shape[2] == 1 else scores.mask[:, :, rows]
         chosen = replace(scores, query=query, mask=mask, is_causal=False, bound=scores.limit)
@@ -164,7 +181,9 @@ class AttentionMap(TokenMap):
         return True
 
     @property
-    def _row_totals(self) -> Tensor:
+    def _row_totals(self) -> Tensor | None:
+        if self._scores.sinks is not None:  # which take a part of each row
+            return None
         return torch.ones(1, 1, 1, dtype=self.dtype, device=self.device)
 
     # --- products -----------------------------------------------------------------------------------------------------
@@ -219,6 +238,8 @@ class AttentionMap(TokenMap):
         if weights is None:
             weights = torch.ones(1, 1, queries, device=self.device)
         weights = weights.to(self.dtype)
+        if self._scores.rule is not None:
+            return _blocked.viewers(self._scores, weights)
         if self._scores.is_causal:
             later = weights.flip(-1).cumsum(-1).flip(-1)
             return torch.nn.functional.pad(later, (0, keys - queries))
@@ -255,7 +276,9 @@ class AttentionMap(TokenMap):
 
     def _some_rows(self, index: Tensor) -> Tensor:
         every = torch.arange(self.shape[3], device=self.device)
-        return _dense.probabilities(self._scores.logits(index, every, self._scores.dtype)).to(self.dtype)
+        scores = self._scores
+        sinks = None if scores.sinks is None else scores.sinks.to(scores.dtype).expand(self.shape[:3])[:, :, index]
+        return _dense.probabilities(scores.logits(index, every, scores.dtype), sinks).to(self.dtype)
 
     # --- orderings and distances --------------------------------------------------------------------------------------
 
@@ -263,6 +286,13 @@ class AttentionMap(TokenMap):
         batch, heads, queries, _ = self.shape
         shares = torch.zeros(batch, heads, queries, k, dtype=self.dtype, device=self.device)
         index = torch.full(shares.shape, -1, dtype=torch.long, device=self.device)
+        if self._scores.rule is not None:
+            for visible, matrix in _blocked.softmax_strips(self._scores):
+                best = matrix.topk(min(k, visible.columns), dim=-1)
+                found = visible.positions(self.device)[best.indices].masked_fill(best.values == 0, -1)
+                visible.of_queries(shares)[..., : visible.columns].copy_(best.values)
+                visible.of_queries(index)[..., : visible.columns].copy_(found)
+            return TopK(shares, index)
         for strip, matrix in _tiled.softmax_strips(self._scores):
             best = matrix.topk(min(k, strip.columns), dim=-1)
             strip.of_queries(shares)[..., : strip.columns].copy_(best.values)
@@ -271,6 +301,13 @@ class AttentionMap(TokenMap):
 
     def _mean_distance(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         result = self._new(*self.shape[:3])
+        if self._scores.rule is not None:
+            result.zero_()
+            for visible, matrix in _blocked.softmax_strips(self._scores):
+                keys_seen = key_positions[visible.positions(self.device)]
+                distance = (query_positions[visible.rows, None] - keys_seen).abs()
+                visible.of_queries(result).copy_(matrix.mul_(distance).sum(dim=-1))
+            return result
         for strip, matrix in _tiled.softmax_strips(self._scores):
             distance = (query_positions[strip.rows, None] - key_positions[: strip.columns]).abs()
             strip.of_queries(result).copy_(matrix.mul_(distance).sum(dim=-1))

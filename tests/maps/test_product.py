@@ -36,7 +36,7 @@ def test_residual_with_factors_of_heads() -> None:
 
 
 def test_gradients() -> None:
-    def rollout(query, key, alpha):  # type: ignore[no-untyped-def]
+    def rollout(query, key, alpha):
         A, B = AttentionMap(query, key, is_causal=True), AttentionMap(key, query)
         return A.residual(alpha) @ hidden(normal(1, 2, 4, 4)) @ B.T
 

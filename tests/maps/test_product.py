@@ -50,6 +50,17 @@ def test_probabilities_of_products() -> None:
     assert not (2.0 * A @ B).has_probability_rows
 
 
+def test_what_sinks_take_is_no_key_s() -> None:
+    query, key = normal(1, 2, 5, 4), normal(1, 2, 5, 4, seed=2)
+    logits = torch.cat([query @ key.mT / 2, torch.ones(1, 2, 5, 1)], -1)
+    A = AttentionMap(query, key, sinks=torch.ones(2))
+    matrix = logits.softmax(-1)[..., :5]
+    rollout = A.residual(0.5) @ A
+    assert A.has_probability_rows
+    assert rollout.has_probability_rows
+    check_answers(rollout, (matrix / 2 + torch.eye(5) / 2) @ matrix)
+
+
 def test_shapes_that_do_not_fit() -> None:
     (A, _), (B, _) = attention(1, 2, 5, 7), attention(1, 2, 5, 7)
     with pytest.raises(ValueError, match=r"a product needs .*got .* \(1, 2, 5, 7\) and \(1, 2, 5, 7\)"):

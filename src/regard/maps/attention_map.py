@@ -180,9 +180,7 @@ class AttentionMap(TokenMap):
         return True
 
     @property
-    def _row_totals(self) -> Tensor | None:
-        if self._scores.sinks is not None:  # which take a part of each row
-            return None
+    def _row_totals(self) -> Tensor:
         return torch.ones(1, 1, 1, dtype=self.dtype, device=self.device)
 
     # --- products -----------------------------------------------------------------------------------------------------
@@ -203,7 +201,6 @@ class AttentionMap(TokenMap):
 
     def entropy(self) -> Tensor:
         """``H_i = −Σ_j P_ij log P_ij``: (B, Hq, N), in nats, from 0 (one key) to log M (all alike)."""
-        self._check_probability_rows()
         self._ask_entropy()
         return self._pass.take("entropy").to(self.dtype)
 

@@ -93,7 +93,10 @@ class TokenMap(ABC):
 
     @property
     def has_probability_rows(self) -> bool:
-        """Whether no entry is negative and rows sum to 1, less what falls to rows that see no key: then it has an entropy."""
+        """Whether no entry is negative and rows sum to 1, less what falls to no key: then it has an entropy.
+
+        What falls to no key is all of a row that sees none, and what sinks take of a row.
+        """
         totals = self._row_totals
         return totals is not None and bool(((totals - 1).abs() <= _ROUNDING).all())
 
@@ -104,7 +107,7 @@ class TokenMap(ABC):
 
     @property
     def _row_totals(self) -> Tensor | None:
-        """What rows sum to, (B|1, H|1, N|1), where it is known that no entry is negative; else None."""
+        """What rows sum to, (B|1, H|1, N|1), with what falls to no key, where no entry can be negative; else None."""
         return None
 
     def _lacks(self, question: str, reason: str) -> NotImplementedError:

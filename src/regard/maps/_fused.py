@@ -121,7 +121,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[
     values = value.shape[-1]
     width = max(query.shape[-1], values)
     width += -width % ALIGNMENT
-    query, key, value = (functional.pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
+    query, key, value = (_in_rows(functional.pad(t, (0, width - t.shape[-1]))) for t in (query, key, value))
     operator = {"cpu": _attend_cpu, "cuda": _attend_cuda}.get(query.device.type)
     if operator is None:
         raise RefusedError(f"PyTorch has no fused attention that returns the log-sum-exp on {query.device.type}")
@@ -131,6 +131,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[
         raise RefusedError(f"the fused operator refused: {error}") from error
     wide = torch.promote_types(query.dtype, torch.float32)
     return output[..., :values].to(wide), logsumexp[..., : query.shape[2]].to(wide)
+
+
+def _in_rows(tensor: Tensor) -> Tensor:
+    """Each token's numbers side by side: the operators take that for granted, and read others' numbers where it is not so."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _bias(scores: Scores, dtype: torch.dtype) -> Tensor | None:

@@ -55,7 +55,7 @@ def attention(
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    scores = make_scores(query, key, attn_mask, is_causal, scale, enable_gqa, mask)
+    scores = make_scores(query, key, attn_mask, is_causal, scale, enable_gqa, rule=mask)
     batch, key_heads, keys, _ = scores.key.shape
     fits = (
         value.ndim == 4 and value.shape[0] in (1, batch) and value.shape[1] in (1, key_heads) and value.shape[2] == keys

@@ -1,9 +1,12 @@
 """Run attention, see it, steer it: attention matrices that are never stored, in any PyTorch model."""
 
-from regard import cache, masks, mixers, tokens
-from regard.cache import compress
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from regard import masks, tokens
 from regard.maps import AttentionMap, attention
-from regard.mini import mini
 from regard.runtime import AttentionCall
 from regard.steer import (
     AddToKey,
@@ -22,7 +25,6 @@ from regard.steer import (
     load_recipe,
     parse_edit,
     save_recipe,
-    steer,
 )
 from regard.tokens import Grid, locate
 from regard.watch import (
@@ -39,8 +41,16 @@ from regard.watch import (
     TopK,
     ValueNorm,
     load,
-    watch,
 )
+
+if TYPE_CHECKING:
+    from regard import cache, mixers
+    from regard.cache import compress
+    from regard.mini import mini
+    from regard.steer import steer
+    from regard.watch import watch
+else:
+    from regard import mini, steer, watch  # the packages, which are called
 
 __version__ = "0.1.0"
 
@@ -88,3 +98,16 @@ __all__ = [
     "tokens",
     "watch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is loaded when it is first asked for: the methods of papers."""
+    if name in ("cache", "mixers"):
+        return importlib.import_module(f"regard.{name}")
+    if name == "compress":
+        return importlib.import_module("regard.cache").compress
+    raise AttributeError(f"module 'regard' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

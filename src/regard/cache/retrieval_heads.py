@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.cache.compress import compress
+from regard.cache._compress import compress
 from regard.cache.controls import KeepAll
 from regard.cache.policy import Entries
 from regard.cache.streaming_llm import StreamingLLM

@@ -1,5 +1,7 @@
 """Edits of attention, and the block in which they hold."""
 
+from regard._callable import make_callable
+from regard.steer._steer import steer
 from regard.steer.add import AddToKey, AddToQuery
 from regard.steer.bias import Bias
 from regard.steer.block import Block
@@ -11,7 +13,6 @@ from regard.steer.recipe import load_recipe, parse_edit, save_recipe
 from regard.steer.redistribute import Redistribute
 from regard.steer.replace_map import ReplaceMap
 from regard.steer.reweight import Reweight
-from regard.steer.steer import steer
 from regard.steer.temperature import Temperature
 
 __all__ = [
@@ -33,3 +34,5 @@ __all__ = [
     "save_recipe",
     "steer",
 ]
+
+make_callable(__name__, steer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ def load_recipe(path: str | Path) -> list[Edit]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(read, list) or not all(isinstance(entry, dict) and "edit" in entry for entry in read):
         raise ValueError(f'{path} is no recipe: expected a list of objects, each with an "edit" such as "Reweight"')
+    _load_methods()
     return [
         notation.make(
             notation.kind_named(entry["edit"], Edit, "edit"),
@@ -64,6 +66,7 @@ def parse_edit(text: str) -> Edit:
     >>> parse_edit('Block(keys=slice(0, 3), queries=[-1])')
     Block(keys=slice(0, 3, None), queries=[-1])
     """
+    _load_methods()
     edit: Edit = notation.parse(text, Edit, "edit", "Reweight(keys=[0], by=0.5)")
     return edit
 
@@ -99,3 +102,9 @@ def _from_json(value: Any) -> Any:
             return {layer: _from_json(heads) for layer, heads in content}
         raise ValueError(f'a recipe\'s objects are "slice", "mask" or "by layer", got {kind!r}')
     return value
+
+
+def _load_methods() -> None:
+    """Have the edits of papers known by their names, too; importing regard loads none of them."""
+    importlib.import_module("regard.steer.language")
+    importlib.import_module("regard.steer.vision")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy
-import xarray
 from torch import Tensor
 
 from regard.maps import TokenMap
@@ -18,6 +17,8 @@ from regard.watch._sequence import Sequence
 from regard.watch.statistic import Statistic
 
 if TYPE_CHECKING:
+    import xarray
+
     from regard.view import Plot
 
 _ENGINE: Literal["h5netcdf"] = "h5netcdf"
@@ -52,6 +53,8 @@ class Recording:
             beam_indices: what ``generate`` returns of that name under beam search. Without it a batch row is a beam's
                 slot, which changes hands between steps; with it, one of the sequences returned.
         """
+        import xarray
+
         measured = {layer: [s for s in sequences if s.parts] for layer, sequences in self._sequences.items()}
         measured = {layer: sequences for layer, sequences in measured.items() if sequences}
         every = self._statistics if measured else ()
@@ -84,6 +87,8 @@ def save(dataset: xarray.Dataset, path: str | Path) -> None:
 
 def load(path: str | Path) -> xarray.Dataset:
     """Read a dataset that ``Recording.save`` or ``regard look --save`` wrote."""
+    import xarray
+
     return _changed(xarray.load_dataset(path, engine=_ENGINE), _unescaped)
 
 
@@ -128,6 +133,8 @@ _Measured = dict[str, list[Sequence]]
 
 
 def _variables(statistic: Statistic, measured: _Measured, beam_indices: Tensor | None) -> xarray.Dataset:
+    import xarray
+
     dimensions = statistic.dimensions().items()
     return xarray.Dataset({name: _variable(name, dims, statistic, measured, beam_indices) for name, dims in dimensions})
 
@@ -136,6 +143,8 @@ def _variable(
     name: str, dims: tuple[str, ...], statistic: Statistic, measured: _Measured, beam_indices: Tensor | None
 ) -> xarray.DataArray:
     """One variable of all layers and passes, (pass, layer, batch, head, *dims), NaN where some are shorter."""
+    import xarray
+
     slots = max(part.measured[name].shape[0] for sequences in measured.values() for s in sequences for part in s.parts)
     joined = {
         layer: [s.join(name, dims, _rows(s, name, beam_indices, slots)) for s in sequences]

@@ -30,11 +30,11 @@ from torch.nn import Module
 
 from regard.maps import AttentionMap
 from regard.runtime import AttentionCall
+from regard.steer import steer
 from regard.steer.add import AddToKey, AddToQuery
 from regard.steer.custom import Custom
 from regard.steer.language.example import Example, Progress, highlighted, next_logits
 from regard.steer.language.heads import Head, only
-from regard.steer.steer import steer
 from regard.tokens import Where, resolve
 
 

@@ -125,6 +125,8 @@ def _unescape(found: re.Match[str]) -> str:
 
 
 def _each(words: xarray.Variable, change: Callable[[str], str], attributes: Mapping[str, object]) -> xarray.Variable:
+    import xarray
+
     changed = numpy.array([change(str(word)) for word in words.values.flat], dtype=object).reshape(words.shape)
     return xarray.Variable(words.dims, changed, attributes)
 

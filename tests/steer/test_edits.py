@@ -22,7 +22,7 @@ def positions(length: int) -> st.SearchStrategy[object]:
     index = st.integers(-length, length - 1)
     return st.one_of(
         index,
-        st.lists(index, min_size=1, max_size=4),
+        st.lists(index, min_size=1, max_size=min(4, 2 * length), unique=True),
         st.slices(length).filter(lambda s: len(range(length)[s]) > 0),
         st.lists(st.booleans(), min_size=length, max_size=length).filter(any).map(torch.tensor),
     )

@@ -3,10 +3,12 @@
 from regard.steer.add import AddToKey, AddToQuery
 from regard.steer.bias import Bias
 from regard.steer.block import Block
+from regard.steer.capture import Captured, capture
 from regard.steer.custom import Custom
 from regard.steer.edit import Edit
 from regard.steer.gate import Gate
-from regard.steer.mutual import Mutual, capture
+from regard.steer.mutual import Mutual
+from regard.steer.patch import PatchOutput
 from regard.steer.recipe import load_recipe, parse_edit, save_recipe
 from regard.steer.redistribute import Redistribute
 from regard.steer.replace_map import ReplaceMap
@@ -19,10 +21,12 @@ __all__ = [
     "AddToQuery",
     "Bias",
     "Block",
+    "Captured",
     "Custom",
     "Edit",
     "Gate",
     "Mutual",
+    "PatchOutput",
     "Redistribute",
     "ReplaceMap",
     "Reweight",

@@ -40,7 +40,8 @@ class Gate(Edit):
         check_number(self, "by")
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
-        """A factor of the output."""
+        """A factor of the output, with what edits before this one added to it."""
         one = torch.ones((), dtype=torch.promote_types(call.query.dtype, torch.float32), device=call.query.device)
         gate = torch.where(query_set(self.queries, call, heads), one * self.by, one)
-        return replace(call, gate=gate if call.gate is None else call.gate * gate)
+        added = None if call.added is None else call.added * gate[..., None]
+        return replace(call, gate=gate if call.gate is None else call.gate * gate, added=added)

@@ -7,13 +7,16 @@ from regard.mini import mini
 from regard.runtime import AttentionCall
 from regard.steer import (
     AddToKey,
+    AddToOutput,
     AddToQuery,
+    AddToValue,
     Bias,
     Block,
     Custom,
     Edit,
     Gate,
     Mutual,
+    PatchMap,
     PatchOutput,
     Redistribute,
     ReplaceMap,
@@ -47,7 +50,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AddToKey",
+    "AddToOutput",
     "AddToQuery",
+    "AddToValue",
     "At",
     "AttentionCall",
     "AttentionMap",
@@ -61,6 +66,7 @@ __all__ = [
     "Mass",
     "MeanDistance",
     "Mutual",
+    "PatchMap",
     "PatchOutput",
     "Pooled",
     "Received",

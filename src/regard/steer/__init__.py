@@ -1,6 +1,6 @@
 """Edits of attention, and the block in which they hold."""
 
-from regard.steer.add import AddToKey, AddToQuery
+from regard.steer.add import AddToKey, AddToOutput, AddToQuery, AddToValue
 from regard.steer.bias import Bias
 from regard.steer.block import Block
 from regard.steer.capture import Captured, capture
@@ -8,7 +8,8 @@ from regard.steer.custom import Custom
 from regard.steer.edit import Edit
 from regard.steer.gate import Gate
 from regard.steer.mutual import Mutual
-from regard.steer.patch import PatchOutput
+from regard.steer.patch_map import PatchMap
+from regard.steer.patch_output import PatchOutput
 from regard.steer.recipe import load_recipe, parse_edit, save_recipe
 from regard.steer.redistribute import Redistribute
 from regard.steer.replace_map import ReplaceMap
@@ -18,7 +19,9 @@ from regard.steer.temperature import Temperature
 
 __all__ = [
     "AddToKey",
+    "AddToOutput",
     "AddToQuery",
+    "AddToValue",
     "Bias",
     "Block",
     "Captured",
@@ -26,6 +29,7 @@ __all__ = [
     "Edit",
     "Gate",
     "Mutual",
+    "PatchMap",
     "PatchOutput",
     "Redistribute",
     "ReplaceMap",

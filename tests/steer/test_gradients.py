@@ -143,7 +143,7 @@ def test_strengths_in_half_precision(name: str, dtype: torch.dtype) -> None:
         (lambda: regard.Gate(torch.ones(2, dtype=torch.bool)), r"got torch.bool of shape \(2,\)"),
         (lambda: regard.Gate(["a", "b"]), r"needs by to hold numbers"),
         (lambda: regard.Temperature([1.0, 0.0]), r"greater than 0; to attend to one key only"),
-        (lambda: steered(regard.Gate([1.0, 2.0, 3.0]))(*tensors()), r"by is of 3 heads, but .* has 2; give one for each head"),
+        (lambda: steered(regard.Gate([1.0, 2.0, 3.0]))(*tensors()), r"by is of 3 heads, but .* has 2; give one for each"),
         (lambda: steered(regard.Reweight(0, [1.0, 0.0]))(*tensors()), r"to be greater than 0, where it has a logarithm"),
         (lambda: steered(regard.Redistribute(0, 1, torch.tensor(1.0)))(*tensors()), r"to be less than 1"),
     ],

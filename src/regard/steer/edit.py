@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from regard.runtime import AttentionCall, Column
 from regard.tokens import Heads, Layers, Passes, Where, resolve
@@ -72,6 +73,15 @@ def query_set(where: Where | None, call: AttentionCall, heads: Tensor) -> Tensor
     if where is None:
         return chosen
     return chosen & _resolved(where, call, call.place.query_start, call.query.shape[2], "queries")[:, None]
+
+
+def _filled(call: AttentionCall, start: int, length: int) -> int:
+    """How many of these tokens the text has: the keys of a static cache go on beyond it, up to the cache's length."""
+    layers, number = getattr(call.place.cache, "layers", ()), call.place.cache_layer
+    layer = layers[number] if number is not None and number < len(layers) else None
+    if getattr(layer, "max_cache_len", None) != call.key.shape[2]:
+        return length
+    return max(min(length, call.place.query_start + call.query.shape[2] - start), 0)
 
 
 Strength = float | Sequence[float] | Tensor
@@ -146,8 +156,10 @@ def _resolved(where: Where, call: AttentionCall, start: int, length: int, what: 
 
     def make() -> tuple[Tensor, Where]:
         ids = call.place.token_ids
+        filled = _filled(call, start, length) if callable(where) else length
         try:
-            return resolve(where, start, length, batch=batch, token_ids=ids, device=device, what=what), where
+            mask = resolve(where, start, filled, batch=batch, token_ids=ids, device=device, what=what)
+            return pad(mask, (0, length - filled)), where
         except ValueError as error:
             raise ValueError(f"{call.place.path}: {error}") from error
 

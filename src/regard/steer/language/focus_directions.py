@@ -44,7 +44,7 @@ class FocusDirections:
 
     >>> directions = FocusDirections({0: torch.ones(2, 4)}, {0: torch.zeros(2, 4)})
     >>> [type(edit).__name__ for edit in directions.edits(by=0.5, heads=[(0, 1)])]
-    ['AddToQuery', 'AddToKey']
+    ['AddToQuery']
     """
 
     query: dict[int, Tensor]

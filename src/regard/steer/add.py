@@ -75,7 +75,7 @@ class AddToKey(Edit):
         direction = _direction(self, call, call.key.shape[3])
         if len(heads) == len(direction) == 1:
             return replace(call, key=torch.where(_keys(self.keys, call, heads), call.key + direction, call.key))
-        call = _with_heads_of_their_own(call)
+        call = with_own_keys(call)
         return replace(call, key=torch.where(_keys(self.keys, call, heads), call.key + direction, call.key))
 
 
@@ -106,7 +106,7 @@ class AddToValue(Edit):
         """Other values; values of their own for every query head, where those that share them differ."""
         direction = _direction(self, call, call.value.shape[3])
         if not len(heads) == len(direction) == 1:
-            call = _with_heads_of_their_own(call)
+            call = with_own_keys(call)
         return replace(call, value=torch.where(_keys(self.keys, call, heads), call.value + direction, call.value))
 
 
@@ -154,7 +154,7 @@ def _keys(where: Where | None, call: AttentionCall, heads: Tensor) -> Tensor:
     return chosen if where is None else chosen & key_set(where, call)[:, None, :, None]
 
 
-def _with_heads_of_their_own(call: AttentionCall) -> AttentionCall:
+def with_own_keys(call: AttentionCall) -> AttentionCall:
     """The call with a key and a value head for each query head."""
     number = call.query.shape[1]
     key, value = (tensor.repeat_interleave(number // tensor.shape[1], dim=1) for tensor in (call.key, call.value))

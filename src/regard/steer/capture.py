@@ -25,6 +25,18 @@ class Captured:
     call: AttentionCall | None = None
 
 
+def check_source(edit: object, source: object) -> None:
+    """Refuse what is no captured run, as from a recipe or a command line, which cannot hold one.
+
+    Raises:
+        TypeError: another thing.
+    """
+    if not isinstance(source, capture):
+        raise TypeError(
+            f"{type(edit).__name__} needs source to be a run that regard.capture kept, in Python, got {type(source).__name__}"
+        )
+
+
 class capture:  # noqa: N801 - a context manager, named as what one writes
     """Keep what every attention call that a model makes in the block looks at, for `Mutual`, `PatchOutput` and `PatchMap`.
 

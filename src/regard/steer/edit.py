@@ -118,7 +118,7 @@ def strength(
         return float(value)
     check_strength(edit, name, low, high)  # again, for an optimizer may have moved it
     dtype = torch.promote_types(call.query.dtype, torch.float32)
-    tensor = torch.as_tensor(value).to(call.query.device, dtype)
+    tensor = torch.as_tensor(value, dtype=dtype, device=call.query.device)
     heads = call.query.shape[1]
     if tensor.ndim and len(tensor) != heads:
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from regard.runtime import AttentionCall
-from regard.steer.capture import capture
+from regard.steer.capture import capture, check_source
 from regard.steer.edit import Edit, hiding
 
 
@@ -23,6 +23,7 @@ class Mutual(Edit):
         beside: keep one's own keys too; those of the other run come after them.
 
     Raises:
+        TypeError: a source that is no captured run.
         ValueError: another batch or width; other numbers of keys, where heads are chosen or a mask or triangle has their
             number; a triangle, where both runs' keys stand side by side.
 
@@ -41,6 +42,9 @@ class Mutual(Edit):
 
     source: capture
     beside: bool = False
+
+    def __post_init__(self) -> None:
+        check_source(self, self.source)
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """Other keys and values, or more of them."""

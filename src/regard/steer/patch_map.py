@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from regard.runtime import AttentionCall, Column
-from regard.steer.capture import capture
+from regard.steer.add import with_own_keys
+from regard.steer.capture import capture, check_source
 from regard.steer.edit import Edit, query_set
 from regard.tokens import Where
 
@@ -26,6 +27,7 @@ class PatchMap(Edit):
         queries: only these rows; all by default.
 
     Raises:
+        TypeError: a source that is no captured run.
         ValueError: a run without maps; another shape; masks that differ, where heads or queries are chosen.
 
     K. Wang et al. (2023), Interpretability in the Wild: a Circuit for Indirect Object Identification in GPT-2 Small.
@@ -44,6 +46,9 @@ class PatchMap(Edit):
     source: capture
     queries: Where | None = None
 
+    def __post_init__(self) -> None:
+        check_source(self, self.source)
+
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """Other queries and keys, or more of them."""
         rows = query_set(self.queries, call, heads)
@@ -53,6 +58,8 @@ class PatchMap(Edit):
         if other is None:
             raise ValueError("PatchMap needs what capture(model, maps=True) keeps, but maps were not asked for")
         _check_shapes(call, other)
+        if call.key.shape[1] != other.key.shape[1]:  # edits before this one, or around that run, set them apart
+            call, other = with_own_keys(call), with_own_keys(other)
         return _beside(call, other, rows) if rows.numel() > 1 else _instead(call, other)
 
 
@@ -101,9 +108,9 @@ def _in_rows(columns: tuple[Column, ...], rows: Tensor) -> tuple[Column, ...]:
 
 
 def _check_shapes(call: AttentionCall, other: AttentionCall) -> None:
-    own, theirs = ((*c.query.shape, *c.key.shape[1:3]) for c in (call, other))
+    own, theirs = ((*c.query.shape, c.key.shape[2]) for c in (call, other))
     if own[1:] != theirs[1:] or theirs[0] not in (1, own[0]):
-        names = "(batch, heads, queries, width, key heads, keys)"
+        names = "(batch, heads, queries, width, keys)"
         raise ValueError(
             f"PatchMap: {call.place.path} has {names} {own}, the captured run {theirs}; both runs need as many tokens. "
             "Choose the pass with passes= where they differ"

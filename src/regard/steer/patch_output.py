@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.runtime import AttentionCall
-from regard.steer.capture import Captured, capture
+from regard.steer.capture import Captured, capture, check_source
 from regard.steer.edit import Edit, query_set
 from regard.tokens import Where
 
@@ -25,6 +25,7 @@ class PatchOutput(Edit):
         queries: positions in the text; all by default.
 
     Raises:
+        TypeError: a source that is no captured run.
         ValueError: a run without outputs; one that has another shape, or nothing of a chosen position.
 
     J. Vig et al. (2020), Investigating Gender Bias in Language Models Using Causal Mediation Analysis; K. Wang et al. (2023),
@@ -43,6 +44,9 @@ class PatchOutput(Edit):
 
     source: capture
     queries: Where | None = None
+
+    def __post_init__(self) -> None:
+        check_source(self, self.source)
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """No output of its own, and another's added."""

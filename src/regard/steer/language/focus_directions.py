@@ -17,7 +17,7 @@ A key direction that is added to every key moves all logits of a query alike, wh
 d_k) differs from (q_i + d_q)·k_j by a term without j. In the authors' code it is added to every key, so that only d_q does
 anything. So it is here by default, and d_k, which would cost a decoding step many times its price, is not added; ``keys=``
 restricts it, to all but the sink say, and then it counts. Left out: the automatic choice of α of a later version of the
-paper, whose code is not public. The authors' code trains for 3 epochs of its own texts; here 10 are the default, for fewer texts.
+paper, whose code is not public. The authors' code trains for 3 epochs of its own texts; here 10 are the default.
 """
 
 from __future__ import annotations

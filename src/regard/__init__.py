@@ -10,13 +10,17 @@ from regard.maps import AttentionMap, attention
 from regard.runtime import AttentionCall
 from regard.steer import (
     AddToKey,
+    AddToOutput,
     AddToQuery,
+    AddToValue,
     Bias,
     Block,
     Custom,
     Edit,
     Gate,
     Mutual,
+    PatchMap,
+    PatchOutput,
     Redistribute,
     ReplaceMap,
     Reweight,
@@ -56,7 +60,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AddToKey",
+    "AddToOutput",
     "AddToQuery",
+    "AddToValue",
     "At",
     "AttentionCall",
     "AttentionMap",
@@ -70,6 +76,8 @@ __all__ = [
     "Mass",
     "MeanDistance",
     "Mutual",
+    "PatchMap",
+    "PatchOutput",
     "Pooled",
     "Received",
     "Recording",

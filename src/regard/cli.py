@@ -237,6 +237,8 @@ def _show(found: Comparison) -> None:
     if found.plain.completion or found.steered.completion:
         for name, said in (("plain", found.plain), ("steered", found.steered)):
             out.print(Text.assemble((f"{name:>8} ", "bold"), said.completion), soft_wrap=True)
+        if found.shared and found.plain.completion != found.steered.completion:
+            out.print(f"both begin with {found.shared!r}: later tokens differ", highlight=False, markup=False)
 
 
 def _quiet() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from regard.maps import AttentionMap
-from regard.runtime.call import AttentionCall, Column, HiddenCall
+from regard.runtime.call import AttentionCall, Column, Factor, HiddenCall
 
 _WIDTH = 8  # the fused operators want widths that are multiples of it
 _FEW_QUERIES = 8  # up to here a bias of (queries, keys) is smaller than a copy of the keys
@@ -131,7 +131,7 @@ def edited_dense(call: AttentionCall) -> Tensor:
     matrix = edited_map(call).dense(force=True)
     for factor in call.factors:
         both = factor.query[..., None] & factor.key[:, None, None, :]
-        matrix = torch.where(both, matrix * factor.by, matrix)
+        matrix = torch.where(both, matrix * _factor_by_head(factor), matrix)
     if call.own is not None:
         start = call.place.query_start - call.place.key_start
         identity = torch.eye(call.query.shape[2], call.key.shape[2] - start, dtype=matrix.dtype, device=matrix.device)
@@ -233,7 +233,7 @@ def _split(term: Tensor, dtype: torch.dtype) -> list[Tensor]:
 def _expand_heads(call: AttentionCall) -> AttentionCall:
     """Keys and values of each query head's own, where the factors differ between heads that share them."""
     groups = call.query.shape[1] // call.key.shape[1]
-    if groups == 1 or all(factor.query.shape[1] == 1 for factor in call.factors):
+    if groups == 1 or not any(_differs_by_head(factor) for factor in call.factors):
         return call
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (call.key, call.value))
     return replace(call, key=key, value=value, enable_gqa=False)
@@ -245,7 +245,9 @@ def _values(call: AttentionCall) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     for factor in call.factors:
         every_row = factor.query.shape[2] == 1
         keys = factor.key[:, None, :, None]
-        scaled = functools.partial(_scaled, chosen=factor.query[..., None] & keys if every_row else keys, by=factor.by)
+        scaled = functools.partial(
+            _scaled, chosen=factor.query[..., None] & keys if every_row else keys, by=_factor_by_head(factor)
+        )
         if every_row:
             value, others = scaled(value), [(rows, scaled(other)) for rows, other in others]
         else:
@@ -253,8 +255,17 @@ def _values(call: AttentionCall) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     return value, others
 
 
-def _scaled(value: Tensor, chosen: Tensor, by: float) -> Tensor:
-    return torch.where(chosen, value * by, value)
+def _differs_by_head(factor: Factor) -> bool:
+    return factor.query.shape[1] > 1 or (isinstance(factor.by, Tensor) and factor.by.shape[1] > 1)
+
+
+def _factor_by_head(factor: Factor) -> float | Tensor:
+    """The number, or (1, H|1, 1, 1)."""
+    return factor.by[..., None] if isinstance(factor.by, Tensor) else factor.by
+
+
+def _scaled(value: Tensor, chosen: Tensor, by: float | Tensor) -> Tensor:
+    return torch.where(chosen, (value * by).to(value.dtype), value)
 
 
 def _own_values(call: AttentionCall) -> Tensor:

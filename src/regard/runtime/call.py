@@ -90,7 +90,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Factor:
-    """A factor of an edited call's probabilities, after the softmax: ``by`` where ``query`` and ``key`` (booleans) hold."""
+    """A factor of an edited call's probabilities, after the softmax: ``by``, a number or (1, H|1, 1), where ``query``
+    (B|1, H|1, N|1) and ``key`` (B|1, M), booleans, hold.
+    """
 
     query: Tensor
     key: Tensor
@@ -168,6 +170,7 @@ class AttentionCall:
         return replace(
             self, query=self.query.detach(), key=self.key.detach(), value=self.value.detach(),
             attn_mask=None if mask is None else mask.detach(), sinks=None if sinks is None else sinks.detach(),
+            columns=tuple(replace(column, query=column.query.detach()) for column in self.columns),
         )  # fmt: skip
 
     def to(self, dtype: torch.dtype) -> AttentionCall:

@@ -19,8 +19,10 @@ from regard.steer.edit import Edit
 def save_recipe(path: str | Path, edits: Sequence[Edit]) -> None:
     """Write edits to a JSON file that `load_recipe` reads.
 
+    Of strengths that are tensors it holds the values.
+
     Raises:
-        TypeError: an edit that holds a function, or another thing that JSON cannot hold.
+        TypeError: an edit that holds a function, a captured run, or another thing that JSON cannot hold.
 
     >>> import regard, tempfile
     >>> path = Path(tempfile.mkdtemp()) / "recipe.json"
@@ -85,7 +87,8 @@ def _to_json(value: Any, edit: Edit, name: str) -> Any:
         return [_to_json(item, edit, name) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{edit}: {name} is a {type(value).__name__}, which a recipe cannot hold; give positions")
+    instead = "give positions" if name in edit.places else "keep it beside the recipe, and make the edit from it"
+    raise TypeError(f"{edit}: {name} is a {type(value).__name__}, which a recipe cannot hold; {instead}")
 
 
 def _from_json(value: Any) -> Any:

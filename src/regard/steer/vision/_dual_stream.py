@@ -34,9 +34,9 @@ def dual_stream(
     S. A. Dip, K. Hussain, L. Zhang, C. Thomas (2025), Fixing Imbalanced Attention to Mitigate In-Context Hallucination of
     Large Vision-Language Model.
 
-    Left out: the guidance by a run without the image that the authors' code can add. That code knows no modulation of heads
-    and the abstract gives no formula for it: measuring it as the head's attention to the image, relative to the layer's most
-    visual head, is this library's reading; ``by_head=False`` leaves it out.
+    The authors' code takes 0.3 for β. Left out: the guidance by a run without the image that it can add. That code
+    knows no modulation of heads and the abstract gives no formula for it: measuring it as the head's attention to the
+    image, relative to the layer's most visual head, is this library's reading; ``by_head=False`` leaves it out.
 
     Args:
         model: a transformers vision–language model.

@@ -76,7 +76,7 @@ class SweepResult:
         """
         from regard.view.sweep import draw
 
-        return draw(self.dataset, self.change)
+        return draw(self.change)
 
     def html(self, model: str = "", text: str = "") -> str:
         """One self-contained HTML page: the picture and the heads in order.

@@ -242,10 +242,16 @@ def test_layers_and_heads(tiny: Tiny, x: Tensor) -> None:
     assert told == [("layers.1", 2)] * 2
     assert part.dataset.layer.values.tolist() == ["layers.1"]
     assert part.dataset["head"].values.tolist() == [0, 2]
+    assert part.dataset.number.values.tolist() == [1]
+    figure = part.plot()
+    assert figure.layout.yaxis.ticktext == ("1",)
+    assert figure.data[0].z.tolist() == part.change.values.tolist()
+    assert -figure.data[0].zmin == figure.data[0].zmax == float(abs(part.change).max())
     close(part.dataset.metric.values, whole.dataset.metric[1:, [0, 2]].values)
     uneven = regard.sweep(tiny, x, last_sum, heads={0: [0, 1], 1: 2})
     assert uneven.change.isnull().values.tolist() == [[False, False, True], [True, True, False]]
     assert len(uneven.strongest()) == 3
+    assert uneven.plot().data[0].z.tolist()[0][2] is None
 
 
 def test_strongest_heads_can_be_pruned_together(tiny: Tiny, x: Tensor) -> None:

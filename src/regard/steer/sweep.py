@@ -108,6 +108,7 @@ def sweep(
                 values[cell] = _measured(metric, _copy_of(output, number, len(part), texts), str(cell), plain.shape)
                 progress(cell.path, len(cells))
     dataset = _dataset(chosen, values, plain)
+    dataset = dataset.assign_coords(number=("layer", [every.numbers[path] for path in chosen]))
     dataset.attrs |= {"kind": kind, "metric": getattr(metric, "__name__", type(metric).__name__)}
     dataset.attrs |= {"seconds": time.perf_counter() - started} | ({} if by is None else {"by": by})
     return SweepResult(dataset)
@@ -128,7 +129,7 @@ class _Calls:
 
     def __init__(self, keep: Sequence[str] = ()) -> None:
         self.shapes: dict[str, torch.Size] = {}
-        self.layers: dict[int, str] = {}
+        self.numbers: dict[str, int] = {}
         self.mixers: list[str] = []
         self.outputs: dict[str, Tensor] = {}
         self._keep = set(keep)
@@ -138,7 +139,7 @@ class _Calls:
 
     def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
         output, path = proceed(call), call.place.path
-        self.layers[call.place.layer] = path
+        self.numbers[path] = call.place.layer
         if isinstance(call, HiddenCall):
             self.mixers.append(path)
             return output
@@ -200,13 +201,13 @@ def _run(model: Module, inputs: Inputs, looking: _Calls | _OneHeadEach) -> Any:
 
 def _chosen(every: _Calls, selection: Selection) -> dict[str, list[int]]:
     """The heads to sweep, by the path of their layer."""
-    number = len(every.layers)
-    paths = {layer: path for layer, path in every.layers.items() if selection.wants(path, layer, number)}
+    number = len(every.numbers)
+    paths = {layer: path for path, layer in every.numbers.items() if selection.wants(path, layer, number)}
     mixers = [path for path in paths.values() if path in every.mixers]
     if mixers:
         others = f"; choose by layers= from {', '.join(every.shapes)}" if every.shapes else ""
         raise ValueError(f"{', '.join(mixers)}: a mixer, which has no heads of attention to change{others}")
-    selection.check({layer: path for layer, path in every.layers.items() if path in every.shapes}, number)
+    selection.check({every.numbers[path]: path for path in every.shapes}, number)
     chosen: dict[str, list[int]] = {}
     for layer, path in paths.items():
         heads = every.shapes[path][1]

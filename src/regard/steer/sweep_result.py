@@ -27,7 +27,8 @@ class SweepResult:
 
     Args:
         dataset: ``metric`` (layer, head, batch), NaN for heads that a layer has not or that were not swept, and ``plain``
-            (batch), that of the model as it is; ``layer`` holds module paths. Its attributes tell kind and metric.
+            (batch), that of the model as it is; ``layer`` holds module paths, ``number`` (layer) their numbers in the model.
+            Its attributes tell kind and metric.
 
     >>> import numpy
     >>> metric = (("layer", "head", "batch"), numpy.array([[[1.0], [3.0]]]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import Module
 from regard.steer.metrics import Metric, log_probability, logit_difference
 from regard.steer.sweep import Kind, sweep
 from regard.steer.sweep_result import SweepResult
-from regard.tokens import Layers, encode
+from regard.tokens import Heads, Layers, encode
 from regard.tokens.encoding import max_positions
 
 
@@ -26,6 +26,7 @@ def sweep_text(
     by: float | None = None,
     source: str | None = None,
     layers: Layers | None = None,
+    heads: Heads | Mapping[Any, Heads] | None = None,
     max_tokens: int | None = None,
     progress: Callable[[str, int], None] = lambda path, total: None,
 ) -> SweepResult:
@@ -45,6 +46,7 @@ def sweep_text(
         by: as for `regard.sweep`.
         source: another text for "mean" and "patch", for the latter with as many tokens.
         layers: as for `regard.sweep`.
+        heads: as for `regard.sweep`.
         max_tokens: read so many tokens of the text and no more.
         progress: as for `regard.sweep`.
 
@@ -66,7 +68,9 @@ def sweep_text(
     if source is not None:
         further = [] if kind == "mean" else read[len(ids) :]  # what was read of the answer, in both runs
         other_given = _inputs(model, tokenizer, _encoded(model, tokenizer, source, max_tokens) + further)
-    found = sweep(model, given, metric, kind=kind, by=by, source=other_given, layers=layers, progress=progress)
+    found = sweep(
+        model, given, metric, kind=kind, by=by, source=other_given, layers=layers, heads=heads, progress=progress
+    )
     found.dataset.attrs["metric"] = said
     return found
 

@@ -64,7 +64,10 @@ def draw(change: xr.DataArray) -> go.Figure:
     )
     figure = figure_of(picture, "Change of the metric, by head")
     figure.update_xaxes(title="head", tickvals=[*range(len(heads))], ticktext=heads, showgrid=False)
-    figure.update_yaxes(title="layer", autorange="reversed", tickformat="d", showgrid=False)
+    numbers = [str(number) for number in change["number"].values] if "number" in change.coords else [*range(len(paths))]
+    figure.update_yaxes(
+        title="layer", autorange="reversed", showgrid=False, tickvals=[*range(len(paths))], ticktext=numbers
+    )
     return figure
 
 

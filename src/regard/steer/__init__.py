@@ -1,4 +1,4 @@
-"""Edits of attention, and the block in which they hold."""
+"""Edits of attention, the block in which they hold, and what each head does to a metric."""
 
 from regard._callable import make_callable
 from regard.steer._steer import steer
@@ -12,10 +12,13 @@ from regard.steer.gate import Gate
 from regard.steer.mutual import Mutual
 from regard.steer.patch_map import PatchMap
 from regard.steer.patch_output import PatchOutput
+from regard.steer.metrics import log_probability, logit_difference
 from regard.steer.recipe import load_recipe, parse_edit, save_recipe
 from regard.steer.redistribute import Redistribute
 from regard.steer.replace_map import ReplaceMap
 from regard.steer.reweight import Reweight
+from regard.steer._sweep import sweep
+from regard.steer.sweep_result import SweepResult
 from regard.steer.temperature import Temperature
 
 __all__ = [
@@ -35,12 +38,16 @@ __all__ = [
     "Redistribute",
     "ReplaceMap",
     "Reweight",
+    "SweepResult",
     "Temperature",
     "capture",
     "load_recipe",
+    "log_probability",
+    "logit_difference",
     "parse_edit",
     "save_recipe",
     "steer",
+    "sweep",
 ]
 
 make_callable(__name__, steer)

@@ -17,6 +17,7 @@ _RULES: list[tuple[str, int]] = [
     (r"num_kv_shared_layers", 0),
     (r"num_queries|two_stage_num_proposals", 8),
     (r"mm_tokens_per_image", 4),
+    (r"mamba_d_head", 2 * HEAD_WIDTH),
     (r"upsample_groups", WIDTH),
     (r"coordinate_size", 12),
     (r"shape_size", 8),
@@ -69,9 +70,14 @@ def tiny(config: PreTrainedConfig, narrow: bool = True, shallow: bool = True) ->
     if shallow and isinstance(kinds, list) and "layer_types" in _names(config):
         changed |= _one_layer_of_each(config, list(dict.fromkeys(kinds)))
     if "mrope_section" in getattr(type(config), "ignore_keys_at_rope_validation", ()) or type(config).__name__.startswith("Qwen2VLText"):
-        changed["rope_parameters"] = _small_rope({"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]} | dict(getattr(config, "rope_parameters", None) or {}), narrow)
+        changed["rope_parameters"] = _small_rope({"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]} | _partial(config) | dict(_value(config, "rope_parameters") or {}), narrow)
     changed |= {name: token for name, token in _special_tokens(config).items()}
     return type(config)(**changed)
+
+
+def _partial(config: PreTrainedConfig) -> dict[str, Any]:
+    factor = _value(config, "partial_rotary_factor")
+    return {} if factor is None else {"partial_rotary_factor": factor}
 
 
 def _pyramid(config: PreTrainedConfig) -> bool:
@@ -177,7 +183,7 @@ def _small_list(name: str, value: Any, narrow: bool, shallow: bool) -> Any:
 def _small_rope(value: dict[str, Any], narrow: bool) -> dict[str, Any]:
     section = value.get("mrope_section")
     if narrow and isinstance(section, (list, tuple)):
-        half = HEAD_WIDTH // 2
+        half = int(HEAD_WIDTH * (value.get("partial_rotary_factor") or 1)) // 2
         parts = [max(1, entry * half // sum(section)) for entry in section]
         parts[0] += half - sum(parts)
         return value | {"mrope_section": parts}

@@ -40,9 +40,13 @@ def model_classes(model_type: str) -> list[type[PreTrainedModel]]:
         classes += [
             value for value in vars(module).values()
             if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
-            and getattr(value, "config_class", None) is config_class and "forward" in vars(value)
+            and config_class in _configured_by(value) and "forward" in vars(value)
         ]  # fmt: skip
     return [kind for kind in dict.fromkeys(classes) if kind is not None]
+
+
+def _configured_by(kind: type) -> tuple[Any, ...]:
+    return getattr(kind, "config_class", None), vars(kind).get("__annotations__", {}).get("config")
 
 
 def _modeling_of(config_class: type) -> Any:
@@ -290,7 +294,7 @@ _MAKERS: dict[str, Any] = {
     "input_values": _sound,
     "audio_values": _sound,
     "inputs_embeds": _embeddings,
-    "hidden_states": _embeddings,
+    "hidden_states": lambda model, variant: _pixels(model, variant) if "grid_thw" in inspect.signature(model.forward).parameters else _embeddings(model, variant),
     "encoder_hidden_states": _embeddings,
     "bbox": _boxes,
     "input_features_mask": lambda model, variant: torch.ones(1, _features(model, variant).shape[-1], dtype=torch.long),
@@ -298,13 +302,14 @@ _MAKERS: dict[str, Any] = {
     "query_embeds": _embeddings,
     "image": _pixels,
     "past_values": lambda model, variant: torch.rand(1, _history(model)),
-    "past_time_features": lambda model, variant: torch.rand(1, _history(model), max(1, _find(model, ("num_time_features",), 0))),
+    "past_time_features": lambda model, variant: torch.rand(1, _history(model), _find(model, ("num_time_features",), 0)),
     "past_observed_mask": lambda model, variant: torch.ones(1, _history(model)),
     "future_values": lambda model, variant: torch.rand(1, _find(model, ("prediction_length",), 4)),
-    "future_time_features": lambda model, variant: torch.rand(1, _find(model, ("prediction_length",), 4), max(1, _find(model, ("num_time_features",), 0))),
+    "future_time_features": lambda model, variant: torch.rand(1, _find(model, ("prediction_length",), 4), _find(model, ("num_time_features",), 0)),
     "image_sizes": lambda model, variant: torch.tensor([list(_pixels(model, variant).shape[-2:])]),
     "qformer_input_ids": _ids,
     "visual_feats": lambda model, variant: torch.randn(1, 4, _find(model, ("visual_feat_dim",), 64)),
+    "pixel_position_ids": lambda model, variant: torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).reshape(1, 16, 2),
     "visual_pos": lambda model, variant: torch.rand(1, 4, 4),
     "spectrogram": lambda model, variant: torch.randn(1, 16, _find(model, ("model_in_dim", "num_mel_bins"), 80)),
     "audio_mel": lambda model, variant: torch.randn(1, 64, _mels(model)),

@@ -1,25 +1,45 @@
-# Two commands: `make demo` shows what regard does, `make test` checks it. Both make .venv and install what they need.
+# `make demo` shows what regard does, `make test` checks it; both make .venv and install what they need. The others: `make fuzz`
+# draws new cases, FUZZ_MINUTES of each kind; `make coverage`; `make test-oldest` runs the tests with the lowest versions claimed.
 PYTHON ?= python3.11
+WORKERS ?= 2
+FUZZ_MINUTES ?= 1
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e
+PIP := -m pip install --disable-pip-version-check --progress-bar off
+INSTALL := $(BIN)/python $(PIP) -c constraints.txt -e
+# Each worker has one thread, and takes tests from another when it has none left.
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test clean
+.PHONY: demo test lint types fuzz coverage test-oldest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/regard look --out report.html
 
-test: $(VENV)/.dev
+test: lint types
+	@echo "tests and doctests"
+	$(BIN)/python $(PYTEST)
+
+lint: $(VENV)/.dev
 	@echo "lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
 	@echo "types"
 	$(BIN)/mypy
-	@echo "tests and doctests"
-	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m fuzz --minutes $(FUZZ_MINUTES)
+
+coverage: $(VENV)/.dev
+	$(BIN)/python $(PYTEST) --cov --cov-report=term --cov-report=html
+
+test-oldest: $(OLDEST)/.dev
+	$(OLDEST)/bin/python $(PYTEST)
 
 clean:
-	rm -rf $(VENV) report.html
+	rm -rf $(VENV) $(OLDEST) report.html htmlcov .coverage*
 
 # The build requires nothing of torch, so the constraints keep the one installation of it.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
@@ -32,5 +52,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) ".[dev]"
 	@touch $@ $(VENV)/.demo
 
+$(OLDEST)/.dev: pyproject.toml constraints-oldest.txt | $(OLDEST)/bin/python
+	@echo "installing the lowest versions (some minutes at first, then not again)"
+	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt -e ".[dev]"
+	@touch $@
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(OLDEST)/bin/python:
+	$(PYTHON) -m venv $(OLDEST)

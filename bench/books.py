@@ -1,6 +1,6 @@
 """Which mixer models language best at equal size: small language models on a slice of book text.
 
-    python bench/books.py --data BOOKS --held-out BOOKS [--quick] [--only NAME ...] [--seeds 2] [--results FILE]
+    python -m bench.books --data BOOKS --held-out BOOKS [--quick] [--only NAME ...] [--seeds 2] [--results FILE] [--save]
 
 Every mixer in a model of the same parameters, on the same tokens in the same order. Prints one table: validation loss in nats
 for each token, the mean and the range over the seeds. A run that was interrupted goes on.
@@ -8,24 +8,20 @@ for each token, the mean and the range over the seeds. A run that was interrupte
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import zlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
+from training.books import Books
 
 import regard
+from bench.results import Report, command_line
+from bench.small_models import Batch, Results, SmallModel, loss_of, maker, train
 from regard.mixers import catalogue
-from small_models import Batch, Results, SmallModel, loss_of, maker, train
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from training.books import Books
 
 DIM, LAYERS, PARAMETERS, RATE = 64, 2, 62_000, 1e-2
 TOKENS, BATCH, VOCABULARY = 256, 8, 2048
@@ -47,7 +43,7 @@ def validation_loss(name: str, text: Books, held_out: Books, steps: int, seed: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of books to learn from")
     parser.add_argument("--held-out", type=Path, required=True, help="folder of other books")
     parser.add_argument("--quick", action="store_true", help="20 steps, one seed: shows that it runs")
@@ -73,7 +69,8 @@ def main() -> None:
     )
     for name, losses in sorted(found.items(), key=lambda item: statistics.mean(item[1])):
         table.add_row(name, f"{statistics.mean(losses):.3f}", f"{min(losses):.3f} … {max(losses):.3f}")
-    Console(width=100).print(table)
+    with Report("books", arguments.save, width=100) as report:
+        report.show(table)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What it costs to compress a cache, what it gains, and what is lost by it.
 
-    python bench/cache.py [--quick]                                    time and memory, on a Llama of 8 layers
-    python bench/cache.py --facts [--held-out BOOKS] [--samples 200]   facts recalled against the budget, on the bundled model
+    python -m bench.cache [--quick] [--save]             time and memory, on a Llama of 8 layers
+    python -m bench.cache --facts [--held-out BOOKS] [--samples 200]   facts recalled against the budget, on the bundled model
 
 The first prints the time of reading a prompt with a policy as a ratio to plain, and then tokens per second and peak memory of
 decoding with a quarter of the cache. The second prints one table of exact-match answers, with Wilson's 95% intervals, and
@@ -10,9 +10,7 @@ draws it (--plot FILE).
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,15 +20,18 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 from plotly.colors import qualitative
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from torch.nn import Module
+from training.evaluate import DIGITS, FactRow, fact_row, proportion
+from training.tasks import Material
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import regard
-from measuring import Run, allocated, clock, compare
+from bench.held_out import held_out_books
+from bench.measuring import Run, allocated, clock, compare
+from bench.results import Report, command_line
 from regard.cache import (
     TOVA,
     KeepAll,
@@ -43,12 +44,6 @@ from regard.cache import (
     StreamingLLM,
     TaskKV,
 )
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from training.evaluate import DIGITS, FactRow, fact_row, proportion
-from training.tasks import Material
-
-from steering_quality import held_out_books
 
 READING: dict[str, Policy] = {
     "observed attention": ObservedAttention(budget=0.25),
@@ -95,9 +90,8 @@ def reading_table(length: int, device: str, repeats: int) -> Table:
     runs: dict[str, Run] = {"plain": partial(read, model, ids, None)}
     runs |= {name: partial(read, model, ids, policy) for name, policy in READING.items()}
     seconds, ratios = compare(runs, device, repeats)
-    table = Table(
-        "policy, a quarter of the cache", "ratio to plain", title=f"reading {length:,} tokens, {seconds:.2f} s"
-    )
+    table = Table("policy, a quarter of the cache", "ratio to plain", title=f"reading {length:,} tokens")
+    table.add_row("plain", f"{seconds:.2f} s")
     for name in list(runs)[1:]:
         table.add_row(name, f"{ratios[name]:.2f}×")
     return table
@@ -249,25 +243,25 @@ def facts_plot(found: Recall, samples: int) -> go.Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter texts, fewer rounds and samples")
     parser.add_argument("--facts", action="store_true", help="recall against the budget, instead of time and memory")
     parser.add_argument("--held-out", type=Path, help="folder of books; by default the chapter that ships")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--plot", type=Path, help="write the recall as a picture, an HTML page")
     arguments = parser.parse_args()
-    console = Console(width=150)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.facts:
         samples = 24 if arguments.quick else arguments.samples
-        found = facts(arguments.held_out, samples)
-        console.print(facts_table(found, samples))
+        with Report("cache_facts", arguments.save, width=150) as report:
+            found = facts(arguments.held_out, samples)
+            report.show(facts_table(found, samples))
         if arguments.plot:
             facts_plot(found, samples).write_html(arguments.plot)
         return
-    for length, repeats in ((1024, 3),) if arguments.quick else ((4096, 7), (16384, 3)):
-        console.print(reading_table(length, device, repeats))
-        console.print(decoding_table(length, device, repeats))
+    with Report("cache", arguments.save, width=150) as report:
+        for length, repeats in ((1024, 3),) if arguments.quick else ((4096, 7), (16384, 3)):
+            report.show(reading_table(length, device, repeats), decoding_table(length, device, repeats))
 
 
 if __name__ == "__main__":

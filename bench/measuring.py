@@ -75,6 +75,6 @@ def extra_memory(run: Run, device: str) -> float:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    before = peak()
+    highest = peak()
     run()
-    return peak() - before
+    return peak() - highest

@@ -1,6 +1,6 @@
 """What it costs to see: statistics beside plain attention and beside stored attention.
 
-    python bench/observe.py [--quick]
+    python -m bench.observe [--quick] [--save]
 
 Prints the time of plain SDPA and, as medians of ratios within one run, that of the attention output together with each
 statistic; the memory that it adds; and a whole model with and without statistics. Uses a GPU when there is one, and then
@@ -9,18 +9,17 @@ has FlexAttention as one more column.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import regard
-from measuring import Run, compare, extra_memory, in_fresh_process
+from bench.measuring import Run, compare, extra_memory, in_fresh_process
+from bench.results import Report, command_line
 
 HEADS, WIDTH = 8, 64
 EAGER_AT_MOST = 8192
@@ -171,18 +170,19 @@ def model_table(length: int, device: str) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="N up to 4,096 and no whole model")
-    quick = parser.parse_args().quick
+    arguments = parser.parse_args()
+    quick = arguments.quick
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = [1024, 2048, 4096] if quick else [1024, 2048, 4096, 8192, 16384, 32768]
-    console = Console(width=110)
-    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, H = {HEADS}, D = {WIDTH}")
-    for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16):
-        console.print(operator_table(lengths, device, dtype))
-    console.print(memory_table(lengths[-3:], device))
-    if not quick:
-        console.print(model_table(4096, device))
+    with Report("observe", arguments.save, width=110) as report:
+        report.console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, H = {HEADS}, D = {WIDTH}")
+        for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16):
+            report.show(operator_table(lengths, device, dtype))
+        report.show(memory_table(lengths[-3:], device))
+        if not quick:
+            report.show(model_table(4096, device))
 
 
 if __name__ == "__main__":

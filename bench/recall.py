@@ -1,6 +1,6 @@
 """What mixers recall: keys bound to values in context, asked for later, against the size of what they remember.
 
-    python bench/recall.py [--quick] [--only NAME ...] [--results FILE] [--plot FILE]
+    python -m bench.recall [--quick] [--only NAME ...] [--results FILE] [--plot FILE] [--save]
 
 Multi-query associative recall, as in Zoology (S. Arora et al., 2023): pairs of a key and a value, and between them keys of
 earlier pairs again, each to be answered with its value. Models of two layers and equal parameter counts are trained on 4 to
@@ -10,7 +10,6 @@ was interrupted goes on.
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from typing import Any
 import plotly.graph_objects as go
 import torch
 from plotly import colors
-from rich.console import Console
 from rich.table import Table
 
+from bench.results import Report, command_line
+from bench.small_models import Batch, Results, SmallModel, maker, state_bytes, train
 from regard.mixers import catalogue
 from regard.mixers.linear import Memory
-from small_models import Batch, Results, SmallModel, maker, state_bytes, train
 
 DIM, LAYERS, PARAMETERS, RATE = 64, 2, 62_000, 1e-2
 KEYS = VALUES = 32
@@ -130,7 +129,7 @@ def mean_recall(result: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="60 steps: shows that it runs")
     parser.add_argument("--only", nargs="*", help="these mixers only")
     parser.add_argument("--steps", type=int, default=400)
@@ -151,7 +150,8 @@ def main() -> None:
     for label, result in sorted(found.items(), key=lambda item: item[1]["state"]):
         cells = [f"{right:.2f}" for right in result["recall"].values()]
         table.add_row(label, f"{result['weights']:,}", f"{result['state']:,}", *cells)
-    Console(width=130).print(table)
+    with Report("recall", arguments.save, width=130) as report:
+        report.show(table)
     arguments.plot.parent.mkdir(parents=True, exist_ok=True)
     plot(found, lines).write_html(arguments.plot)
 

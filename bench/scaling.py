@@ -1,16 +1,15 @@
 """How time, memory and state of every mixer grow with the text, beside scaled dot-product attention.
 
-    python bench/scaling.py [--quick] [--only NAME ...] [--save]
+    python -m bench.scaling [--quick] [--only NAME ...] [--save]
 
 Prints the milliseconds of a forward pass of the layer (dim 256, batch 1) at each length, the exponent fitted to the longest
 lengths, and the time of one decoding step after a short and a long text with the bytes of its state; the same of the memory
 that a pass holds at its peak; and the operators alone: SDPA, lightning attention, and on a GPU flash-linear-attention where
-it is installed. ``--save`` keeps the exponents of time for ``regard mixers``. Uses a GPU when there is one.
+it is installed. ``--save`` keeps the figures, and the exponents of time for ``regard mixers``. Uses a GPU when there is one.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import statistics
@@ -20,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
-from measuring import Run, allocated, clock, compare, extra_memory
+from bench.measuring import Run, allocated, clock, compare, extra_memory
+from bench.results import Report, command_line
 from regard.mixers import catalogue
 from regard.mixers.linear import Mixer, lightning_attention
 
@@ -141,19 +140,18 @@ def operator_table(lengths: tuple[int, ...], device: str, repeats: int) -> Table
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="up to 8,192 tokens, one repeat")
     parser.add_argument("--only", nargs="*", help="these mixers only")
-    parser.add_argument("--save", action="store_true", help="keep the exponents for `regard mixers`")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch.profiler")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    console = Console(width=170)
     names = [catalogue.mixer_named(name).__name__ for name in arguments.only or catalogue.mixers()]
     lengths = LENGTHS[:5] if arguments.quick else LENGTHS
-    of_time, of_memory, found = layer_tables(names, lengths, device, 1 if arguments.quick else 3)
-    console.print(of_time, of_memory)
-    console.print(operator_table((2048, 8192) if arguments.quick else (2048, 8192, 16384), device, 5))
+    with Report("scaling", arguments.save, width=170) as report:
+        of_time, of_memory, found = layer_tables(names, lengths, device, 1 if arguments.quick else 3)
+        report.show(of_time, of_memory)
+        report.show(operator_table((2048, 8192) if arguments.quick else (2048, 8192, 16384), device, 5))
     if arguments.save:
         SAVED.write_text(json.dumps(catalogue.exponents() | found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 

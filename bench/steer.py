@@ -1,6 +1,6 @@
 """What it costs to steer: edited attention beside plain attention and beside the usual way.
 
-    python bench/steer.py [--quick]
+    python -m bench.steer [--quick] [--save]
 
 Prints edits of one call as medians of ratios to plain SDPA within one run, then the tokens per second of a whole model that
 decodes, plain, steered, and with eager attention to which an additive mask is given. Uses a GPU when there is one.
@@ -8,21 +8,20 @@ decodes, plain, steered, and with eager attention to which an additive mask is g
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import regard
-from measuring import Run, clock, compare
+from bench.measuring import Run, clock, compare
+from bench.results import Report, command_line
 from regard.steer import Edit
 
 HEADS, WIDTH = 8, 64
@@ -67,9 +66,8 @@ def operator_table(length: int, device: str, repeats: int) -> Table:
     runs["usual way, one edit"] = lambda: eager(query, key, value)
     with torch.no_grad():
         seconds, ratios = compare(runs, device, repeats)
-    table = Table(
-        "edit", "ratio to plain SDPA", title=f"N = {length:,}, {device}, {dtype}, plain {1000 * seconds:.1f} ms"
-    )
+    table = Table("edit", "ratio to plain SDPA", title=f"N = {length:,}, {device}, {dtype}")
+    table.add_row("plain", f"{1000 * seconds:.1f} ms")
     for name in list(runs)[1:]:
         table.add_row(name, f"{ratios[name]:.2f}×")
     return table
@@ -105,16 +103,16 @@ def decode_table(width: int, layers: int, prompt: int, steps: int, device: str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter texts, fewer rounds")
-    quick = parser.parse_args().quick
+    arguments = parser.parse_args()
+    quick = arguments.quick
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    console = Console(width=100)
-    console.print(operator_table(1024 if quick else 4096, device, 5 if quick else 15))
-    for width, layers in ((512, 8), (1024, 16)):
-        console.print(
-            decode_table(width, layers, 256 if quick else 1024, 16 if quick else 40, device, 3 if quick else 9)
-        )
+    prompt, steps, rounds = (256, 16, 3) if quick else (1024, 40, 9)
+    with Report("steer", arguments.save, width=100) as report:
+        report.show(operator_table(1024 if quick else 4096, device, 5 if quick else 15))
+        for width, layers in ((512, 8), (1024, 16)):
+            report.show(decode_table(width, layers, prompt, steps, device, rounds))
 
 
 if __name__ == "__main__":

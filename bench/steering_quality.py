@@ -1,6 +1,6 @@
 """Does steering help? Facts asked for among many, on the bundled model, with and without edits.
 
-    python bench/steering_quality.py [--held-out BOOKS] [--samples 400] [--quick]
+    python -m bench.steering_quality [--held-out BOOKS] [--samples 400] [--quick] [--save]
 
 Held-out facts stand between the sentences of a text of 1,536 tokens, with so many distractors that the plain model answers
 40 to 80% of the questions. Strengths and heads are chosen on rows of their own. Prints one table: exact match of all five
@@ -9,8 +9,6 @@ digits with Wilson's 95% interval, and the paired difference to no edit with the
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,14 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from torch.nn import Module
+from training.evaluate import DIGITS, FactRow, bootstrap, fact_row, proportion
+from training.tasks import Material
 
 import regard
-from regard import demo
+from bench.held_out import held_out_books
+from bench.results import Report, command_line
 from regard.steer import Edit
 from regard.steer.language import (
     Example,
@@ -36,11 +36,6 @@ from regard.steer.language import (
     pasta,
     score_pasta_heads,
 )
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from training.books import Books
-from training.evaluate import DIGITS, FactRow, bootstrap, fact_row, proportion
-from training.tasks import Material
 
 LENGTH, BATCH, SEED = 1536, 8, 7  # half as long again as the texts that the model was trained on
 DISTRACTORS = (8, 16, 24, 40)
@@ -108,7 +103,7 @@ def methods(model: Module, rows: Sequence[FactRow]) -> dict[str, Edits]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_line(__doc__)
     parser.add_argument("--held-out", type=Path, help="folder of books; by default the chapter that ships")
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--calibrate", type=int, default=48)
@@ -136,17 +131,8 @@ def main() -> None:
             name, f"{figure.value:.3f}", f"{figure.low:.3f} … {figure.high:.3f}",
             "" if hits is base else f"{change.value:+.3f}  ({change.low:+.3f} … {change.high:+.3f})",
         )  # fmt: skip
-    Console(width=130).print(table)
-
-
-def held_out_books(folder: Path | None, tokenizer: Any) -> Books:
-    if folder is not None:
-        return Books.read(folder, tokenizer)
-    ids = tokenizer(demo.text() * 2, add_special_tokens=False, verbose=False)["input_ids"]
-    names = tuple(
-        f"{one}{two}" for one in ("Al", "Ber", "Cor", "Dor", "El") for two in ("vin", "tram", "nelia", "othy", "mer")
-    )
-    return Books(np.array(ids, np.uint16), names, tokenizer.convert_tokens_to_ids("."))
+    with Report("steering_quality", arguments.save, width=130) as report:
+        report.show(table)
 
 
 if __name__ == "__main__":

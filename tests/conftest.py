@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import regard
-from regard.look import load
+from regard.models import load
 
 
 @pytest.fixture(scope="session")

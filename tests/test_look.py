@@ -125,11 +125,21 @@ def test_text_from_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "standard input" in out.read_text()
 
 
+def test_layers_and_tokens_on_the_command_line(tmp_path: Path) -> None:
+    saved = tmp_path / "seen.nc"
+    arguments = ["--prompt", "It rained all day.", "--layers", "1-2, *.0.*", "--max-tokens", "3", "--save", str(saved)]
+    result = runner.invoke(cli.app, ["look", *arguments, "--out", str(tmp_path / "report.html")])
+    assert result.exit_code == 0, result.output
+    data = regard.load(saved)
+    assert data.layer.values.tolist() == [f"layers.{layer}.self_attn" for layer in (0, 1, 2)]
+    assert data.key_token[0].values.tolist() == ["<s>", "It", "Ġr"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--text", "long.txt"], "the model has positions for 1,024; pass --window"),
-        (["--text", "missing.txt"], "missing.txt"),
+        (["--text", "missing.txt"], "there is no file missing.txt; the words of a text are given by --prompt"),
         (["--text", "empty.txt"], "the text is empty"),
         (["--layers", "decoder.*"], "'decoder.*' matches no attention call; seen were layers.0.self_attn"),
         (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got 'int8'"),

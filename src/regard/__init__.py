@@ -1,10 +1,10 @@
 """Run attention, see it, steer it: attention matrices that are never stored, in any PyTorch model."""
 
-from regard import cache, mixers
+from regard import cache, masks, mixers, tokens
 from regard.cache import compress
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap
+from regard.maps import AttentionMap, attention
 from regard.mini import mini
+from regard.runtime import AttentionCall
 from regard.steer import (
     AddToKey,
     AddToQuery,
@@ -20,11 +20,11 @@ from regard.steer import (
     Temperature,
     capture,
     load_recipe,
-    locate,
     parse_edit,
     save_recipe,
     steer,
 )
+from regard.tokens import Grid, locate
 from regard.watch import (
     At,
     Entropy,
@@ -56,6 +56,7 @@ __all__ = [
     "Edit",
     "Entropy",
     "Gate",
+    "Grid",
     "Mass",
     "MeanDistance",
     "Mutual",
@@ -71,16 +72,19 @@ __all__ = [
     "Temperature",
     "TopK",
     "ValueNorm",
+    "attention",
     "cache",
     "capture",
     "compress",
     "load",
     "load_recipe",
     "locate",
+    "masks",
     "mini",
     "mixers",
     "parse_edit",
     "save_recipe",
     "steer",
+    "tokens",
     "watch",
 ]

@@ -20,10 +20,13 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from regard.cache.trial import Trial
-    from regard.compare import Comparison
     from regard.mixers.linear import Mixer
+    from regard.steer.compare import Comparison
 
 console = Console(stderr=True)
+TextFile = Annotated[str | None, typer.Option(metavar="FILE", help="A text file, or - for the standard input.")]
+Prompt = Annotated[str | None, typer.Option(help="The text itself, in place of a file.")]
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -35,25 +38,26 @@ def regard() -> None:
 @app.command()
 def look(
     model: Annotated[str | None, typer.Option(help="Folder or name of a model; by default the bundled one.")] = None,
-    text: Annotated[
-        str | None, typer.Option(help="A text file, or - for the standard input; by default a chapter.")
-    ] = None,
+    text: TextFile = None,
+    prompt: Prompt = None,
     out: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("report.html"),
     save: Annotated[Path | None, typer.Option(help="Also write the statistics, as netCDF.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Numbers or globs on module paths, with commas.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Numbers, ranges or globs on module paths, with commas.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Read the first tokens only.")] = None,
     window: Annotated[bool, typer.Option(help="Read a text longer than the model in windows.")] = False,
 ) -> None:
-    """Report where a model looks when it reads a text."""
+    """Report where a model looks when it reads a text: by default a chapter of a novel."""
     with _errors():
         from regard import mini
-        from regard.look import load, look
+        from regard.look import look
+        from regard.models import load
+        from regard.tokens import parse_layers
         from regard.watch import save as save_dataset
 
         _quiet()
-        content, text_name = _read(text)
+        content, text_name = _read(text, prompt)
         with console.status(f"loading {model or mini.name}"):
             loaded, tokenizer = load(model or mini.path(), device, dtype)
         with _bar() as advance:
@@ -63,7 +67,7 @@ def look(
                 content,
                 model_name=Path(model).name if model else mini.name,
                 text_name=text_name,
-                layers=_layers(layers),
+                layers=None if layers is None else parse_layers(layers),
                 max_tokens=max_tokens,
                 window=window,
                 progress=advance,
@@ -79,7 +83,8 @@ def look(
 
 @app.command()
 def steer(
-    text: Annotated[str, typer.Option(help="The text itself, a text file, or - for the standard input.")],
+    text: TextFile = None,
+    prompt: Prompt = None,
     edit: Annotated[
         list[str] | None, typer.Option(help="Such as 'Reweight(keys=\"a passage\", by=4)'; repeatable.")
     ] = None,
@@ -92,17 +97,17 @@ def steer(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> None:
-    """Edit a model's attention and compare what it says, before and after."""
+    """Edit a model's attention and compare what it says of a text, by default a chapter, before and after."""
     with _errors():
         from regard import load_recipe, mini, parse_edit
-        from regard.compare import compare
-        from regard.look import load
+        from regard.models import load
+        from regard.steer.compare import compare
 
         _quiet()
         edits = [*(load_recipe(recipe) if recipe else []), *(parse_edit(written) for written in edit or [])]
         if not edits:
             raise ValueError("nothing to do: give an --edit, or a --recipe")
-        content = _given(text)
+        content, _ = _read(text, prompt)
         with console.status(f"loading {model or mini.name}"):
             loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
         with console.status("reading"):
@@ -112,10 +117,8 @@ def steer(
 
 @app.command()
 def cache(
-    text: Annotated[
-        str | None,
-        typer.Option(help="The text itself, a text file, or - for the standard input; by default a chapter."),
-    ] = None,
+    text: TextFile = None,
+    prompt: Prompt = None,
     policy: Annotated[
         str, typer.Option(help="Such as snapkv, or 'SnapKV(window=16, by_head=\"adaptive\")'.")
     ] = "snapkv",
@@ -129,15 +132,15 @@ def cache(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> None:
-    """Compress a model's key-value cache, and see what is kept and what is then said."""
+    """Compress a model's key-value cache of a text, by default a chapter, and see what is kept and what is then said."""
     with _errors():
-        from regard import demo, mini
+        from regard import mini
         from regard.cache.trial import read_policy, trial
-        from regard.look import load
+        from regard.models import load
 
         _quiet()
         chosen = read_policy(policy, None if budget is None else _budget(budget))
-        content = demo.text() if text is None else _given(text)
+        content, _ = _read(text, prompt)
         with console.status(f"loading {model or mini.name}"):
             loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
         with console.status("reading"):
@@ -236,17 +239,6 @@ def _show(found: Comparison) -> None:
             out.print(Text.assemble((f"{name:>8} ", "bold"), said.completion), soft_wrap=True)
 
 
-def _given(text: str) -> str:
-    """The text itself, unless it names a file or the standard input."""
-    if text == "-":
-        return sys.stdin.read().rstrip("\n")
-    if len(text) < 4096 and Path(text).is_file():
-        return _read(text)[0].rstrip("\n")
-    if text.endswith((".txt", ".md")) and "\n" not in text and " " not in text:
-        raise FileNotFoundError(f"there is no file {text}")
-    return text
-
-
 def _quiet() -> None:
     """One progress bar is enough: ours."""
     from transformers.utils import logging
@@ -254,24 +246,27 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _read(text: str | None) -> tuple[str, str]:
-    """The text and its name."""
+def _read(file: str | None, prompt: str | None) -> tuple[str, str]:
+    """The text and its name. The line breaks at the end of a file are the file's."""
     from regard import demo
 
-    if text is None:
+    if file is not None and prompt is not None:
+        raise ValueError("the text is given twice, by --text and by --prompt")
+    if prompt is not None:
+        return prompt, "the prompt"
+    if file is None:
         return demo.text(), demo.TEXT_NAME
-    if text == "-":
-        return sys.stdin.read(), "standard input"
     try:
-        return Path(text).read_text(encoding="utf-8"), Path(text).name
+        if file == "-":
+            return sys.stdin.read().rstrip("\n"), "standard input"
+        path = Path(file)
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file {file}; the words of a text are given by --prompt")
+        if path.is_dir():
+            raise IsADirectoryError(f"{file} is a folder; --text names a file")
+        return path.read_text(encoding="utf-8").rstrip("\n"), path.name
     except UnicodeDecodeError as error:
-        raise ValueError(f"{text} is not a text in UTF-8: {error}") from error
-
-
-def _layers(layers: str | None) -> list[int | str] | None:
-    if layers is None:
-        return None
-    return [int(part) if part.strip().isdecimal() else part.strip() for part in layers.split(",")]
+        raise ValueError(f"{file} is not a text in UTF-8: {error}") from error
 
 
 @contextmanager

@@ -85,9 +85,9 @@ def test_a_step_attends_to_what_is_left_at_its_own_position(name: str, by_head: 
         elif visible.dtype != torch.bool:
             visible = visible > -1e30
         visible = visible.expand(call.query.shape[0], call.query.shape[1], -1, -1).clone()
-        if call.layer in left:
-            shared = call.query.shape[1] // left[call.layer].shape[1]
-            gone = ~left[call.layer].repeat_interleave(shared, 1)
+        if call.place.layer in left:
+            shared = call.query.shape[1] // left[call.place.layer].shape[1]
+            gone = ~left[call.place.layer].repeat_interleave(shared, 1)
             visible[:, :, 12:, :12] &= ~gone[:, :, None]
         return regard.AttentionCall(
             call.query, call.key, call.value, visible, scale=call.scale, enable_gqa=True,
@@ -115,7 +115,7 @@ def test_several_turns_on_one_cache(llama: hf.PreTrainedModel, policy: Policy) -
 
     def hide(call: regard.AttentionCall, heads: Tensor) -> regard.AttentionCall:
         visible = torch.ones(19, 19, dtype=torch.bool).tril().repeat(1, 4, 1, 1)
-        visible[:, :, 12:, :12] &= left[call.layer].repeat_interleave(2, 1)[:, :, None]
+        visible[:, :, 12:, :12] &= left[call.place.layer].repeat_interleave(2, 1)[:, :, None]
         return regard.AttentionCall(call.query, call.key, call.value, visible, enable_gqa=True)
 
     with torch.no_grad(), regard.steer(llama, regard.Custom(hide)):

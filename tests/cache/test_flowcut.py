@@ -154,8 +154,8 @@ def encoder_calls(seer: Seer, inputs: dict[str, Tensor]) -> list[list[Call]]:
     found: dict[str, list[Call]] = {}
 
     def note(call: regard.AttentionCall, heads: Tensor) -> regard.AttentionCall:
-        if "vis" in call.path:
-            chunk = call.path.partition("#")[2]
+        if "vis" in call.place.path:
+            chunk = call.place.path.partition("#")[2]
             for image, one in enumerate(zip(call.query, call.key, call.value, strict=True)):
                 found.setdefault(f"{chunk or 0}.{image}", []).append(one)
         return call

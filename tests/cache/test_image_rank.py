@@ -12,7 +12,7 @@ from torch import Tensor
 
 import regard
 from regard.cache import Entries, ImageRank, KeepAll, Policy
-from regard.steer.vision import ImageTokens, decoder_layers
+from regard.tokens import ImageTokens, decoder_layers
 from tests.cache.images import SEERS, generate, pair, reader
 from tests.cache.reference import matrix
 from tests.steer.vision.conftest import IMAGE, Seer
@@ -59,7 +59,7 @@ def last_rows(model: torch.nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]
     found = []
 
     def note(call: regard.AttentionCall, heads: Tensor) -> regard.AttentionCall:
-        if "vis" not in call.path:
+        if "vis" not in call.place.path:
             shared = call.query.shape[1] // call.key.shape[1]
             key = call.key if shared == 2 else call.key[:, ::2]
             rows = matrix(call.query[:, :, -1:], key, inputs["attention_mask"].bool())
@@ -240,7 +240,7 @@ def test_ids_that_are_not_known() -> None:
     model, inputs = reader(), ragged()
     embedded = model.get_input_embeddings()(inputs["input_ids"])
     by_ids = {"inputs_embeds": embedded, "attention_mask": inputs["attention_mask"]}
-    with torch.no_grad(), pytest.raises(ValueError, match=r"whose ids are not known: the model was not given them"), \
+    with torch.no_grad(), pytest.raises(ValueError, match=r"of 16 tokens none are known: the model was not given them"), \
             regard.compress(model, ImageRank(budget=2)):  # fmt: skip
         model(**by_ids)
     with torch.no_grad(), regard.compress(model, ImageRank(budget=2, image=inputs["input_ids"] == IMAGE)) as cache:
@@ -277,7 +277,7 @@ def test_texts_and_models_without_images(llama: hf.PreTrainedModel) -> None:
     with torch.no_grad(), pytest.raises(ValueError, match=r"in the layers from 4 on, but the model has 4, 0 to 3"), \
             regard.compress(reader(), ImageRank(layer=4)) as cache:  # fmt: skip
         cache.model(**ragged())
-    with torch.no_grad(), pytest.raises(ValueError, match=r"a mask for 3 texts does not fit the cache, whose batch is 2"), \
+    with torch.no_grad(), pytest.raises(ValueError, match=r"image is a mask for 3 texts, or positions for so many, but the batch is 2"), \
             regard.compress(reader(), ImageRank(image=torch.ones(3, 16, dtype=torch.bool))) as cache:  # fmt: skip
         cache.model(**ragged())
 

@@ -26,7 +26,7 @@ def calls_of(model: hf.PreTrainedModel, run: Callable[[], Any]) -> list[list[tup
 
     def note(call: regard.AttentionCall, heads: Tensor) -> regard.AttentionCall:
         key = call.key[:, :: call.key.shape[1] // 2] if call.key.shape[1] > 2 else call.key
-        found.setdefault(call.layer, []).append((call.query, key))
+        found.setdefault(call.place.layer, []).append((call.query, key))
         return call
 
     with torch.no_grad(), regard.steer(model, regard.Custom(note)):
@@ -132,7 +132,7 @@ def by_hand(policy: Policy, ids: Tensor, prompt: int) -> list[list[list[int]]]:
         visible = torch.ones(tokens, tokens, dtype=torch.bool).tril().repeat(1, heads, 1, 1)
         for step, gone in enumerate(hidden):
             for layer, head, key in gone:
-                if layer == call.layer and prompt + step < tokens:
+                if layer == call.place.layer and prompt + step < tokens:
                     visible[0, head, prompt + step, key] = False
         return regard.AttentionCall(call.query, call.key, call.value, visible.repeat_interleave(2, 1), enable_gqa=True)
 
@@ -140,7 +140,7 @@ def by_hand(policy: Policy, ids: Tensor, prompt: int) -> list[list[list[int]]]:
         found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
         def note(call: regard.AttentionCall, chosen: Tensor, found: Any = found) -> regard.AttentionCall:
-            found[call.layer] = (call.query, call.key, call.attn_mask)
+            found[call.place.layer] = (call.query, call.key, call.attn_mask)
             return call
 
         with torch.no_grad(), regard.steer(LLAMA, regard.Custom(edit)), regard.steer(LLAMA, regard.Custom(note)):

@@ -59,7 +59,7 @@ def steps_of(model: hf.PreTrainedModel, mask: Tensor) -> Iterator[list[Seen]]:
             real = torch.ones(batch, tokens, dtype=torch.bool)
             real[:, : mask.shape[1]] = mask.repeat_interleave(batch // len(mask), 0).bool()
             hidden = real[:, None] & ~visible[:, :, 0].expand(batch, call.query.shape[1], -1)
-            seen.append(Seen(call.layer, call.query, call.key, hidden, call.factor))
+            seen.append(Seen(call.place.layer, call.query, call.key, hidden, call.factor))
         return call
 
     with regard.steer(model, regard.Custom(note)):
@@ -142,7 +142,9 @@ def test_a_step_is_that_of_the_whole_text_with_the_same_entries_hidden(
         hidden[step.layer, :, :, tokens - 1, :tokens] = step.hidden
 
     def hide(call: regard.AttentionCall, heads: Tensor) -> regard.AttentionCall:
-        return regard.AttentionCall(call.query, call.key, call.value, visible & ~hidden[call.layer], enable_gqa=True)
+        return regard.AttentionCall(
+            call.query, call.key, call.value, visible & ~hidden[call.place.layer], enable_gqa=True
+        )
 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad(), regard.steer(llama, regard.Custom(hide)):

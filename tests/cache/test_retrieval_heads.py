@@ -99,13 +99,13 @@ def test_profile(name: str, by: str) -> None:
     looks: dict[tuple[int, int], list[float]] = {}
 
     def note(call: regard.AttentionCall, heads: Tensor) -> regard.AttentionCall:
-        if call.layer not in windows:
+        if call.place.layer not in windows:
             key = call.key[:, :: call.key.shape[1] // key_heads]
             scale = call.factor * call.query.shape[-1] ** 0.5
             weights = matrix(call.query * scale, key, torch.ones(1, key.shape[2], dtype=torch.bool))[0]
-            for query, target in targets(call.token_ids[0].tolist(), by).items():
+            for query, target in targets(call.place.token_ids[0].tolist(), by).items():
                 for head, weight in enumerate(weights[:, query, target].tolist()):
-                    looks.setdefault((call.layer, head), []).append(weight)
+                    looks.setdefault((call.place.layer, head), []).append(weight)
         return call
 
     with torch.no_grad(), regard.steer(model, regard.Custom(note)):

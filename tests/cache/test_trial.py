@@ -53,11 +53,12 @@ def test_command_line(tmp_path: Path) -> None:
         (["--budget", "much"], "a share such as 0.25, got 'much'"),
         (["--budget", "20"], "SnapKV: always keeps 32 entries, but the budget is 20"),
         ([], "always keeps 32 entries, but the budget, 0.25 of"),
-        (["--text", " "], "the text is empty"),
+        (["--prompt", " "], "the text is empty"),
+        (["--text", "missing.txt"], "there is no file missing.txt; the words of a text are given by --prompt"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str) -> None:
-    text = [] if "--text" in arguments else ["--text", TEXT]
+    text = [] if {"--text", "--prompt"} & set(arguments) else ["--prompt", TEXT]
     result = runner.invoke(cli.app, ["cache", *arguments, *text])
     assert result.exit_code == 1
     assert message in result.output.replace("\n", " ")

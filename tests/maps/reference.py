@@ -17,6 +17,8 @@ class Call:
     attn_mask: Tensor | None
     is_causal: bool
     scale: float | None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     def arguments(self) -> dict[str, object]:
         return {
@@ -26,6 +28,8 @@ class Call:
             "is_causal": self.is_causal,
             "scale": self.scale,
             "enable_gqa": True,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
         }
 
     def logits(self) -> Tensor:
@@ -33,6 +37,8 @@ class Call:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         logits = scale * query @ key.transpose(-1, -2)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         if self.attn_mask is not None and self.attn_mask.dtype == torch.bool:
             logits = logits.masked_fill(~self.attn_mask, -math.inf)
         elif self.attn_mask is not None:
@@ -42,12 +48,16 @@ class Call:
         return logits
 
     def logsumexp(self) -> Tensor:
-        return self.logits().logsumexp(dim=-1)
+        logits = self.logits()
+        if self.sinks is not None:  # (Hq,), (B, Hq) or of three dimensions
+            sinks = self.sinks.double()
+            sinks = sinks[:, None] if sinks.ndim == 1 else sinks[..., None] if sinks.ndim == 2 else sinks
+            logits = torch.cat([logits, sinks.expand(logits.shape[:3])[..., None]], dim=-1)
+        return logits.logsumexp(dim=-1)
 
     def matrix(self) -> Tensor:
-        logits = self.logits()
-        total = logits.logsumexp(dim=-1, keepdim=True)
-        return torch.exp(logits - total.masked_fill(total.isneginf(), 0.0))
+        total = self.logsumexp()[..., None]
+        return torch.exp(self.logits() - total.masked_fill(total.isneginf(), 0.0))
 
     def entropy(self) -> Tensor:
         return torch.special.entr(self.matrix()).sum(-1)
@@ -55,7 +65,7 @@ class Call:
 
 @st.composite
 def calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,), masks: bool = True) -> Call:
-    """Any call that SDPA takes: batch, grouped heads, lengths, mask of any broadcastable shape, scale, layout."""
+    """Any call: batch, grouped heads, lengths, mask of any broadcastable shape, scale, layout, soft cap, sinks."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     batch, key_heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     queries, keys = draw(st.integers(1, 70)), draw(st.integers(1, 70))
@@ -64,8 +74,15 @@ def calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,), m
     heads = key_heads * groups
 
     def tensor(*shape: int) -> Tensor:
-        if draw(st.booleans()):  # the layout that models have before they transpose
+        layout = draw(
+            st.sampled_from(["contiguous", "as models transpose it", "last dimension strided", "every other"])
+        )
+        if layout == "as models transpose it":
             return torch.randn(shape[0], shape[2], shape[1], shape[3], generator=generator).transpose(1, 2)
+        if layout == "last dimension strided":
+            return torch.randn(shape[0], shape[1], shape[3], shape[2], generator=generator).mT
+        if layout == "every other":
+            return torch.randn(*shape[:3], 2 * shape[3], generator=generator)[..., ::2]
         return torch.randn(shape, generator=generator)
 
     query = (size * tensor(batch, heads, queries, width)).to(dtype)
@@ -79,4 +96,10 @@ def calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,), m
         if kind == "additive":
             mask = torch.where(mask, torch.randn(shape, generator=generator), -math.inf)
     scale = draw(st.sampled_from([None, 0.05, 0.7]))
-    return Call(query, key, mask, kind == "causal", scale)
+    softcap = draw(st.sampled_from([None, None, 2.0, 50.0]))
+    sinks = None
+    if draw(st.integers(0, 3)) == 0:
+        sizes = [draw(st.sampled_from([1, n])) for n in (batch, heads, queries)]
+        sizes = draw(st.sampled_from([[heads], [batch, heads], sizes]))
+        sinks = 2 * torch.randn(sizes, generator=generator)
+    return Call(query, key, mask, kind == "causal", scale, softcap, sinks)

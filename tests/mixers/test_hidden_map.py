@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from regard.mixers import HiddenMap, hidden_map
+from regard.maps import token_map
+from regard.mixers import HiddenMap
 from regard.mixers.linear import chunked_attention
 
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 9, 11
@@ -18,13 +19,14 @@ def stored(request: pytest.FixtureRequest) -> Iterator[Tensor]:
     """A matrix, while maps read so many numbers at once."""
     matrix = torch.randn(BATCH, HEADS, QUERIES, KEYS, dtype=torch.float64)
     matrix[:, :, 2, 3:] = 0.0
-    with patch.object(hidden_map, "_NUMBERS_AT_ONCE", request.param):
+    with patch.object(token_map, "_NUMBERS_AT_ONCE", request.param):
         yield matrix
 
 
 def hidden(matrix: Tensor) -> HiddenMap:
-    values = torch.randn(*matrix.shape[:2], matrix.shape[3], 4, dtype=matrix.dtype)
-    return HiddenMap(lambda v: matrix @ v, tuple(matrix.shape), values)
+    batch, heads, queries, keys = matrix.shape
+    values = torch.randn(batch, heads, keys, 4, dtype=matrix.dtype)
+    return HiddenMap(lambda v: matrix @ v, (batch, heads, queries, keys), values)
 
 
 def test_entries(stored: Tensor) -> None:
@@ -75,6 +77,8 @@ def test_some_heads(stored: Tensor) -> None:
     assert torch.equal(P.values, whole.values[:, [2, 0]])
     with pytest.raises(IndexError, match="heads names position 3, but there are 3 heads"):
         whole.heads([3])
+    with pytest.raises(ValueError, match=r"chosen once each, got \[0, 0\]"):
+        whole.heads([0, 0])
 
 
 def test_other_orders_of_tokens(stored: Tensor) -> None:
@@ -150,7 +154,7 @@ def test_questions_without_an_answer() -> None:
         HiddenMap(lambda v: v, P.shape, torch.zeros(2, 3, 9, 4))
     with pytest.raises(ValueError, match=r"needs V of shape \(2 or 1, 3 or 1, 11, width\), got \(2, 3, 9, 4\)"):
         P @ torch.zeros(2, 3, 9, 4)
-    with pytest.raises(ValueError, match="W broadcastable to"):
+    with pytest.raises(ValueError, match=r"needs V of shape \(2 or 1, 3 or 1, 9, width\), got \(2, 3, 11, 4\)"):
         P.T @ torch.zeros(2, 3, 11, 4)
     with pytest.raises(ValueError, match=r"targets must be positions of shape \(9,\) or \(2, 9\)"):
         P.at(torch.zeros(11, dtype=torch.long))

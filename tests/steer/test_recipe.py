@@ -1,14 +1,13 @@
 """Edits as text: what is written is what is read, and what cannot be read says so."""
 
 from pathlib import Path
-from typing import Any
 
+import numpy
 import pytest
 import torch
-from torch.nn import Module
 
 import regard
-from regard.steer import Edit, load_recipe, locate, parse_edit, save_recipe
+from regard.steer import Edit, load_recipe, parse_edit, save_recipe
 
 EDITS: list[Edit] = [
     regard.Reweight(keys=[0, -1], by=0.5, renormalize=False, layers="*.2.*", heads=[1, 5]),
@@ -27,6 +26,28 @@ def test_recipes_are_read_as_written(tmp_path: Path) -> None:
     read = load_recipe(tmp_path / "recipe.json")
     assert [type(edit) for edit in read] == [type(edit) for edit in EDITS]
     assert [str(edit).replace("range(3, 9)", str([*range(3, 9)])) for edit in EDITS] == [str(edit) for edit in read]
+
+
+@pytest.mark.parametrize(
+    ("edit", "same"),
+    [
+        (regard.Block([[0, 2], [1]]), regard.Block([[0, 2], [1]])),
+        (regard.Block(numpy.array([3, 5])), regard.Block([3, 5])),
+        (regard.Block(numpy.int64(3), heads=numpy.array([1])), regard.Block(3, heads=[1])),
+        (regard.Block([True, False], heads={numpy.int64(2): numpy.array([0])}), regard.Block([True, False], heads={2: [0]})),
+        (regard.Block(slice(numpy.int64(2), None), layers=[slice(0, 2), "*.5.*"]),
+         regard.Block(slice(2, None), layers=[slice(0, 2), "*.5.*"])),
+    ],
+)  # fmt: skip
+def test_recipes_hold_positions_in_every_form(tmp_path: Path, edit: Edit, same: Edit) -> None:
+    save_recipe(tmp_path / "recipe.json", [edit])
+    assert load_recipe(tmp_path / "recipe.json") == [same]
+
+
+def test_recipes_hold_masks_as_tensors(tmp_path: Path) -> None:
+    save_recipe(tmp_path / "recipe.json", [regard.Block(numpy.array([[True, False]]))])
+    (read,) = load_recipe(tmp_path / "recipe.json")
+    assert torch.equal(read.keys, torch.tensor([[True, False]]))
 
 
 def test_functions_cannot_be_written(tmp_path: Path) -> None:
@@ -66,27 +87,6 @@ def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> N
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_recipe(path)
-
-
-def test_passages_become_their_tokens(mini: tuple[Module, Any]) -> None:
-    _, tokenizer = mini
-    text = "It rained. The secret number of Ada is 48213. It rained again."
-    edit = locate(regard.Redistribute("It rained. ", "secret number of Ada", 0.5), text, tokenizer)
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode([ids[position] for position in edit.target]) == " secret number of Ada"
-    assert edit.source[0] == 1
-    unchanged = regard.Reweight([3], 2)
-    assert locate(unchanged, text, tokenizer) is unchanged
-
-
-@pytest.mark.parametrize(
-    ("passage", "message"),
-    [("snow", "does not occur"), ("rained", r"occurs 2 times, at characters 3, 49"), ("", "does not occur")],
-)
-def test_passages_must_occur_once(mini: tuple[Module, Any], passage: str, message: str) -> None:
-    text = "It rained. The secret number of Ada is 48213. It rained again."
-    with pytest.raises(ValueError, match=message):
-        locate(regard.Reweight(passage, 2), text, mini[1])
 
 
 def test_a_passage_is_no_position() -> None:

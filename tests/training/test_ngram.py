@@ -23,6 +23,11 @@ def test_trigrams_by_definition() -> None:
     trigrams = Counter(zip(row, row[1:], row[2:], strict=False))
     bigrams = Counter(gram[1:] for gram in trigrams)
     unigrams = Counter(gram[1:] for gram in bigrams)
+    tables: dict[int, Counter[tuple[int, ...]]] = {
+        3: Counter(dict(trigrams)),
+        2: Counter(dict(bigrams)),
+        1: Counter(dict(unigrams)),
+    }
 
     def discount(table: Counter[tuple[int, ...]]) -> float:
         counts = Counter(table.values())
@@ -31,13 +36,13 @@ def test_trigrams_by_definition() -> None:
     def probability(gram: tuple[int, ...]) -> float:
         if not gram:
             return 1 / 4
-        table = {3: trigrams, 2: bigrams, 1: unigrams}[len(gram)]
+        table = tables[len(gram)]
         lower = probability(gram[1:])
         followers = [count for other, count in table.items() if other[:-1] == gram[:-1]]
         if not followers:
             return lower
         d, total = discount(table), sum(followers)
-        return max(table[gram] - d, 0) / total + d * len(followers) / total * lower
+        return float(max(table[gram] - d, 0) / total + d * len(followers) / total * lower)
 
     wanted = [probability(gram) for gram in zip(row, row[1:], row[2:], strict=False)]
     np.testing.assert_allclose(model.probabilities(tokens), wanted, atol=1e-12)

@@ -1,10 +1,13 @@
 """What a summary says about heads whose attention is known."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import xarray as xr
 
 from regard.view import summarize
+from tests.view.conftest import Recording
 
 SIZE = 64
 
@@ -25,7 +28,7 @@ def to_the_first(share: float) -> np.ndarray:
 
 def nearby() -> np.ndarray:
     distance = np.abs(np.subtract.outer(np.arange(SIZE), np.arange(SIZE)))
-    attention = (distance <= 6).astype(float)
+    attention: np.ndarray = (distance <= 6).astype(float)
     return attention / attention.sum(-1, keepdims=True)
 
 
@@ -46,17 +49,17 @@ HEADS = {
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_head_gets_its_kind(kind, recording):
+def test_a_head_gets_its_kind(kind: str, recording: Recording) -> None:
     summary = summarize(recording(HEADS[kind][None, None, None]))
     assert summary["kind"].item() == kind
 
 
 @pytest.mark.parametrize("kind", ["previous-token", "own-token", "sink", "broad"])
-def test_a_causal_head_gets_its_kind(kind, recording):
+def test_a_causal_head_gets_its_kind(kind: str, recording: Recording) -> None:
     assert summarize(recording(causal(HEADS[kind])[None, None, None]))["kind"].item() == kind
 
 
-def test_shares_are_means_over_the_queries_that_have_the_target(recording):
+def test_shares_are_means_over_the_queries_that_have_the_target(recording: Recording) -> None:
     summary = summarize(recording(head_at(-1)[None, None, None]))
     even = 0.1 / SIZE
     assert summary["previous"].item() == pytest.approx(0.9 + even)
@@ -64,37 +67,37 @@ def test_shares_are_means_over_the_queries_that_have_the_target(recording):
     assert summary["sink"].item() == pytest.approx(even + 2 * 0.9 / SIZE)
 
 
-def test_local_counts_each_near_token_once(recording):
+def test_local_counts_each_near_token_once(recording: Recording) -> None:
     attention = nearby()
     summary = summarize(recording(attention[None, None, None]))
     assert summary["local"].item() == pytest.approx(1)
     assert summary["positional"].item() < 0.2
 
 
-def test_local_needs_all_offsets_before_the_query(recording):
+def test_local_needs_all_offsets_before_the_query(recording: Recording) -> None:
     dataset = recording(nearby()[None, None, None]).sel(target=["previous", "own", "-2"])
     assert "local" not in summarize(dataset)
 
 
-def test_positional_names_its_offset(recording):
+def test_positional_names_its_offset(recording: Recording) -> None:
     heads = np.stack([head_at(3), head_at(-2)])
     assert summarize(recording(heads[None, None]))["offset"].values.tolist() == [[3, -2]]
 
 
-def test_even_attention_is_as_broad_as_can_be_with_and_without_a_causal_mask(recording):
+def test_even_attention_is_as_broad_as_can_be_with_and_without_a_causal_mask(recording: Recording) -> None:
     even = head_at(0, 0.0)
     for attention in (even, causal(even)):
         assert summarize(recording(attention[None, None, None]))["broad"].item() == pytest.approx(1)
 
 
-def test_broad_knows_how_many_keys_each_window_has(recording):
+def test_broad_knows_how_many_keys_each_window_has(recording: Recording) -> None:
     dataset = recording(head_at(0, 0.0)[None, None, None])
     short = recording(np.full((1, 1, 1, 16, 16), 1 / 16)).reindex(query=dataset["query"], key=dataset["key"])
     both = xr.concat([dataset[["entropy", "received"]], short[["entropy", "received"]]], "batch")
     assert summarize(both)["broad"].item() == pytest.approx(1)
 
 
-def test_a_previous_token_head_that_rests_on_the_sink_keeps_its_name(recording):
+def test_a_previous_token_head_that_rests_on_the_sink_keeps_its_name(recording: Recording) -> None:
     attention = 0.6 * to_the_first(1.0) + 0.4 * head_at(-1, 1.0)
     summary = summarize(recording(attention[None, None, None]))
     assert summary["sink"].item() > summary["previous"].item()
@@ -102,7 +105,7 @@ def test_a_previous_token_head_that_rests_on_the_sink_keeps_its_name(recording):
 
 
 @pytest.mark.parametrize("target", ["induction", "retrieval"])
-def test_targets_are_read_where_there_was_an_earlier_occurrence(target):
+def test_targets_are_read_where_there_was_an_earlier_occurrence(target: Any) -> None:
     at = np.array([np.nan, np.nan, 0.8, 0.6]).reshape(1, 1, 1, 4, 1)
     dims = ("layer", "batch", "head", "query", "target")
     summary = summarize(xr.Dataset({"at": (dims, at)}, {"target": [target]}))
@@ -110,27 +113,27 @@ def test_targets_are_read_where_there_was_an_earlier_occurrence(target):
     assert summary["kind"].item() == target
 
 
-def test_a_head_that_a_layer_lacks_has_no_kind(small):
+def test_a_head_that_a_layer_lacks_has_no_kind(small: xr.Dataset) -> None:
     summary = summarize(small)
     assert summary["kind"].values[1, 2] == ""
     assert np.isnan(summary["score"].values[1, 2])
     assert (summary["kind"].values != "").sum() == 5
 
 
-def test_the_score_of_a_mixed_head_is_how_near_it_comes(recording):
+def test_the_score_of_a_mixed_head_is_how_near_it_comes(recording: Recording) -> None:
     summary = summarize(recording(HEADS["mixed"][None, None, None]))
     assert 0 < summary["score"].item() < 1
 
 
 @pytest.mark.parametrize("name", ["entropy", "mean_distance", "mass", "at"])
-def test_a_variable_alone_is_enough(name, small):
+def test_a_variable_alone_is_enough(name: Any, small: xr.Dataset) -> None:
     assert len(summarize(small[[name]]).data_vars) > 0
 
 
-def test_mean_distance_alone_names_no_kind(small):
+def test_mean_distance_alone_names_no_kind(small: xr.Dataset) -> None:
     assert "kind" not in summarize(small[["mean_distance"]])
 
 
-def test_nothing_to_summarize_names_what_there_is_and_what_is_needed(small):
+def test_nothing_to_summarize_names_what_there_is_and_what_is_needed(small: xr.Dataset) -> None:
     with pytest.raises(ValueError, match=r"holds received, pooled; it needs at least one of entropy"):
         summarize(small[["received", "pooled"]])

@@ -4,14 +4,15 @@ import importlib
 import json
 import sys
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
 
-from regard.view import Facts, report
+from regard.view import RunFacts, report
 
-FACTS = Facts("MiniLM", "The Awakening", 24, 2, 3, 1.25, 313_000_000, 1_300_000_000, "cpu", "float32", "1.0")
+FACTS = RunFacts("MiniLM", "The Awakening", 24, 2, 3, 1.25, 313_000_000, 1_300_000_000, "cpu", "float32", "1.0")
 
 MODULE = importlib.import_module("regard.view.report")
 
@@ -37,11 +38,11 @@ class Page(HTMLParser):
     def identifiers(self) -> set[str | None]:
         return {attributes.get("id") for _, attributes in self.elements}
 
-    def data(self) -> dict:
-        return json.loads(next(text for text in self.texts if text.startswith('{"layers"')))
+    def data(self) -> dict[str, Any]:
+        return dict(json.loads(next(text for text in self.texts if text.startswith('{"layers"'))))
 
 
-def test_a_full_report_has_all_sections_and_the_facts(small):
+def test_a_full_report_has_all_sections_and_the_facts(small: xr.Dataset) -> None:
     page = Page(report(small, FACTS))
     assert {"heads-title", "kinds-title", "text-title", "map-title"} <= page.identifiers()
     text = " ".join(page.texts)
@@ -60,17 +61,17 @@ def test_a_full_report_has_all_sections_and_the_facts(small):
         ("pooled", {"map-title"}),
     ],
 )
-def test_what_was_not_recorded_has_no_section(variable, sections, small):
+def test_what_was_not_recorded_has_no_section(variable: str, sections: set[str], small: xr.Dataset) -> None:
     titles = {"heads-title", "kinds-title", "text-title", "map-title"}
     assert Page(report(small[[variable]], FACTS)).identifiers() & titles == sections
 
 
-def test_nothing_to_report_is_an_error(small):
+def test_nothing_to_report_is_an_error(small: xr.Dataset) -> None:
     with pytest.raises(ValueError, match=r"nothing to report: the dataset holds other; it needs"):
         report(xr.Dataset({"other": small["entropy"]}), FACTS)
 
 
-def test_the_data_says_which_heads_there_are_and_reads_as_text(small):
+def test_the_data_says_which_heads_there_are_and_reads_as_text(small: xr.Dataset) -> None:
     data = Page(report(small, FACTS)).data()
     assert data["present"] == [[True, True, True], [True, True, False]]
     assert "".join(data["text"]["windows"][1]) == "the parrot, which hung in a cage."
@@ -78,13 +79,13 @@ def test_the_data_says_which_heads_there_are_and_reads_as_text(small):
     assert data["pictures"]["shown"] == [4, 4]
 
 
-def test_hostile_names_and_tokens_stay_text(small):
+def test_hostile_names_and_tokens_stay_text(small: xr.Dataset) -> None:
     hostile = ["</script><script>alert(1)</script>", "<b>", "&amp;", '"', "<!--", "\u2028", "${1}", "{{ 1 }}"]
     tokens = small["key_token"].astype(object)
     tokens[:, : len(hostile)] = hostile
     paths = ["</script><img src=x>", "'\"<b>"]
     dataset = small.assign_coords(key_token=tokens, layer=paths)
-    facts = Facts("</title><b>\"&'", "{{ 7 * 7 }}</cite><b>", 24, 2, 3, 1.0, 1, 1, "<b>", "<b>", "<b>")
+    facts = RunFacts("</title><b>\"&'", "{{ 7 * 7 }}</cite><b>", 24, 2, 3, 1.0, 1, 1, "<b>", "<b>", "<b>")
     page, plain = Page(report(dataset, facts)), Page(report(small, FACTS))
     for tag in ("script", "img", "title", "cite"):
         assert page.count(tag) == plain.count(tag)
@@ -94,16 +95,16 @@ def test_hostile_names_and_tokens_stay_text(small):
     assert "</title><b>\"&'" in page.texts
 
 
-def test_a_report_needs_no_network(small):
+def test_a_report_needs_no_network(small: xr.Dataset) -> None:
     page = Page(report(small, FACTS))
     for _, attributes in page.elements:
         for name in ("src", "href", "srcset", "action"):
             assert (attributes.get(name) or "data:").startswith("data:")
     policy = next(attributes["content"] for tag, attributes in page.elements if "http-equiv" in attributes)
-    assert policy.startswith("default-src 'none'")
+    assert str(policy).startswith("default-src 'none'")
 
 
-def test_a_thousand_heads_on_two_thousand_tokens_stay_below_15_megabytes():
+def test_a_thousand_heads_on_two_thousand_tokens_stay_below_15_megabytes() -> None:
     generator = np.random.default_rng(0)
     dims = ("layer", "batch", "head")
     received = generator.random((32, 1, 32, 2000), np.float32)
@@ -112,7 +113,9 @@ def test_a_thousand_heads_on_two_thousand_tokens_stay_below_15_megabytes():
     assert len(report(dataset, FACTS)) < 15_000_000
 
 
-def test_a_recording_that_is_too_large_is_cut_to_its_first_windows(small, monkeypatch):
+def test_a_recording_that_is_too_large_is_cut_to_its_first_windows(
+    small: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(MODULE, "BUDGET", 6 * 16)
     data = Page(report(small, FACTS)).data()
     assert len(data["text"]["windows"]) == 1
@@ -120,19 +123,19 @@ def test_a_recording_that_is_too_large_is_cut_to_its_first_windows(small, monkey
     assert data["pictures"]["windows"] == 1
 
 
-def test_a_text_that_is_too_long_is_cut_to_its_first_tokens(small, monkeypatch):
+def test_a_text_that_is_too_long_is_cut_to_its_first_tokens(small: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "BUDGET", 6 * 5)
     data = Page(report(small, FACTS)).data()
     assert [len(window) for window in data["text"]["windows"]] == [5]
     assert data["text"]["tokens_left_out"] == 7
 
 
-def test_passes_are_windows(small):
+def test_passes_are_windows(small: xr.Dataset) -> None:
     data = Page(report(xr.concat([small, small], "pass"), FACTS)).data()
     assert data["windows"] == data["pictures"]["windows"] == len(data["text"]["windows"]) == 4
 
 
-def test_fine_pictures_are_merged_into_fewer_blocks(small, monkeypatch):
+def test_fine_pictures_are_merged_into_fewer_blocks(small: xr.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "SIDE", 2)
     pictures = Page(report(small, FACTS)).data()["pictures"]
     assert pictures["blocks"] == [4, 4]
@@ -141,7 +144,9 @@ def test_fine_pictures_are_merged_into_fewer_blocks(small, monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["jinja2", "plotly.offline"])
-def test_without_its_libraries_the_error_says_how_to_get_them(module, small, monkeypatch):
+def test_without_its_libraries_the_error_says_how_to_get_them(
+    module: Any, small: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'pip install "regard\[report\]"'):
         report(small, FACTS)

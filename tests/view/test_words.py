@@ -18,11 +18,11 @@ from regard.view.words import join
         ([], ""),
     ],
 )
-def test_the_pieces_read_as_text(tokens, text):
+def test_the_pieces_read_as_text(tokens: list[str], text: str) -> None:
     pieces = join(tokens)
     assert len(pieces) == len(tokens)
     assert "".join(pieces) == text
 
 
-def test_padding_stays_empty():
+def test_padding_stays_empty() -> None:
     assert join(["the", "house", "", ""]) == ["the", " house", "", ""]

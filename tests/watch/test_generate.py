@@ -62,7 +62,7 @@ def test_prompt_and_steps_are_joined(name: str) -> None:
         matrix = joined(steps, layer)
         here = data.isel(layer=layer)
         np.testing.assert_allclose(here.entropy, entropy(matrix), atol=2e-5)
-        np.testing.assert_allclose(here.received, matrix.sum(2), atol=2e-5)
+        np.testing.assert_allclose(here.received, matrix.sum(2), atol=2e-5, rtol=2e-5)
         diagonal = np.diagonal(matrix, axis1=2, axis2=3)
         np.testing.assert_allclose(here["at"].sel(target="own"), diagonal, atol=1e-5)
         before = np.diagonal(matrix, offset=-1, axis1=2, axis2=3)
@@ -124,7 +124,7 @@ def test_encoder_decoder(name: str) -> None:
         matrix = np.concatenate([step[number].double().numpy() for step in steps], axis=2)
         here = data.sel(layer=layer)
         np.testing.assert_allclose(here.entropy[:, :, : matrix.shape[2]], entropy(matrix), atol=2e-5)
-        np.testing.assert_allclose(here.received, matrix.sum(2), atol=2e-5)
+        np.testing.assert_allclose(here.received, matrix.sum(2), atol=2e-5, rtol=2e-5)
     selves = [layer for layer in seen.layers if kind_of(layer, kinds) == "self"]
     for number, layer in enumerate(selves):
         matrix = joined(output.decoder_attentions, number)

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from regard.calls import watched
-from regard.calls.seam import _interception
 from regard.mixers import HiddenMap
 from regard.mixers.linear import (
     SoftmaxAttention,
 )
+from regard.runtime import Call, looked_at
 from tests.watch.mixers import (
     DIM,
     TOKENS,
@@ -208,10 +207,10 @@ def test_one_text_in_several_calls(kind: str) -> None:
 @pytest.mark.parametrize("statistic", [regard.Entropy(), regard.Sinks()], ids=["Entropy", "Sinks"])
 def test_statistics_of_probabilities_are_refused(kind: str, statistic: regard.Statistic) -> None:
     model, name = nn.Sequential(built(kind)), type(statistic).__name__
-    message = rf"{name} of 0: a hidden map has no (entropy|viewers): .*received, mass, pool, at.*with layers="
+    message = rf"{name} of 0: HiddenMap\(.*\) has no (entropy|viewers): .*received, mass, pool, at.*with layers="
     with pytest.raises(NotImplementedError, match=message), regard.watch(model, statistic):
         model(text())
-    assert (watched(), _interception._entered) == (False, 0)
+    assert not looked_at()
 
 
 def test_softmax_in_tiles_has_every_statistic() -> None:
@@ -228,11 +227,10 @@ def test_statistic_of_ones_own_reads_the_map_and_the_call() -> None:
     class Own(regard.Statistic):
         name, dims = "own", ("query",)
 
-        def measure(self, attention: regard.AttentionMap, call: regard.AttentionCall) -> Tensor:
-            assert call.query.shape[2] == call.key.shape[2] == call.value.shape[2] == TOKENS
-            assert (call.path, call.query_start, call.key_start) == ("0", 0, 0)
-            with pytest.raises(ValueError, match="NaN"):  # and not the uniform map that zeros would have
-                call.map()
+        def measure(self, attention: regard.AttentionMap, call: Call) -> Tensor:
+            assert call.value.shape[2] == TOKENS
+            assert not hasattr(call, "query")  # a mixer has none
+            assert (call.place.path, call.place.query_start, call.place.key_start) == ("0", 0, 0)
             return attention.dense().diagonal(dim1=2, dim2=3)
 
     model, x = nn.Sequential(built("DeltaRule")), text()

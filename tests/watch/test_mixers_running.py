@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import regard
-from regard.calls import watched
-from regard.calls.seam import _interception
 from regard.mixers import HiddenMap
 from regard.mixers.linear import (
     DeltaRule,
@@ -24,6 +22,7 @@ from regard.mixers.linear import (
     SlidingWindow,
     State,
 )
+from regard.runtime import looked_at
 from tests.watch.mixers import (
     DIM,
     built,
@@ -155,4 +154,4 @@ def test_nothing_is_left_behind() -> None:
         model(x)
         assert len(maps) == 1  # made for who looks alone
     assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
-    assert (watched(), _interception._entered) == (False, 0)
+    assert not looked_at()

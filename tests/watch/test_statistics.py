@@ -201,6 +201,18 @@ def test_tokens_must_fit(tensors: tuple[Tensor, ...]) -> None:
         recording.dataset(tokens=[["a"], ["b"], ["c"]])
 
 
+def test_words_that_netcdf_cannot_hold_are_read_back(tensors: tuple[Tensor, ...], tmp_path: Path) -> None:
+    words = ["a\0b", "\ud800", "\udfffé", "\\x00", "\\", "\\\\ud800", "", "\n", "你", "\\u", "\0"]
+    recording = seen(tensors, regard.Mass({"si\0nk": 0}))
+    recording.save(tmp_path / "seen.nc", words)
+    read, wanted = regard.load(tmp_path / "seen.nc"), recording.dataset(words)
+    assert read.query_token.values.tolist() == [words, words]
+    assert read.identical(wanted)
+    plain = words[2:3] + words[5:]
+    recording.save(tmp_path / "plain.nc", [word.replace("\udfff", "").replace("\0", "") for word in plain])
+    assert "escaped" not in regard.load(tmp_path / "plain.nc").query_token.attrs
+
+
 def test_pictures_of_a_recording(tensors: tuple[Tensor, ...]) -> None:
     recording = seen(tensors, regard.Entropy(), regard.Received(), regard.Pooled(4))
     assert recording.plot.heads("entropy").data[0].z.shape == (1, 4)
@@ -214,7 +226,7 @@ def test_arguments_that_make_no_sense() -> None:
         (ValueError, "threshold between 0 and 1, got 2", lambda: regard.Sinks(threshold=2)),
         (ValueError, "k of at least 1, got 0", lambda: regard.TopK(0)),
         (ValueError, "at least 1 token, got 0", lambda: regard.Pooled(0)),
-        (ValueError, r"positions from 0 up, got \[-1\]", lambda: regard.Rows([-1])),
+        (ValueError, r"positions that can be counted", lambda: regard.Rows(slice(3, None))),
         (
             ValueError,
             "knows the targets previous, own, next, induction, repeated, retrieval, got 'last'",

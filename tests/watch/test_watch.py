@@ -131,7 +131,7 @@ def test_inputs_of_other_dimensions(shape: tuple[int, ...]) -> None:
     mask = torch.rand(*shape[:-2], 6, 6) > 0.3
     mask[..., 0] = True
     plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    with regard.watch(regard.Received()) as seen:
+    with regard.watch(regard.Received(), share=False) as seen:
         watched = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert torch.equal(plain, watched)
     logits = (q.double() @ k.double().transpose(-1, -2) * 8**-0.5).masked_fill(~mask, -torch.inf)
@@ -301,7 +301,7 @@ def test_everything_is_restored_after_an_exception() -> None:
         model(x)
     assert hooks(model) == 0
     assert not torch.overrides.is_tensor_like(model)
-    with pytest.raises(RuntimeError, match="was not run"), regard.watch(model, regard.Entropy()):
+    with pytest.raises(RuntimeError, match="not run inside"), regard.watch(model, regard.Entropy()):
         model.attention.function(*torch.randn(3, 1, 4, 6, 8))
     with torch.no_grad(), regard.watch(model, regard.Entropy()) as seen:
         with pytest.raises(ZeroDivisionError):
@@ -354,7 +354,9 @@ def test_kept_maps_answer_later_questions() -> None:
 def test_no_call_names_the_implementation_and_the_remedy() -> None:
     model = hf.BertModel(hf.BertConfig(**SMALL, **TEXT)).eval()
     model.set_attn_implementation("eager")
-    remedy = r"BertModel runs attn_implementation='eager'.*model\.set_attn_implementation\(\"sdpa\"\)"
+    remedy = (
+        r"BertModel was not run .*, or runs attn_implementation='eager'.*model\.set_attn_implementation\(\"sdpa\"\)"
+    )
     with pytest.raises(RuntimeError, match=remedy), regard.watch(model, regard.Entropy()), torch.no_grad():
         model(input_ids=ids())
 
@@ -362,12 +364,14 @@ def test_no_call_names_the_implementation_and_the_remedy() -> None:
 def test_no_call_in_other_models_and_blocks() -> None:
     model = nn.Linear(3, 3)
     with (
-        pytest.raises(RuntimeError, match=r"in Linear: its attention is its own code"),
+        pytest.raises(
+            RuntimeError, match=r"in Linear: it was not run inside the block, or its attention is its own code"
+        ),
         regard.watch(model, regard.Entropy()),
     ):
         model(torch.ones(1, 3))
     with (
-        pytest.raises(RuntimeError, match="Linear was not run inside the block"),
+        pytest.raises(RuntimeError, match="Linear: it was not run inside the block"),
         regard.watch(model, regard.Entropy()),
     ):
         pass
@@ -388,7 +392,7 @@ def test_errors_say_what_was_seen() -> None:
         run(regard.Entropy(), layers=[0, 2])
     with pytest.raises(IndexError, match=r"heads names head 4, but model.layers.0.self_attn has 4 heads, 0 to 3"):
         run(regard.Entropy(), heads=[0, 4])
-    with pytest.raises(IndexError, match=r"segment 'image' ends at 20, but there are 12 keys at model.layers.0"):
+    with pytest.raises(IndexError, match=r"segment 'image' ends at 20, but 12 tokens were seen"):
         run(regard.Mass({"image": slice(2, 20)}))
     with pytest.raises(ValueError, match="two statistics are named mass"):
         run(regard.Mass({"a": 0}), regard.Mass({"b": 1}))

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.cache.policy import Entries, Policy, ceil
-from regard.calls import AttentionCall, Where
-from regard.steer.edit import resolve
-from regard.steer.vision.image_tokens import image_tokens
+from regard.tokens import Where, image_tokens, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +45,19 @@ class _ImagePolicy(Policy):
 
     def new_image(self, entries: Entries, image: Where) -> Tensor:
         """(batch, seen) boolean: the image tokens that this pass brought."""
-        call = AttentionCall(
-            entries.keys, entries.keys, entries.values, path="the cache", token_ids=entries.token_ids
-        )  # as which positions are resolved
-        place = torch.arange(entries.seen, device=entries.keys.device)
-        found = resolve(image, call, 0, entries.seen) & (place >= entries.first[:, 0])
+        batch, device = len(entries.keys), entries.keys.device
+        token = torch.arange(entries.seen, device=device)
+        found = resolve(
+            image, 0, entries.seen, batch=batch, token_ids=entries.token_ids, device=device, what="image"
+        ).expand(batch, -1)
+        found = found & (token >= entries.first[:, 0])
         if not bool(found.any(dim=1).all()):
             row = int((~found.any(dim=1)).nonzero()[0])
             raise ValueError(
                 f"{type(self).__name__} drops image tokens, and text {row} of the batch has none among its "
                 f"{int(entries.tokens[row])} tokens: pass the image, or say with image= where it stands"
             )
-        return found & (place >= entries.seen - entries.new)
+        return found & (token >= entries.seen - entries.new)
 
     def targets(self, tokens: Tensor) -> Tensor:
         """How many of so many image tokens stay."""

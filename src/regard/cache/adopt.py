@@ -1,10 +1,10 @@
-"""Making a cache of transformers one that can drop entries."""
+"""Making a layer of a transformers' cache one that can drop entries."""
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch.nn import Module
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -14,52 +14,58 @@ from transformers.cache_utils import (
 )
 
 from regard.cache.layer import KeptLayer
-
-if TYPE_CHECKING:
-    from regard.cache.compress import compress
+from regard.cache.open_block import OpenBlock
 
 
-def adopt(cache: Any, keeper: compress) -> list[KeptLayer]:
-    """Put layers that can drop entries in the place of a cache's growing layers, and return them.
+def adopt(cache: Any, number: int, model: Module, block: OpenBlock) -> KeptLayer | None:
+    """The layer of this number, which has just taken a call's keys, as one that can drop entries, put into its place.
 
-    Sliding windows, and layers without keys, are left as they are.
+    None for sliding windows, which hold no more than the window and are left as they are.
+
+    Raises:
+        ValueError: a cache, or a layer, that holds keys in a way of its own.
+        RuntimeError: a layer that another block compresses.
     """
+    _check(cache)
+    if number >= len(cache.layers):
+        raise ValueError(
+            f"compress cannot drop entries of layer {number}, which attends to the keys and values of another: "
+            f"{type(model).__name__} shares them between layers"
+        )
+    layer = cache.layers[number]
+    if isinstance(layer, KeptLayer):
+        if layer.block is not block and layer.block.is_open:
+            raise RuntimeError(f"a cache of {type(model).__name__} is being compressed already; leave that block first")
+        layer.block = block
+        return layer
+    growing = [place for place, other in enumerate(cache.layers) if type(other) in (DynamicLayer, KeptLayer)]
+    if not growing:
+        raise ValueError(
+            f"compress has nothing to drop: every layer of {type(model).__name__} keeps a sliding window, and no more than it"
+        )
+    if number not in growing:
+        return None
+    layers = len(growing)
+    if cache.layer_class_to_replicate is DynamicLayer:  # it makes its layers as they come
+        config: Any = model.config
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+    kept = KeptLayer(growing.index(number), layers, block)
+    kept.fill(layer.keys, layer.values)
+    cache.layers[number] = kept
+    return kept
+
+
+def _check(cache: Any) -> None:
+    """Refuse caches and layers that hold keys in a way of their own."""
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise ValueError(f"compress works on a decoder's DynamicCache, not on {type(cache).__name__}")
     if cache.offloading:
         raise ValueError("compress cannot drop entries of an offloaded cache; use a DynamicCache without offloading")
-    for layer in cache.layers:
-        _check(layer)
-    growing = [place for place, layer in enumerate(cache.layers) if type(layer) in (DynamicLayer, KeptLayer)]
-    for rank, place in enumerate(growing):
-        cache.layers[place] = _kept(cache.layers[place], rank, len(growing), keeper)
-    if cache.layer_class_to_replicate is DynamicLayer:
-        config: Any = keeper.model.config
-        layers = config.get_text_config(decoder=True).num_hidden_layers
-        vars(cache)["layer_class_to_replicate"] = functools.partial(_next, cache, layers, keeper)  # called like a class
-    return [layer for layer in cache.layers if isinstance(layer, KeptLayer)]
-
-
-def _next(cache: Cache, layers: int, keeper: compress) -> KeptLayer:
-    return KeptLayer(len(cache.layers), layers, keeper)
-
-
-def _kept(layer: Any, rank: int, layers: int, keeper: compress) -> KeptLayer:
-    if isinstance(layer, KeptLayer):
-        layer.keeper = keeper
-        return layer
-    kept = KeptLayer(rank, layers, keeper)
-    if layer.get_seq_length():
-        kept.fill(layer.keys, layer.values)
-    return kept
-
-
-def _check(layer: Any) -> None:
-    """Refuse layers that hold keys in a way of their own."""
     known = (DynamicLayer, DynamicSlidingWindowLayer, KeptLayer)
-    if isinstance(layer, CacheLayerMixin) and type(layer) not in known:
-        what = "quantised" if "Quantized" in type(layer).__name__ else type(layer).__name__
-        raise ValueError(
-            f"compress cannot drop entries of a cache whose layers are {what}; use a DynamicCache, "
-            "generate's default, instead"
-        )
+    for layer in cache.layers:
+        if isinstance(layer, CacheLayerMixin) and type(layer) not in known:
+            what = "quantised" if "Quantized" in type(layer).__name__ else type(layer).__name__
+            raise ValueError(
+                f"compress cannot drop entries of a cache whose layers are {what}; use a DynamicCache, "
+                "generate's default, instead"
+            )

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from regard.cache.kept_call import KeptCall
+from regard.cache.open_block import OpenBlock
 from regard.cache.policy import Policy
 from regard.cache.report import Report, report
 from regard.cache.restricted_call import RestrictedCall
-from regard.calls import AttentionCall, enter_all, keep
-from regard.calls.call import unpacked
+from regard.runtime import AttentionCall, HiddenCall, Proceed, Reading, Site, entered, explain, interceptors
 
 if TYPE_CHECKING:
     from regard.cache.layer import KeptLayer
-
-_compressed: WeakSet[Module] = WeakSet()
 
 
 class compress:  # noqa: N801 - a context manager, named as what one writes
@@ -60,44 +57,31 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         self.model = model
         self.policy = policy
         self._cache: Any = None  # the last one
-        self._adopted: list[KeptLayer] = []
-        self._memory: dict[Any, Any] = {}
+        self._memories: WeakKeyDictionary[object, dict[Any, Any]] = WeakKeyDictionary()
         self._beside: Any = None
-        self._ids: Tensor | None = None  # of the pass's tokens
-        self._first: KeptLayer | None = None
-        self._pending: tuple[KeptLayer, int] | None = None
-        self._passes = 0
-        self._thread = 0
+        self._ids: WeakKeyDictionary[object, KeptLayer] = WeakKeyDictionary()
         self._exit = ExitStack()
 
+    edits = outermost = True
+
     def __enter__(self) -> compress:
-        if self.model in _compressed:
-            raise RuntimeError(f"{type(self.model).__name__} is being compressed already; leave that block first")
-        self._thread = threading.get_ident()
-        self._exit = enter_all(
-            self._enter_beside(),
-            keep(self),
-            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.model.register_forward_hook(self._end),
-        )
-        _compressed.add(self.model)
+        name = type(self.model).__name__
+        if any(isinstance(other, compress) and other.model is self.model for other in interceptors()):
+            raise RuntimeError(f"{name} is being compressed already; leave that block first")
+        with ExitStack() as entering:
+            self._beside = entering.enter_context(self.policy.beside(self.model))
+            self._block = OpenBlock()
+            entering.callback(setattr, self._block, "is_open", False)
+            self._entered = entering.enter_context(entered(self, self.model))
+            self._exit = entering.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _compressed.discard(self.model)
         self._exit.close()
-        self._pending = None
-        for layer in self._adopted:
-            layer.keeper, layer.state = None, {}
-        if kind is None and not self._adopted:
-            raise RuntimeError(_explain_no_cache(self.model, self._passes))
-
-    @contextmanager
-    def _enter_beside(self) -> Iterator[None]:
-        with self.policy.beside(self.model) as self._beside:
-            yield
+        if kind is None and self._cache is None:
+            raise RuntimeError(_explain_no_cache(self.model, bool(self._entered.seen)))
 
     def report(self) -> Report:
         """What is kept in the last cache, by layer and head."""
@@ -105,75 +89,63 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
             raise RuntimeError("there is nothing to report: the model has not been run inside the block")
         return report(self._cache, str(self.policy), self.policy.frees)
 
-    # --- the model's passes -------------------------------------------------------------------------------------------
+    # --- the model's calls --------------------------------------------------------------------------------------------
 
-    def _begin(
-        self, model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before a pass: put layers that can drop entries into its cache."""
-        if threading.get_ident() != self._thread:
-            return None
-        self._passes += 1
-        self._ids = _token_ids(args, kwargs)
-        given = kwargs.get("past_key_values")
-        config: Any = getattr(model, "config", None)
-        if given is None and kwargs.get("use_cache") is not False and config is not None:
-            from transformers import DynamicCache
+    def wants(self, site: Site) -> bool:
+        """Every call; whether it has a cache is told by the call."""
+        return True
 
-            given = DynamicCache(config=config)
-            kwargs = kwargs | {"past_key_values": given}
-        if given is not None:
-            self._adopt(given)
-        return args, kwargs
+    def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
+        """The output over what the policy left of the call's keys, and then its choice of what stays."""
+        cache, number = call.place.cache, call.place.cache_layer
+        if isinstance(call, HiddenCall) or cache is None or number is None:
+            return proceed(call)
+        layer = self._layer(cache, number, call)
+        if layer is None:
+            return proceed(call)
+        kept = self._kept(layer, call)
+        reading = (Reading(kept.ask),) if kept.observed else ()
+        if kept.is_whole:
+            output = proceed(replace(call, readings=(*call.readings, *reading)))
+        elif alone and not call.readings:
+            output = kept.attend()
+        else:
+            output = proceed(replace(kept.restore(), readings=(*call.readings, *reading)))
+        self._drop(kept)
+        return output
 
-    def _end(self, model: Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == self._thread:
-            self._refuse_pending()
-
-    def _adopt(self, cache: Any) -> None:
+    def _layer(self, cache: Any, number: int, call: AttentionCall) -> KeptLayer | None:
+        """The layer that has taken the call's keys, if its entries can be dropped."""
         from regard.cache.adopt import adopt
 
-        if cache is not self._cache:
-            self._memory = {}
         self._cache = cache
-        self._adopted = adopt(cache, self)
-
-    def expect(self, layer: KeptLayer, tokens: int) -> None:
-        """The attention call that follows is this layer's, with so many new tokens."""
-        self._refuse_pending()
-        self._pending = (layer, tokens)
-        if layer.rank == 0:
-            self._first = layer
-            layer.take_ids(self._ids, tokens)
-
-    def _refuse_pending(self) -> None:
-        if self._pending is not None:
-            name = type(self.model).__name__
+        layer = adopt(cache, number, self.model, self._block)
+        if layer is not None and not layer.new:
             raise RuntimeError(
-                f"{name} filled its cache, but its attention was not seen: it does not call "
-                'torch.nn.functional.scaled_dot_product_attention. Call model.set_attn_implementation("sdpa") first'
+                f"{call.place.path} makes several calls of attention on one layer of its cache; compress knows one for each"
             )
+        return layer
 
-    def find(self, call: AttentionCall) -> KeptCall | None:
-        """The call that follows an update of a layer that is kept here."""
-        if self._pending is None or threading.get_ident() != self._thread:
-            return None
-        (layer, tokens), self._pending = self._pending, None
+    def _kept(self, layer: KeptLayer, call: AttentionCall) -> KeptCall:
+        tokens, layer.new = layer.new, 0
+        if layer.rank == 0:
+            layer.take_ids(call.place.token_ids, tokens)
+            self._ids[call.place.cache] = layer
         local = self.policy.local
         kind = KeptCall if local is None or tokens > 1 or layer.seen <= sum(local) else RestrictedCall
-        kept = kind(self, layer, call if call.query.shape[2] == tokens else unpacked(call), tokens)
-        if not kept.observed and not kept.dropped:  # the call has all it needs
-            self.drop(kept)
-        return kept
+        return kind(self.policy, layer, call, tokens)
 
-    def drop(self, kept: KeptCall) -> None:
+    def _drop(self, kept: KeptCall) -> None:
         """After a call: let the policy choose what stays, if it is time to."""
-        layer, policy = kept.layer, self.policy
+        layer, policy, cache = kept.layer, self.policy, kept.call.place.cache
         layer.steps = layer.steps + 1 if kept.tokens == 1 and layer.seen > 1 else 0
         if not policy.due(kept.tokens, layer.steps):
             return
-        ids = None if self._first is None else self._first.token_ids
-        entries = layer.entries(kept.real, self._memory, new=kept.tokens, token_ids=ids, beside=self._beside)
+        first = self._ids.get(cache)
+        entries = layer.entries(
+            kept.real, self._memories.setdefault(cache, {}), new=kept.tokens,
+            token_ids=None if first is None else first.token_ids, beside=self._beside,
+        )  # fmt: skip
         scores = policy.score(entries).masked_fill(~entries.real, -torch.inf)
         counts = policy.counts(entries, scores).minimum(entries.real.sum(dim=-1))
         layer.keep(scores, counts, policy.pools)
@@ -181,17 +153,12 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
             layer.forget()
 
 
-def _token_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The ids (B, n) of a pass's tokens, where the model is given any."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    return ids if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() else None
-
-
-def _explain_no_cache(model: Module, passes: int) -> str:
+def _explain_no_cache(model: Module, seen: bool) -> str:
+    """Why a block has compressed nothing."""
     name = type(model).__name__
-    if not passes:
-        return f"nothing was compressed: {name} was not run inside the block"
+    if not seen:
+        return f"nothing was compressed: {explain(model)}"
     return (
-        f"nothing was compressed: {name} kept no keys and values. It needs to be a decoder that takes past_key_values, "
-        "run with use_cache=True"
+        f"nothing was compressed: {name} kept no keys and values. It needs to be a decoder that takes past_key_values, run "
+        "with use_cache=True, and without gradient checkpointing, which turns it off"
     )

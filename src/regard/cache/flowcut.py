@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +18,9 @@ from torch.nn.functional import pad
 
 from regard.cache._images import _ImagePolicy, at_entries, best
 from regard.cache.policy import Entries
-from regard.calls import AttentionCall, Reading, Tracker, Where, enter_all, listen
+from regard.maps import TokenMap
+from regard.runtime import AttentionCall, HiddenCall, Place, Proceed, Reading, Site, entered
+from regard.tokens import Where
 
 _ENCODERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")  # as transformers names them
 _CLASS_TOKENS = ("class_embedding", "cls_token")
@@ -101,34 +105,39 @@ class _Encoder:
         self._class_token = any(name in parameters for name in _CLASS_TOKENS)
         self._last = max(_used(model, layers) - (2 if self._class_token else 1), 0)  # the last that cuts
         self._merged = int(getattr(self._encoder, "spatial_merge_size", 1)) ** 2
-        self._tracker = Tracker(self._encoder)
-        self._exit = ExitStack()
         self._run = -1
         self._cuts: dict[str, _Cut] = {}  # by the number of the call among those of its layer
 
+    edits = outermost = False
+
     def __enter__(self) -> _Encoder:
-        self._exit = enter_all(self._tracker, listen(self))
+        self._entered = entered(self, self._encoder)
+        self._entered.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._exit.close()
+        self._entered.__exit__(None, None, None)
 
-    def notice(self, call: AttentionCall, edited: AttentionCall | None) -> tuple[AttentionCall, Reading] | None:
-        """Count a call of one of the encoder's layers; nothing more is to be read of it."""
-        named = self._tracker.name(call)
-        if named is None:
-            return None
-        path, _, number = named.path.partition("#")
+    def wants(self, site: Site) -> bool:
+        """Calls of the layers that cut."""
+        found = self._layer(site.path)
+        return found is not None and found <= self._last
+
+    def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
+        """Count the call that is run in the end."""
+        return proceed(call.with_reading(Reading(partial(self._ask, call.place))))
+
+    def _ask(self, place: Place, attention: TokenMap, last: AttentionCall) -> Callable[[], None]:
+        if place.pass_index != self._run:
+            self._run, self._cuts = place.pass_index, {}
+        number = place.path.partition("#")[2]
+        return partial(self._count, last.at(place), number, self._layer(place.path))
+
+    def _layer(self, path: str) -> int | None:
         found = re.match(rf"{re.escape(self._stack)}\.(\d+)(?:\.|$)", path)
-        if found is None or int(found[1]) > self._last:
-            return None
-        if named.pass_index != self._run:
-            self._run, self._cuts = named.pass_index, {}
-        with torch.no_grad():
-            self._count(named if edited is None else edited.placed_as(named), number, int(found[1]))
-        return None
+        return None if found is None else int(found[1])
 
     def _count(self, call: AttentionCall, number: str, layer: int) -> None:
         images, patches = call.query.shape[0], call.query.shape[2] - self._class_token
@@ -140,7 +149,8 @@ class _Encoder:
         if masked or cut is None or (images, patches) != (cut.left.shape[0], cut.left.shape[1] * self._merged):
             raise ValueError(
                 f"FlowCut follows patches from layer to layer, but {self._name} does not attend to the same ones in each: "
-                f"{call.path} has a call of {images} × {patches} patches{', some masked' * masked}. ImageRank works without"
+                f"{call.place.path} has a call of {images} × {patches} patches{', some masked' * masked}. ImageRank works "
+                "without"
             )
         left = cut.left.repeat_interleave(self._merged, dim=1)
         attention, importance = (t.unflatten(1, (-1, self._merged)) for t in flow(call, left, self._class_token))

@@ -4,45 +4,38 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from regard.calls import AttentionCall, Reading
 from regard.maps import AttentionMap, TokenMap
+from regard.runtime import AttentionCall, run
 
 if TYPE_CHECKING:
-    from regard.cache.compress import compress
     from regard.cache.head_group import HeadGroup
     from regard.cache.layer import KeptLayer
+    from regard.cache.policy import Policy
 
 
 class KeptCall:
     """A call of a layer whose entries are kept; ``tokens`` of its keys are new."""
 
-    def __init__(self, keeper: compress, layer: KeptLayer, call: AttentionCall, tokens: int) -> None:
-        self.keeper = keeper
+    def __init__(self, policy: Policy, layer: KeptLayer, call: AttentionCall, tokens: int) -> None:
+        self.policy = policy
         self.layer = layer
         self.call = call
         self.tokens = tokens
-        self.dropped = layer.dropped
-        policy = keeper.policy
         reads = tokens if policy.reads is None else min(policy.reads, tokens)
         later = policy.every is not None or policy.accumulates
         self.observed = reads if tokens > 1 or later else 0  # of how many last queries the attention is read
 
     @property
-    def reading(self) -> Reading | None:
-        """Itself, where the policy reads attention."""
-        return self if self.observed else None
-
-    @property
-    def shares(self) -> bool:
-        """The policy's question may be answered in the pass that makes the output."""
-        return True
+    def is_whole(self) -> bool:
+        """Whether the call, as the model made it, is on all that the cache is to be read for."""
+        return not self.layer.dropped
 
     @functools.cached_property
     def real(self) -> Tensor | None:
@@ -78,32 +71,27 @@ class KeptCall:
             mask = left & torch.ones(tokens, seen, dtype=torch.bool, device=key.device).tril(seen - tokens)
         else:
             mask = mask & left if mask.dtype == torch.bool else mask.masked_fill(~left, -math.inf)
-        restored = replace(
+        return replace(
             self.call, key=key[:, :, :seen], value=value[:, :, :seen], attn_mask=mask, is_causal=False, enable_gqa=True
         )
-        if not self.observed:
-            self.keeper.drop(self)
-        return restored
 
-    def ask(self, attention: TokenMap) -> None:
-        """Announce what all queries give, where the policy reads them all."""
+    def ask(self, attention: TokenMap, last: AttentionCall) -> Callable[[], None]:
+        """Have it read what the entries receive, where the policy wants that."""
         if self.observed == self.tokens > 1:
             attention.expect("received", *self._weights)
+        return functools.partial(self._take, attention)
 
-    def take(self, attention: TokenMap) -> None:
-        """Read what the entries received, then drop."""
+    def _take(self, attention: TokenMap) -> None:
         received = self._received(attention)
         for group in self.layer.groups:
             positions = group.all_positions()
             own = received[:, group.heads].gather(2, positions.clamp(min=0))
             group.receive(own.masked_fill(positions < 0, 0.0))
-        self.keeper.drop(self)
 
     def attend(self) -> Tensor:
         """The output, (B, Hq, N, D), over the entries that are left."""
         groups = self.layer.groups
         outputs = [self._attend(group) for group in groups]
-        self.keeper.drop(self)
         if len(groups) == 1:
             return outputs[0]
         output = outputs[0].new_empty(*self.call.query.shape[:3], outputs[0].shape[-1])
@@ -121,9 +109,12 @@ class KeptCall:
             with torch.no_grad():
                 attention = AttentionMap(query, group.keys, mask, False, self.call.factor, shared)
                 group.receive(self._received(attention))
-        return functional.scaled_dot_product_attention(
-            query, group.keys, group.values, mask, self.call.dropout_p, False, scale=self.call.factor, enable_gqa=shared
-        )
+        return run(
+            replace(
+                self.call, query=query, key=group.keys, value=group.values, attn_mask=mask, is_causal=False,
+                scale=self.call.factor, enable_gqa=shared,
+            )
+        )  # fmt: skip
 
     def _step(self, group: HeadGroup, query: Tensor, mask: Tensor | None) -> Tensor:
         """One query, whose small matrix is at hand."""

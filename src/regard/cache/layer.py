@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +10,9 @@ from torch.nn import functional
 from transformers.cache_utils import CacheLayerMixin
 
 from regard.cache.head_group import HeadGroup, merge
+from regard.cache.open_block import OpenBlock
 from regard.cache.policy import Entries
-
-if TYPE_CHECKING:
-    from regard.cache.compress import compress
+from regard.runtime import interceptors
 
 
 class KeptLayer(CacheLayerMixin):
@@ -21,16 +20,17 @@ class KeptLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, rank: int, layers: int, keeper: compress) -> None:
+    def __init__(self, rank: int, layers: int, block: OpenBlock) -> None:
         self.keys = self.values = None  # which head groups hold here
         self.is_initialized = False
         self.rank = rank  # among the layers that are kept like this one
         self.layers = layers
-        self.keeper: compress | None = keeper
+        self.block = block
         self.groups: list[HeadGroup] = []
         self.state: dict[str, Tensor] = {}  # what the policy remembers, with a row for each text
         self.seen = 0  # tokens so far, dropped ones too: rotary positions go on from here
         self.steps = 0  # decoding steps since the last prompt
+        self.new = 0  # tokens whose attention call is to come
         self.dropped = False
         self.token_ids: Tensor | None = None  # (B, tokens seen), in the first layer, for all of them
 
@@ -39,7 +39,7 @@ class KeptLayer(CacheLayerMixin):
         self.dtype, self.device = keys.dtype, keys.device
         none = keys.new_zeros(*keys.shape[:2], 0)
         self.groups = [HeadGroup(list(range(keys.shape[1])), keys, values, none.long(), 0, none.float())]
-        self.seen = keys.shape[2]
+        self.seen = self.new = keys.shape[2]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ class KeptLayer(CacheLayerMixin):
         The call is handed everything if nothing was dropped. Otherwise it gets the new ones only, to go by their shapes: what
         it attends to is found where the call arrives.
         """
-        if self.keeper is None:
+        if not self.block.is_open and not any(other.outermost for other in interceptors()):
             raise RuntimeError(
                 "this cache was compressed, and its model can read it within regard.compress(model, policy) only"
             )
@@ -58,7 +58,7 @@ class KeptLayer(CacheLayerMixin):
             for group in self.groups:
                 group.append(key_states[:, group.heads], value_states[:, group.heads])
             self.seen += key_states.shape[2]
-        self.keeper.expect(self, key_states.shape[2])
+        self.new = key_states.shape[2]
         if self.dropped:
             return key_states, value_states
         return self.groups[0].keys, self.groups[0].values
@@ -155,7 +155,7 @@ class KeptLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.groups, self.state, self.seen, self.steps = [], {}, 0, 0
+        self.groups, self.state, self.seen, self.steps, self.new = [], {}, 0, 0, 0
         self.dropped = self.is_initialized = False
         self.token_ids = None
 

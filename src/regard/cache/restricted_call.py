@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from regard.cache.kept_call import KeptCall
 from regard.cache.policy import Step
-from regard.calls import AttentionCall
+from regard.runtime import AttentionCall
 
 if TYPE_CHECKING:
-    from regard.cache.compress import compress
     from regard.cache.layer import KeptLayer
+    from regard.cache.policy import Policy
 
 
 Place = tuple[slice, slice]  # of texts and key heads
@@ -30,16 +30,20 @@ class RestrictedCall(KeptCall):
     entries are read once, or not at all.
     """
 
-    def __init__(self, keeper: compress, layer: KeptLayer, call: AttentionCall, tokens: int) -> None:
-        super().__init__(keeper, layer, call, tokens)
+    def __init__(self, policy: Policy, layer: KeptLayer, call: AttentionCall, tokens: int) -> None:
+        super().__init__(policy, layer, call, tokens)
         if layer.dropped:
             raise ValueError(
-                f"{type(keeper.policy).__name__} chooses among all entries, but another policy dropped some of this cache; "
+                f"{type(policy).__name__} chooses among all entries, but another policy dropped some of this cache; "
                 "begin a new cache"
             )
-        self.dropped = True  # the output is not the plain call's
         self.keys, self.values = layer.groups[0].keys, layer.groups[0].values
         self.query = call.query.view(*self.keys.shape[:2], -1, call.query.shape[3])
+
+    @property
+    def is_whole(self) -> bool:
+        """Never: heads read parts of it."""
+        return False
 
     def attend(self) -> Tensor:
         """The output, (B, Hq, 1, D): of the local entries, and of all where a head wants them."""
@@ -47,7 +51,6 @@ class RestrictedCall(KeptCall):
         for place in self._reading_all():
             local = self._is_local[place][..., None]
             output[place] = torch.where(local, output[place], self._from_all(place))
-        self.keeper.drop(self)
         return output.flatten(1, 2)[:, :, None]
 
     def restore(self) -> AttentionCall:
@@ -70,7 +73,7 @@ class RestrictedCall(KeptCall):
         with torch.no_grad():
             mass = self._local_logits.logsumexp(dim=-1)
             query = self.query.to(mass.dtype) * self.call.factor
-            return self.keeper.policy.is_local(Step(query, mass, self.keys, self._first, self.layer.state))
+            return self.policy.is_local(Step(query, mass, self.keys, self._first, self.layer.state))
 
     @functools.cached_property
     def _first(self) -> Tensor:
@@ -82,7 +85,7 @@ class RestrictedCall(KeptCall):
     @functools.cached_property
     def _positions(self) -> Tensor:
         """(B, sinks + recent): positions of the local entries, −1 for sinks that are among the recent ones."""
-        sinks, recent = self.keeper.policy.local or (0, 0)
+        sinks, recent = self.policy.local or (0, 0)
         start, device = self.layer.seen - recent, self._first.device
         firsts = self._first[:, None] + torch.arange(sinks, device=device)
         lasts = torch.arange(start, start + recent, device=device).expand(len(firsts), -1)

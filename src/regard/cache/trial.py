@@ -11,9 +11,9 @@ from torch.nn import Module
 from regard.cache.compress import compress
 from regard.cache.policy import Policy
 from regard.cache.report import Report
-from regard.complete import complete as write
-from regard.complete import encode
+from regard.models import complete as write
 from regard.notation import parse
+from regard.tokens import encode
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def trial(model: Module, tokenizer: Any, text: str, policy: Policy, complete: in
     >>> found.plain, found.compressed == found.plain
     (' 48213', False)
     """
-    inputs = encode(model, tokenizer, text, complete)
+    inputs = encode(model, tokenizer, text, room=complete)[0].inputs
     with torch.inference_mode(), compress(model, policy) as cache:
         model(**inputs)
     report = cache.report()

@@ -1,20 +1,35 @@
-"""AttentionMap: the matrix that is never stored, and the kernels that evaluate it."""
+"""Maps: matrices that are never stored, what they are composed to, and the kernels that evaluate them."""
 
 from regard.maps._columns import Segment, Segments, indicator_columns, positions
-from regard.maps._with_columns import with_columns
+from regard.maps.attention import attention
 from regard.maps.attention_map import AttentionMap
-from regard.maps.token_map import TokenMap, TopK, TransposedMap, one_hot, sum_rows
+from regard.maps.concatenated_heads import ConcatenatedHeads
+from regard.maps.identity import Identity
+from regard.maps.mixed_heads import MixedHeads
+from regard.maps.product import Product
+from regard.maps.restricted import Restricted
+from regard.maps.scaled import Scaled
+from regard.maps.sum import Sum
+from regard.maps.token_map import TokenMap, TopK, one_hot, sum_rows
+from regard.maps.transposed import Transposed
 
 __all__ = [
     "AttentionMap",
+    "ConcatenatedHeads",
+    "Identity",
+    "MixedHeads",
+    "Product",
+    "Restricted",
+    "Scaled",
     "Segment",
     "Segments",
+    "Sum",
     "TokenMap",
     "TopK",
-    "TransposedMap",
+    "Transposed",
+    "attention",
     "indicator_columns",
     "one_hot",
     "positions",
     "sum_rows",
-    "with_columns",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,12 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     *_, queries, keys = scores.shape
     device = scores.query.device
     logits = scores.logits(torch.arange(queries, device=device), torch.arange(keys, device=device), torch.float64)
-    logsumexp = torch.logsumexp(logits, dim=-1)
-    matrix = probabilities(logits)
+    # What is hidden is taken out before the logarithms, where −inf · 0 would make gradients NaN.
+    sinks = None if scores.sinks is None else scores.sinks.double().expand(scores.shape[:3])
+    every = with_sinks(logits, sinks)
+    hidden, blind = logits.isneginf(), every.isneginf().all(dim=-1)
+    logsumexp = every.masked_fill(blind[..., None], 0.0).logsumexp(dim=-1)
+    matrix = probabilities(logits, sinks)
     forward = transposed = received = entropy = None
     if request.values is not None:
         values = request.values.double()
@@ -26,11 +32,20 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     if request.received is not None:
         received = (matrix * request.received.double().unsqueeze(-1)).sum(dim=-2).to(request.dtype)
     if request.entropy:
-        entropy = torch.special.entr(matrix).sum(dim=-1).to(request.dtype)
+        surprise = (logsumexp[..., None] - logits).masked_fill(hidden, 0.0)
+        entropy = (matrix * surprise).sum(dim=-1).to(request.dtype)
+    logsumexp = logsumexp.masked_fill(blind, -math.inf)
     return segments_from_values(asked, Answer(logsumexp.to(request.dtype), forward, transposed, received, entropy))
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """Softmax over the last dimension; a row of −inf alone gives zeros."""
-    hidden = logits.isneginf().all(dim=-1, keepdim=True)
-    return torch.softmax(logits.masked_fill(hidden, 0.0), dim=-1).masked_fill(hidden, 0.0)
+def with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Rows of logits with their sink, (B, Hq, N), as one more, the last."""
+    return logits if sinks is None else torch.cat([logits, sinks.unsqueeze(-1)], dim=-1)
+
+
+def probabilities(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Softmax over the last dimension, beside the sinks (B, Hq, N); a row of −inf alone gives zeros."""
+    every = with_sinks(logits, sinks)
+    hidden = every.isneginf().all(dim=-1, keepdim=True)
+    matrix = torch.softmax(every.masked_fill(hidden, 0.0), dim=-1).masked_fill(hidden, 0.0)
+    return matrix[..., : logits.shape[-1]]

@@ -27,8 +27,14 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     """Answer the request with one fused call, and one more for each question from the matrix's other side."""
     if scores.requires_grad or request.requires_grad:
         raise RefusedError("the fused operators' log-sum-exp has no gradient")
+    if scores.softcap is not None or scores.sinks is not None:
+        raise RefusedError("the fused operators know neither a soft cap nor sinks")
     if scores.is_causal and scores.mask is not None:
         raise RefusedError("the fused operators take a triangle or a mask, not both")
+    if scores.scale <= 0:
+        raise RefusedError(
+            "the fused operators hide keys before they scale, and a shift of the logits is divided by it"
+        )
     if request.entropy and _biased(scores):
         raise RefusedError("with an additive mask the entropy needs the expected bias, which no column can carry")
     with torch.no_grad():
@@ -121,7 +127,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[
     values = value.shape[-1]
     width = max(query.shape[-1], values)
     width += -width % ALIGNMENT
-    query, key, value = (functional.pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
+    query, key, value = (_to_width(tensor, width) for tensor in (query, key, value))
     operator = {"cpu": _attend_cpu, "cuda": _attend_cuda}.get(query.device.type)
     if operator is None:
         raise RefusedError(f"PyTorch has no fused attention that returns the log-sum-exp on {query.device.type}")
@@ -131,6 +137,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[
         raise RefusedError(f"the fused operator refused: {error}") from error
     wide = torch.promote_types(query.dtype, torch.float32)
     return output[..., :values].to(wide), logsumexp[..., : query.shape[2]].to(wide)
+
+
+def _to_width(tensor: Tensor, width: int) -> Tensor:
+    """Padded, with neighbouring entries side by side: the operators read on from a head's first one."""
+    tensor = functional.pad(tensor, (0, width - tensor.shape[-1]))
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _bias(scores: Scores, dtype: torch.dtype) -> Tensor | None:

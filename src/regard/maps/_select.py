@@ -6,28 +6,34 @@ from typing import Literal, get_args
 
 import torch
 
-from regard.maps import _dense, _fused, _tiled
+from regard.maps import _blocked, _dense, _flex, _fused, _tiled
 from regard.maps._request import ALIGNMENT, Answer, RefusedError, Request
 from regard.maps._scores import Scores
 
 # From this many keys on, on a CPU, masses are better carried by the fused operator than summed in strips.
 _LONG = 8192
 
-KernelName = Literal["auto", "dense", "tiled", "fused"]
+KernelName = Literal["auto", "dense", "tiled", "fused", "blocked"]
 
 
-def check_kernel(name: str) -> None:
-    """Refuse a name that is none of the kernels'."""
+def check_kernel(name: str, has_rule: bool = False) -> None:
+    """Refuse a name that is none of the kernels', or of a kernel that knows no rules."""
     if name not in get_args(KernelName):
         raise ValueError(f"kernel must be one of {', '.join(get_args(KernelName))}, got {name!r}")
+    if has_rule and name in ("tiled", "fused"):
+        raise ValueError(f"the {name} kernel visits every pair; with mask= use auto, blocked or dense")
 
 
 def evaluate(scores: Scores, request: Request, kernel: KernelName) -> Answer:
     """Evaluate with the kernel named; a fused operator that is missing or refuses gives way to the tiled kernel."""
     # Autocast would run the products in half precision, and so the statistics.
     with torch.autocast(scores.query.device.type, enabled=False):
-        if kernel == "dense":
+        if kernel == "dense" or 0 in scores.shape:
             return _dense.evaluate(scores, request)
+        if kernel == "blocked" or scores.rule is not None:
+            if kernel == "auto" and _flex.serves(scores, request):
+                return _flex.evaluate(scores, request)
+            return _blocked.evaluate(scores, request)
         if kernel == "fused" or (kernel == "auto" and _fused_serves(scores, request)):
             try:
                 return _fused.evaluate(scores, request)

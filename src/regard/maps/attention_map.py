@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from regard.maps import _columns, _dense, _tiled
-from regard.maps._columns import Segment, Segments
+from regard.maps import _blocked, _columns, _dense, _tiled
+from regard.maps._causal import runs_on, triangle_rows
+from regard.maps._columns import Segments
 from regard.maps._pass import Pass, Question
+from regard.maps._precision import in_own_precision, refuse_forward_mode
 from regard.maps._scores import Scores, make_scores
 from regard.maps._select import KernelName, check_kernel
+from regard.maps.restricted import Restricted
 from regard.maps.token_map import TokenMap, TopK
+from regard.masks import Mask
 
 _ENTRIES_AT_ONCE = 2**24
 
@@ -23,8 +28,8 @@ class AttentionMap(TokenMap):
     Semantics are those of ``torch.nn.functional.scaled_dot_product_attention``. A row that may see no key is all zeros,
     with log-sum-exp −inf and entropy 0. Statistics come in float32 (float64 for float64 inputs); logits too large for
     float32 to tell their probabilities apart are evaluated in float64. ``@``, ``.T @``, `logsumexp`, `entropy`,
-    `received`, `mass`, `pool`, `at`, `rows` and `tile` are differentiable in query, key, an additive mask and the tensor
-    they multiply; `topk`, `max` and `mean_distance` are not, and say so in their result, which never requires a gradient.
+    `received`, `mass`, `pool`, `at`, `rows` and `tile` are differentiable in query, key, an additive mask, sinks and what
+    they multiply. `topk`, `max` and `mean_distance` are not, and say so in their result, which never requires a gradient.
 
     Args:
         query: (B, Hq, N, D), of float16, bfloat16, float32 or float64.
@@ -33,10 +38,16 @@ class AttentionMap(TokenMap):
         is_causal: query i sees the keys j ≤ i.
         scale: factor of the logits; 1/√D by default.
         enable_gqa: let neighbouring query heads share a key head.
-        kernel: "auto", or one of "fused" (PyTorch's operators), "tiled" (any device) and "dense" (the float64 reference).
+        softcap: c makes ``c · tanh(s / c)`` of each logit s before the mask, as Gemma 2 does; no cap by default.
+        sinks: (Hq,), (B, Hq) or (B|1, Hq|1, N|1), one more logit in each row's softmax whose probability goes to no key,
+            as in gpt-oss; rows then sum to less than 1, and the log-sum-exp counts it.
+        kernel: "auto", or one of "fused" (PyTorch's operators), "tiled" (any device), "blocked" (the visible tiles of a mask)
+            and "dense" (the float64 reference).
+        mask: a rule of `regard.masks`, which hides pairs besides; only tiles with a visible pair are visited.
 
     Raises:
-        ValueError, TypeError: inputs that SDPA would refuse, empty ones, and NaN or infinity in query or key.
+        ValueError, TypeError: inputs that SDPA would refuse, no heads or no head_dim, and NaN or infinity in query or key.
+        NotImplementedError: a tangent of forward-mode differentiation in what it is made of or multiplied with.
 
     Example:
         >>> import torch
@@ -59,15 +70,27 @@ class AttentionMap(TokenMap):
         scale: float | None = None,
         enable_gqa: bool = False,
         *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
         kernel: KernelName = "auto",
+        mask: Mask | None = None,
     ) -> None:
-        check_kernel(kernel)
-        self._bind(make_scores(query, key, attn_mask, is_causal, scale, enable_gqa), kernel)
+        check_kernel(kernel, mask is not None)
+        refuse_forward_mode(query, key, attn_mask)
+        scores = make_scores(query, key, attn_mask, is_causal, scale, enable_gqa, softcap, sinks, mask)
+        self._bind(scores, kernel)
         _ = self._scores.limit  # refuses NaN and infinity here, where the caller can see what it passed
 
     def _bind(self, scores: Scores, kernel: KernelName) -> None:
         self._scores = scores
         self._pass = Pass(scores, kernel)
+
+    @classmethod
+    def _of(cls, scores: Scores, kernel: KernelName) -> AttentionMap:
+        """The map of logits that were checked before."""
+        attention = cls.__new__(cls)
+        attention._bind(scores, kernel)
+        return attention
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -96,16 +119,84 @@ class AttentionMap(TokenMap):
         (1, 2, 10, 10)
         """
         chosen = _columns.positions(index, self.shape[1], "heads", "heads").tolist()
-        view = object.__new__(AttentionMap)
-        view._bind(self._scores.heads(chosen), self._pass.kernel)
-        return view
+        return self._of(self._scores.heads(chosen), self._pass.kernel)
+
+    def with_columns(
+        self, query: Tensor, key: Tensor, scale: float, added: float, blind: Tensor | None = None
+    ) -> AttentionMap:
+        """The map of this call with columns beside its queries and keys: terms of the logits, or what hides keys.
+
+        Args:
+            query: (B, Hq, N, D + columns).
+            key: (B, Hk, M, D + columns).
+            scale: factor of the logits.
+            added: the largest sum of terms, but for those that hide: beside those, the precision need not rise.
+            blind: (B, Hq, N), true for queries whose every key is hidden by columns; their rows are zero.
+
+        Raises:
+            ValueError: for a call with a soft cap.
+        """
+        if self._scores.softcap is not None:
+            raise ValueError("terms of the logits cannot ride in columns beside a soft cap, which would cap them too")
+        mask = self._scores.mask
+        if blind is not None and bool(blind.any()):
+            sees = ~blind[..., None]
+            if mask is None or mask.dtype == torch.bool:
+                mask = sees if mask is None else mask & sees
+            else:
+                mask = torch.where(sees, mask, -torch.inf)
+        limit = self._scores.limit + added
+        scores = replace(self._scores, query=query, key=key, mask=mask, scale=scale, bound=limit)
+        return self._of(scores, self._pass.kernel)
+
+    def _restricted(self, rows: Tensor | None, keys: Tensor | None) -> TokenMap:
+        """Queries may be left out; keys may not, since rows are normalised over all of them."""
+        part = self if rows is None else self._rows_alone(rows)
+        return part if keys is None else Restricted(part, None, keys)
+
+    def _rows_alone(self, rows: Tensor) -> TokenMap:
+        scores, keys = self._scores, self.shape[3]
+        if scores.rule is not None or (scores.sinks is not None and scores.sinks.shape[2] > 1):
+            return Restricted(self, rows, None)
+        query, kernel = scores.query[:, :, rows], self._pass.kernel
+        mask = scores.mask if scores.mask is None or scores.mask.shape[2] == 1 else scores.mask[:, :, rows]
+        chosen = replace(scores, query=query, mask=mask, is_causal=False, bound=scores.limit)
+        if not scores.is_causal:
+            return self._of(chosen, kernel)
+        if runs_on(rows) and rows[0] == 0:
+            return self._of(replace(chosen, is_causal=True), kernel)
+        if runs_on(rows):
+            # The fused operators would store this mask.
+            kernel = "tiled" if kernel != "dense" else kernel
+            chosen = replace(chosen, query=query.flip(2), mask=triangle_rows(rows, keys))
+            return Restricted(self._of(chosen, kernel), torch.arange(len(rows), device=self.device).flip(0), None)
+        if len(rows) * keys > _ENTRIES_AT_ONCE:
+            return Restricted(self, rows, None)
+        visible = torch.arange(keys, device=self.device) <= rows[:, None]
+        return self._of(replace(chosen, mask=visible[None, None]), kernel)
+
+    @property
+    def has_logits(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def _row_totals(self) -> Tensor | None:
+        if self._scores.sinks is not None:  # which take a part of each row
+            return None
+        return torch.ones(1, 1, 1, dtype=self.dtype, device=self.device)
 
     # --- products -----------------------------------------------------------------------------------------------------
 
-    def __matmul__(self, values: Tensor) -> Tensor:
-        """``P V``: (B, Hq, N, Dv), in V's dtype, from V (B, Hk or Hq, M, Dv); V's batch and heads may be 1."""
+    @property
+    def _value_heads(self) -> tuple[int, ...]:
+        heads, key_heads = self.shape[1], self._scores.key.shape[1]
+        return (heads,) if heads == key_heads else (key_heads, heads)
+
+    def _product(self, values: Tensor) -> Tensor:
+        """From V (B|1, Hk, Hq or 1, M, Dv)."""
         self._ask_product(values)
-        return self._pass.take(("product", id(values))).to(values.dtype)
+        return self._pass.take(("product", id(values)))
 
     def logsumexp(self) -> Tensor:
         """``L_i = log Σ_j exp s_ij``: (B, Hq, N), natural logarithm; −inf for a row that sees no key."""
@@ -113,6 +204,7 @@ class AttentionMap(TokenMap):
 
     def entropy(self) -> Tensor:
         """``H_i = −Σ_j P_ij log P_ij``: (B, Hq, N), in nats, from 0 (one key) to log M (all alike)."""
+        self._check_probability_rows()
         self._ask_entropy()
         return self._pass.take("entropy").to(self.dtype)
 
@@ -139,21 +231,26 @@ class AttentionMap(TokenMap):
         self._ask_mass(segments)
         return self._pass.take(("mass", id(segments))).to(self.dtype)
 
+    @in_own_precision
     def viewers(self, weights: Tensor | None = None) -> Tensor:
         """The number of queries that may see each key, or the sum of their weights (B|1, 1, N): (B|1, Hq|1, M)."""
         *_, queries, keys = self.shape
         if weights is None:
             weights = torch.ones(1, 1, queries, device=self.device)
         weights = weights.to(self.dtype)
+        if self._scores.rule is not None:
+            return _blocked.viewers(self._scores, weights)
         if self._scores.is_causal:
             later = weights.flip(-1).cumsum(-1).flip(-1)
             return torch.nn.functional.pad(later, (0, keys - queries))
-        if self._scores.mask is None:
-            return weights.sum(dim=-1, keepdim=True).expand(*weights.shape[:2], keys)
-        visible = self._scores.visible().expand(-1, -1, queries, keys)
-        return torch.cat(
-            [(weights.unsqueeze(2) @ head.to(self.dtype)).squeeze(2) for head in visible.split(1, dim=1)], dim=1
-        )
+        visible = self._scores.visible()
+        if visible.shape[2] == 1:  # all queries see the same keys
+            return (weights.sum(dim=-1, keepdim=True) * visible.squeeze(2)).expand(-1, -1, keys)
+        total = weights.new_zeros(())
+        at_once = max(1, _ENTRIES_AT_ONCE // (visible.shape[0] * visible.shape[1] * visible.shape[3]))
+        for some, seen in zip(weights.split(at_once, dim=2), visible.split(at_once, dim=2), strict=True):
+            total = total + (some.unsqueeze(2) @ seen.to(self.dtype)).squeeze(2)
+        return total.expand(*total.shape[:2], keys)
 
     def _expect(self, question: str, *arguments: object) -> None:
         ask: dict[str, Callable[..., None]] = {
@@ -171,22 +268,17 @@ class AttentionMap(TokenMap):
     # --- entries ------------------------------------------------------------------------------------------------------
 
     def _entries(self, targets: Tensor) -> Tensor:
-        logsumexp = self.logsumexp().to(self._scores.dtype)
+        if self.shape[3] == 0:
+            return self._new(*self.shape[:3])
+        logsumexp = self._pass.take("logsumexp").to(self._scores.dtype)
         shares = torch.exp(self._scores.entries(targets) - logsumexp.masked_fill(logsumexp.isneginf(), 0.0))
         return shares.to(self.dtype)
 
-    def tile(self, rows: Segment, columns: Segment) -> Tensor:
-        """A block of P: (B, Hq, len(rows), len(columns)); costs len(rows)·M, holds the block and a few rows at a time."""
-        batch, heads, queries, keys = self.shape
-        row_index = _columns.positions(rows, queries, "rows", "queries").to(self.device)
-        column_index = _columns.positions(columns, keys, "columns", "keys").to(self.device)
-        at_once = max(1, _ENTRIES_AT_ONCE // (batch * heads * keys))
-        return torch.cat([self._some_rows(part, column_index) for part in row_index.split(at_once)], dim=2)
-
-    def _some_rows(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def _some_rows(self, index: Tensor) -> Tensor:
         every = torch.arange(self.shape[3], device=self.device)
-        matrix = _dense.probabilities(self._scores.logits(rows, every, self._scores.dtype))
-        return (matrix if len(columns) == len(every) else matrix[..., columns]).to(self.dtype)
+        scores = self._scores
+        sinks = None if scores.sinks is None else scores.sinks.to(scores.dtype).expand(self.shape[:3])[:, :, index]
+        return _dense.probabilities(scores.logits(index, every, scores.dtype), sinks).to(self.dtype)
 
     # --- orderings and distances --------------------------------------------------------------------------------------
 
@@ -194,22 +286,28 @@ class AttentionMap(TokenMap):
         batch, heads, queries, _ = self.shape
         shares = torch.zeros(batch, heads, queries, k, dtype=self.dtype, device=self.device)
         index = torch.full(shares.shape, -1, dtype=torch.long, device=self.device)
+        if self._scores.rule is not None:
+            for visible, matrix in _blocked.softmax_strips(self._scores):
+                best = matrix.topk(min(k, visible.columns), dim=-1)
+                found = visible.positions(self.device)[best.indices].masked_fill(best.values == 0, -1)
+                visible.of_queries(shares)[..., : visible.columns].copy_(best.values)
+                visible.of_queries(index)[..., : visible.columns].copy_(found)
+            return TopK(shares, index)
         for strip, matrix in _tiled.softmax_strips(self._scores):
             best = matrix.topk(min(k, strip.columns), dim=-1)
             strip.of_queries(shares)[..., : strip.columns].copy_(best.values)
             strip.of_queries(index)[..., : strip.columns].copy_(best.indices.masked_fill(best.values == 0, -1))
         return TopK(shares, index)
 
-    def mean_distance(self, query_start: int = 0, key_start: int = 0) -> Tensor:
-        """``Σ_j P_ij |i − j|``: (B, Hq, N), in tokens; not differentiable.
-
-        ``query_start`` and ``key_start`` are the positions of the first query and the first key in their text, for calls
-        that see a part of it (a decode step has one query, at its end).
-        """
-        batch, heads, queries, keys = self.shape
-        result = torch.empty(batch, heads, queries, dtype=self.dtype, device=self.device)
-        key_positions = torch.arange(keys, device=self.device) + key_start
-        query_positions = torch.arange(queries, device=self.device) + query_start
+    def _mean_distance(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        result = self._new(*self.shape[:3])
+        if self._scores.rule is not None:
+            result.zero_()
+            for visible, matrix in _blocked.softmax_strips(self._scores):
+                keys_seen = key_positions[visible.positions(self.device)]
+                distance = (query_positions[visible.rows, None] - keys_seen).abs()
+                visible.of_queries(result).copy_(matrix.mul_(distance).sum(dim=-1))
+            return result
         for strip, matrix in _tiled.softmax_strips(self._scores):
             distance = (query_positions[strip.rows, None] - key_positions[: strip.columns]).abs()
             strip.of_queries(result).copy_(matrix.mul_(distance).sum(dim=-1))
@@ -221,16 +319,9 @@ class AttentionMap(TokenMap):
         self._pass.ask("entropy", Question("entropy"))
 
     def _ask_product(self, values: Tensor) -> None:
-        batch, heads, _, keys = self.shape
+        refuse_forward_mode(values)
+        batch, heads, *_ = self.shape
         key_heads = self._scores.key.shape[1]
-        if values.ndim != 4 or values.shape[0] not in (1, batch) or values.shape[1] not in (1, key_heads, heads):
-            fits = False
-        else:
-            fits = values.shape[2] == keys
-        if not fits:
-            raise ValueError(
-                f"A @ V needs V of shape ({batch}, {key_heads} or {heads}, {keys}, width), got {tuple(values.shape)}"
-            )
         columns = values.expand(batch, heads if values.shape[1] == heads else key_heads, -1, -1)
         native = values.dtype == self._scores.query.dtype
         self._pass.ask(("product", id(values)), Question("values", columns, argument=values, native=native))
@@ -253,11 +344,14 @@ class AttentionMap(TokenMap):
             column = torch.ones((), dtype=self.dtype, device=self.device).expand(batch, heads, queries)
             self._pass.ask("received", Question("received", column))
         else:
+            refuse_forward_mode(weights)
             column = self._weight_column(weights)
             question = Question("weights", column.unsqueeze(-1), argument=weights)
             self._pass.ask(("received", id(weights)), question)
 
     def _transposed(self, weights: Tensor) -> Tensor:
+        refuse_forward_mode(weights)
+        weights = weights.expand(*self.shape[:3], -1)
         key = ("transposed", id(weights))
         self._pass.ask(key, Question("weights", weights))
         return self._pass.take(key)

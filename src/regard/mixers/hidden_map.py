@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from regard.maps import Segment, Segments, TokenMap, TopK, indicator_columns, one_hot, positions
-
-_NUMBERS_AT_ONCE = 2**22
+from regard.maps import TokenMap, positions
 
 Apply = Callable[[Tensor], Tensor]
 """From values (B, H, M, W) to outputs (B, H, N, W)."""
@@ -50,7 +47,7 @@ class HiddenMap(TokenMap):
             )
         self._apply = apply
         self._shape = shape
-        self._numbers = math.prod(shape[:3])  # that `apply` gives for one column
+        self._of_every_head = math.prod(shape[:3])  # numbers that `apply` gives for one column
         self.values = values
 
     @property
@@ -81,13 +78,15 @@ class HiddenMap(TokenMap):
         """
         batch, heads, queries, keys = self.shape
         chosen = positions(index, heads, "heads", "heads").to(self.device)
+        if len(chosen.unique()) < len(chosen):
+            raise ValueError(f"the heads of a hidden map are chosen once each, got {index}")
 
         def apply(values: Tensor) -> Tensor:
             every = values.new_zeros(batch, heads, keys, values.shape[3]).index_copy(1, chosen, values)
             return self._apply(every)[:, chosen]
 
         view = HiddenMap(apply, (batch, len(chosen), queries, keys), self.values[:, chosen])
-        view._numbers = self._numbers
+        view._of_every_head = self._of_every_head
         return view
 
     def rearranged(self, order: Tensor, real: Tensor) -> HiddenMap:
@@ -114,13 +113,8 @@ class HiddenMap(TokenMap):
 
     # --- products -----------------------------------------------------------------------------------------------------
 
-    def __matmul__(self, values: Tensor) -> Tensor:
-        """``P V``: (B, H, N, W), in V's dtype, from V (B|1, H|1, M, W)."""
-        batch, heads, _, keys = self.shape
-        sizes = tuple(values.shape)
-        if len(sizes) != 4 or sizes[0] not in (1, batch) or sizes[1] not in (1, heads) or sizes[2] != keys:
-            raise ValueError(f"A @ V needs V of shape ({batch} or 1, {heads} or 1, {keys}, width), got {sizes}")
-        return self._apply(values.to(self.device, self.dtype).expand(batch, heads, -1, -1)).to(values.dtype)
+    def _product(self, values: Tensor) -> Tensor:
+        return self._apply(values.to(self.device, self.dtype).expand(*self.shape[:2], -1, -1))
 
     def _transposed(self, weights: Tensor) -> Tensor:
         """The derivative of P V by V, which is what autograd computes."""
@@ -129,100 +123,13 @@ class HiddenMap(TokenMap):
         with torch.inference_mode(False), torch.enable_grad():
             values = torch.zeros(batch, heads, keys, weights.shape[3], device=self.device, dtype=self.dtype)
             product = self._apply(values.requires_grad_())
-            weights = weights.to(product)
+            weights = weights.to(product).expand_as(product)
             return torch.autograd.grad(product, values, weights, create_graph=differentiable)[0]
 
-    def received(self, weights: Tensor | None = None) -> Tensor:
-        """What each key receives, ``Σ_i w_i P_ij``: (B, H, M), from weights (B|1, H|1, N), ones by default."""
-        if weights is None:
-            weights = torch.ones(1, 1, self.shape[2], device=self.device)
-        return (self.T @ self._weight_column(weights)[..., None]).squeeze(-1)
-
-    def mass(self, segments: Segments) -> Tensor:
-        """What each query gives to sets of keys: (B, H, N, S)."""
-        batch, _, _, keys = self.shape
-        return self @ indicator_columns(segments, keys, batch, self.device).to(self.dtype)
-
-    def _expect(self, question: str, *arguments: object) -> None:
-        """Nothing is shared: each question is a pass of its own."""
-        if question == "entropy":
-            self.entropy()
-
-    # --- entries ------------------------------------------------------------------------------------------------------
-
-    def tile(self, rows: Segment, columns: Segment) -> Tensor:
-        """A block of P: (B, H, len(rows), len(columns)); costs the smaller of both, some of them at a time."""
-        *_, queries, keys = self.shape
-        across = positions(rows, queries, "rows", "queries").to(self.device)
-        down = positions(columns, keys, "columns", "keys").to(self.device)
-        if len(across) < len(down):
-            return torch.cat([self._some_rows(part)[..., down] for part in across.split(self._at_once)], dim=2)
-        return torch.cat([self._some_columns(part)[:, :, across] for part in down.split(self._at_once)], dim=3)
+    @property
+    def _numbers(self) -> int:
+        return self._of_every_head
 
     @property
-    def _at_once(self) -> int:
-        """Columns, or rows, that are computed together."""
-        return max(1, _NUMBERS_AT_ONCE // self._numbers)
-
-    def _some_rows(self, index: Tensor) -> Tensor:
-        return (self.T @ one_hot(index, self.shape[2], self.dtype).mT).mT
-
-    def _some_columns(self, index: Tensor) -> Tensor:
-        return self @ one_hot(index, self.shape[3], self.dtype).mT
-
-    def _strips(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys, and their columns of P (B, H, N, some)."""
-        for index in torch.arange(self.shape[3], device=self.device).split(self._at_once):
-            yield index, self._some_columns(index)
-
-    def _entries(self, targets: Tensor) -> Tensor:
-        batch, heads, queries, _ = self.shape
-        found = torch.zeros(batch, heads, queries, dtype=self.dtype, device=self.device)
-        for keys, columns in self._strips():
-            place = targets - keys[0]
-            here = ((place >= 0) & (place < len(keys)))[:, None]
-            place = place.clamp(0, len(keys) - 1)[:, None, :, None].expand(-1, heads, -1, -1)
-            found = torch.where(here, columns.gather(3, place).squeeze(3), found)
-        return found
-
-    # --- orderings and distances --------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _topk(self, k: int) -> TopK:
-        shares = torch.empty(*self.shape[:3], 0, dtype=self.dtype, device=self.device)
-        keys = torch.empty(shares.shape, dtype=torch.long, device=self.device)
-        for index, columns in self._strips():
-            shares = torch.cat([shares, columns], dim=3)
-            keys = torch.cat([keys, index.expand_as(columns)], dim=3)
-            shares, best = shares.topk(min(k, shares.shape[3]), dim=3)
-            keys = keys.gather(3, best)
-        return TopK(shares, keys.masked_fill(shares == 0, -1))
-
-    @torch.no_grad()
-    def mean_distance(self, query_start: int = 0, key_start: int = 0) -> Tensor:
-        """``Σ_j P_ij |i − j|``: (B, H, N), in tokens; not differentiable."""
-        queries = torch.arange(self.shape[2], device=self.device) + query_start
-        total = torch.zeros(self.shape[:3], dtype=self.dtype, device=self.device)
-        for keys, columns in self._strips():
-            total += (columns * (queries[:, None] - key_start - keys).abs()).sum(dim=3)
-        return total
-
-    # --- what it has no answer to -------------------------------------------------------------------------------------
-
-    def entropy(self) -> NoReturn:
-        """None: rows are no probabilities."""
-        self._refuse("entropy", "its entries may be negative, and its rows need not sum to 1")
-
-    def logsumexp(self) -> NoReturn:
-        """None: there are no logits."""
-        self._refuse("logsumexp", "its entries are not made of logits by a softmax")
-
-    def viewers(self, weights: Tensor | None = None) -> NoReturn:
-        """None: it is not known which keys a query could see."""
-        self._refuse("viewers", "which keys a query could see is not known")
-
-    def _refuse(self, question: str, reason: str) -> NoReturn:
-        raise NotImplementedError(
-            f"a hidden map has no {question}: {reason}. It has products, received, mass, pool, at, rows, topk, max and "
-            "mean_distance"
-        )
+    def _by_columns(self) -> bool:
+        return True  # a row is the derivative of a product, which costs about three

@@ -7,7 +7,7 @@ from regard.steer.custom import Custom
 from regard.steer.edit import Edit
 from regard.steer.gate import Gate
 from regard.steer.mutual import Mutual, capture
-from regard.steer.recipe import load_recipe, locate, parse_edit, save_recipe
+from regard.steer.recipe import load_recipe, parse_edit, save_recipe
 from regard.steer.redistribute import Redistribute
 from regard.steer.replace_map import ReplaceMap
 from regard.steer.reweight import Reweight
@@ -29,7 +29,6 @@ __all__ = [
     "Temperature",
     "capture",
     "load_recipe",
-    "locate",
     "parse_edit",
     "save_recipe",
     "steer",

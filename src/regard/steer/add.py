@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from regard.calls import AttentionCall, Where
+from regard.runtime import AttentionCall
 from regard.steer.edit import Edit, key_set, query_set
+from regard.tokens import Where
 
 Direction = Sequence[float] | Tensor
 
@@ -84,7 +85,7 @@ def _direction(edit: AddToQuery | AddToKey, call: AttentionCall) -> Tensor:
     heads, width = call.query.shape[1], call.query.shape[3]
     if direction.shape not in ((width,), (heads, width)):
         raise ValueError(
-            f"{type(edit).__name__} needs a direction of shape ({width},) or ({heads}, {width}) for {call.path}, "
+            f"{type(edit).__name__} needs a direction of shape ({width},) or ({heads}, {width}) for {call.place.path}, "
             f"got {tuple(direction.shape)}"
         )
     return direction.reshape(-1, 1, width)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from regard.calls import AttentionCall, Column, Where
+from regard.runtime import AttentionCall, Column
 from regard.steer.edit import Edit, hiding, key_set, query_set, with_column
+from regard.tokens import Where
 
 
 @dataclass(frozen=True, repr=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from regard.calls import AttentionCall
+from regard.runtime import AttentionCall
 from regard.steer.edit import Edit
 
 

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from regard.calls import AttentionCall, Column, Heads, Layers, Where, selected
+from regard.runtime import AttentionCall, Column
+from regard.tokens import Heads, Layers, Passes, Where, resolve
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -19,16 +20,20 @@ class Edit(ABC):
     """One edit of the attention of some layers and heads; a subclass says in `apply` what it does to a call.
 
     Args:
-        layers: the number of an attention call in order, a glob on its module's path, or several; all by default.
-        heads: the number of a query head, several, or a mapping from layers to heads, which chooses those layers where
-            ``layers`` does not; all by default.
+        layers: the number of an attention call in order, negative from the last, a slice or range of them, a glob on its
+            module's path, or several of these; all by default.
+        heads: numbers of query heads, or a mapping from layers to them, which chooses those layers where ``layers`` does
+            not; all by default.
+        passes: numbers of the model's passes in the block: of ``generate`` 0 is the prompt and each step one more, in
+            diffusion they are the denoising steps; all by default.
     """
 
     places: ClassVar[tuple[str, ...]] = ("keys", "queries")
     """The arguments that are positions in the text."""
 
     layers: Layers | None = field(default=None)
-    heads: Heads | Mapping[int | str, Heads] | None = field(default=None)
+    heads: Heads | Mapping[Any, Heads] | None = field(default=None)
+    passes: Passes | None = field(default=None)
 
     @abstractmethod
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
@@ -58,7 +63,7 @@ def _differs(value: Any, default: Any) -> bool:
 
 def key_set(where: Where, call: AttentionCall) -> Tensor:
     """(B|1, M) boolean: the call's keys at these positions."""
-    return resolve(where, call, call.key_start, call.key.shape[2])
+    return _resolved(where, call, call.place.key_start, call.key.shape[2], "keys")
 
 
 def query_set(where: Where | None, call: AttentionCall, heads: Tensor) -> Tensor:
@@ -66,17 +71,17 @@ def query_set(where: Where | None, call: AttentionCall, heads: Tensor) -> Tensor
     chosen = heads[None, :, None]
     if where is None:
         return chosen
-    return chosen & resolve(where, call, call.query_start, call.query.shape[2])[:, None]
+    return chosen & _resolved(where, call, call.place.query_start, call.query.shape[2], "queries")[:, None]
 
 
 def with_column(edit: Edit, call: AttentionCall, heads: Tensor, make: Callable[[], Column]) -> AttentionCall:
     """The call with one more column, made once for the layers of a pass for which it is the same."""
-    shape = (call.query.shape[0], call.query.shape[2], call.key.shape[2], call.query_start, call.key_start)
+    shape = (call.query.shape[0], call.query.shape[2], call.key.shape[2], call.place.query_start, call.place.key_start)
     key = (id(edit), id(heads), shape, call.query.dtype, call.query.device)
-    column, *_ = call.remember(
+    column, *_ = call.place.remember(
         key, lambda: (make(), edit, heads)
     )  # which, while they are kept, have their ids to themselves
-    return call.changed(columns=(*call.columns, column))
+    return call.with_column(column)
 
 
 def column(rows: Tensor, by: float | Tensor, keys: Tensor, call: AttentionCall) -> Column:
@@ -90,37 +95,19 @@ def hiding(rows: Tensor, keys: Tensor, call: AttentionCall) -> Column:
     return replace(column(rows, 1.0, keys, call), hides=True)
 
 
-def resolve(where: Where, call: AttentionCall, start: int, length: int) -> Tensor:
+def _resolved(where: Where, call: AttentionCall, start: int, length: int, what: str) -> Tensor:
     """(B|1, length) boolean: which of the tokens start … start + length − 1 are meant."""
-    key = ("positions", id(where), start, length, call.query.shape[0], call.query.device)
-    chosen, _ = call.remember(key, lambda: (_resolve(where, call, start, length), where))
-    return chosen
+    batch, device = call.query.shape[0], call.query.device
+    key = ("positions", id(where), start, length, batch, device)
 
+    def make() -> tuple[Tensor, Where]:
+        ids = call.place.token_ids
+        try:
+            return resolve(where, start, length, batch=batch, token_ids=ids, device=device, what=what), where
+        except ValueError as error:
+            raise ValueError(f"{call.place.path}: {error}") from error
 
-def _resolve(where: Where, call: AttentionCall, start: int, length: int) -> Tensor:
-    if isinstance(where, str):
-        raise ValueError(f"{where!r} is a passage of a text; regard.locate(edit, text, tokenizer) finds its positions")
-    if callable(where):
-        ids = call.token_ids
-        if ids is None or ids.shape[1] < start + length:
-            raise ValueError(
-                f"a function of token ids was given, but {call.path} sees {start + length} tokens whose ids are not "
-                "known: the model was not given them as input_ids. Pass positions or a boolean mask instead"
-            )
-        where = where(ids)
-        if not isinstance(where, Tensor) or where.dtype != torch.bool or where.shape != ids.shape:
-            got = f"{where.dtype} {tuple(where.shape)}" if isinstance(where, Tensor) else type(where).__name__
-            raise ValueError(
-                f"a function of token ids must return a boolean mask of shape {tuple(ids.shape)}, got {got}"
-            )
-    mask = selected(where, start, length)
-    mask = mask if mask.ndim == 2 else mask[None]
-    batch = call.query.shape[0]
-    if mask.shape[0] not in (1, batch):
-        if batch % mask.shape[0]:
-            raise ValueError(f"a mask for {mask.shape[0]} texts does not fit {call.path}, whose batch is {batch}")
-        mask = mask.repeat_interleave(batch // mask.shape[0], dim=0)  # the beams of one text follow one another
-    return mask.to(call.query.device)
+    return call.place.remember(key, make)[0]
 
 
 def check_number(edit: Edit, name: str, low: float = -math.inf, high: float = math.inf) -> None:

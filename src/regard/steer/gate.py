@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from regard.calls import AttentionCall, Where
+from regard.runtime import AttentionCall
 from regard.steer.edit import Edit, check_number, query_set
+from regard.tokens import Where
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
 
-from regard.calls import AttentionCall, Tracker, edit_calls, enter_all
+from regard.runtime import AttentionCall, HiddenCall, Proceed, Site, entered
 from regard.steer.edit import Edit, hiding
 
 
@@ -33,48 +32,50 @@ class capture:  # noqa: N801 - a context manager, named as what one writes
     capture of MultiheadAttention
     """
 
+    edits = outermost = False
+
     def __init__(self, model: Module | None) -> None:
         self._model = model
         self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._exit = ExitStack()
 
     def __enter__(self) -> capture:
         self._kept.clear()
-        self._tracker = Tracker(self._model)
-        self._exit = enter_all(self._tracker, edit_calls(self))
+        self._entered = entered(self, self._model)
+        self._block = self._entered.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._exit.close()
+        self._entered.__exit__(None, None, None)
         if kind is None:
-            self._tracker.check()
+            self._block.check()
 
     def __repr__(self) -> str:
         return f"capture of {', '.join(self._kept) or 'nothing yet'}"
 
-    def edit(self, call: AttentionCall, edited: AttentionCall | None) -> None:
-        """Keep what the call, edited by blocks around this one, looks at; change nothing."""
-        named = self._tracker.name(call)
-        if named is not None:
-            seen = named if edited is None else edited
-            self._kept.setdefault(named.path, []).append((seen.key.detach(), seen.value.detach()))
+    def wants(self, site: Site) -> bool:
+        """Every call."""
+        return True
 
-    def pass_by(self) -> None:
-        """Count a layer that mixes tokens by a matrix of its own; it has no keys to keep."""
-        self._tracker.pass_by()
+    def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
+        """Keep what the call, edited by blocks around this one, looks at; a mixer has no keys to keep."""
+        if isinstance(call, AttentionCall):
+            self._kept.setdefault(call.place.path, []).append((call.key.detach(), call.value.detach()))
+        return proceed(call)
 
     def of(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """The keys and values for a call: those of the same layer and pass, or of the one pass that was captured."""
-        kept = self._kept.get(call.path)
+        kept = self._kept.get(call.place.path)
         if not kept:
             raise ValueError(
-                f"nothing was captured of {call.path}; captured were {', '.join(self._kept) or 'no calls'}"
+                f"nothing was captured of {call.place.path}; captured were {', '.join(self._kept) or 'no calls'}"
             )
-        if len(kept) > 1 and call.pass_index >= len(kept):
-            raise ValueError(f"{len(kept)} passes of {call.path} were captured, but this is pass {call.pass_index + 1}")
-        return kept[call.pass_index if len(kept) > 1 else 0]
+        if len(kept) > 1 and call.place.pass_index >= len(kept):
+            raise ValueError(
+                f"{len(kept)} passes of {call.place.path} were captured, but this is pass {call.place.pass_index + 1}"
+            )
+        return kept[call.place.pass_index if len(kept) > 1 else 0]
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,13 +112,13 @@ class Mutual(Edit):
         key, value = (tensor.to(call.key) for tensor in self.source.of(call))
         own, other = tuple(call.key.shape), tuple(key.shape)
         if own[1::2] != other[1::2] or other[0] not in (1, own[0]):
-            raise ValueError(f"Mutual: {call.path} has keys of shape {own}, the captured run {other}")
+            raise ValueError(f"Mutual: {call.place.path} has keys of shape {own}, the captured run {other}")
         key, value = (tensor.expand(own[0], -1, -1, -1) for tensor in (key, value))
         if self.beside:
             return _beside(call, key, value, heads)
         if own[2] != other[2] and (len(heads) > 1 or call.is_causal or call.attn_mask is not None):
             raise ValueError(
-                f"Mutual: {call.path} has {own[2]} keys, the captured run {other[2]}; they must be as many here"
+                f"Mutual: {call.place.path} has {own[2]} keys, the captured run {other[2]}; they must be as many here"
             )
         if len(heads) == 1:
             return replace(call, key=key, value=value)
@@ -133,7 +134,7 @@ class Mutual(Edit):
 def _beside(call: AttentionCall, key: Tensor, value: Tensor, heads: Tensor) -> AttentionCall:
     if call.is_causal:
         raise ValueError(
-            f"Mutual(beside=True) needs attention without a triangle, but {call.path} is causal; give the model a mask"
+            f"Mutual(beside=True) needs attention without a triangle, but {call.place.path} is causal; give the model a mask"
         )
     own, added = call.key.shape[2], key.shape[2]
     mask = call.attn_mask

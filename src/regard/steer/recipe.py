@@ -1,13 +1,13 @@
-"""Edits as text: JSON to share, the notation one would write in Python, and keys named by a passage of the text."""
+"""Edits as text: JSON to share, and the notation one would write in Python."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -68,49 +68,16 @@ def parse_edit(text: str) -> Edit:
     return edit
 
 
-def locate(edit: Edit, text: str, tokenizer: Any) -> Edit:
-    """The edit with every passage that it names replaced by the positions of its tokens.
-
-    Args:
-        edit: with strings for ``keys``, ``queries``, ``source`` or ``target``.
-        text: as the model will read it.
-        tokenizer: a fast tokenizer, as called on the text.
-
-    Raises:
-        ValueError: a passage that does not occur in the text, or more than once.
-
-    >>> import regard
-    >>> _, tokenizer = regard.mini()
-    >>> locate(regard.Reweight(keys="is 48", by=2), "The code is 48.", tokenizer)
-    Reweight(keys=[5, 6, 7, 8], by=2)
-    """
-    named = {name: where for name, where in edit.positions().items() if isinstance(where, str)}
-    if not named:
-        return edit
-    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    return replace(edit, **{name: _tokens(passage, text, offsets) for name, passage in named.items()})
-
-
-def _tokens(passage: str, text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    count = text.count(passage) if passage else 0
-    if count != 1:
-        where = [text.find(passage)] if count else []
-        while len(where) < min(count, 3):
-            where.append(text.find(passage, where[-1] + 1))
-        found = f"occurs {count} times, at characters {', '.join(map(str, where))}" if count else "does not occur"
-        raise ValueError(f"the passage {passage!r} {found} in the text; name one that occurs once, or give positions")
-    start = text.find(passage)
-    stop = start + len(passage)
-    return [number for number, (first, last) in enumerate(offsets) if first < stop and last > start]
-
-
 def _to_json(value: Any, edit: Edit, name: str) -> Any:
     if isinstance(value, slice):
-        return {"slice": [value.start, value.stop, value.step]}
-    if isinstance(value, Tensor):
-        return {"mask": value.int().tolist()} if value.dtype == torch.bool else value.tolist()
+        return {"slice": [_to_json(bound, edit, name) for bound in (value.start, value.stop, value.step)]}
+    if isinstance(value, Tensor | numpy.ndarray) and value.ndim:
+        mask = value.dtype in (torch.bool, bool)
+        return {"mask": torch.as_tensor(value).int().tolist()} if mask else value.tolist()
+    if isinstance(value, Tensor | numpy.ndarray | numpy.generic):
+        return value.item()
     if isinstance(value, Mapping):
-        return {"by layer": [[layer, heads] for layer, heads in value.items()]}
+        return {"by layer": [[_to_json(part, edit, name) for part in pair] for pair in value.items()]}
     if isinstance(value, list | tuple | range):
         return [_to_json(item, edit, name) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
@@ -119,13 +86,16 @@ def _to_json(value: Any, edit: Edit, name: str) -> Any:
 
 
 def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
     if isinstance(value, dict):
-        kind, content = next(iter(value.items()))
+        kind = next(iter(value), "")
+        content: Any = value.get(kind)
         if kind == "slice":
             return slice(*content)
         if kind == "mask":
             return torch.tensor(content, dtype=torch.bool)
         if kind == "by layer":
-            return dict(content)
+            return {layer: _from_json(heads) for layer, heads in content}
         raise ValueError(f'a recipe\'s objects are "slice", "mask" or "by layer", got {kind!r}')
     return value

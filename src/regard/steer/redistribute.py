@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from regard.calls import AttentionCall, Where, edited_map
+from regard.runtime import AttentionCall, edited_map
 from regard.steer.edit import Edit, check_number, column, hiding, key_set, query_set
+from regard.tokens import Where
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,7 +53,7 @@ class Redistribute(Edit):
         source, target = key_set(self.source, call), key_set(self.target, call)
         if bool((source & target).any()):
             raise ValueError(
-                f"Redistribute: source and target share {int((source & target).sum())} keys of {call.path}"
+                f"Redistribute: source and target share {int((source & target).sum())} keys of {call.place.path}"
             )
         indicators = torch.stack(torch.broadcast_tensors(source, target), dim=-1)[:, None]
         with torch.no_grad():

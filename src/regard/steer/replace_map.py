@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from regard.calls import AttentionCall, Where
+from regard.runtime import AttentionCall
 from regard.steer.edit import Edit, query_set
 from regard.steer.temperature import is_bias
+from regard.tokens import Where
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,9 +61,9 @@ class ReplaceMap(Edit):
 
 
 def _check_self_attention(call: AttentionCall) -> None:
-    first, queries, keys = call.query_start - call.key_start, call.query.shape[2], call.key.shape[2]
+    first, queries, keys = call.place.query_start - call.place.key_start, call.query.shape[2], call.key.shape[2]
     if first < 0 or first + queries > keys:
         raise ValueError(
-            f'ReplaceMap("identity") needs queries that are among the keys; {call.path} has {queries} queries from '
-            f"position {call.query_start} on and {keys} keys from {call.key_start} on. Choose others with layers="
+            f'ReplaceMap("identity") needs queries that are among the keys; {call.place.path} has {queries} queries from '
+            f"position {call.place.query_start} on and {keys} keys from {call.place.key_start} on. Choose others with layers="
         )

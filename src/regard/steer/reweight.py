@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from regard.calls import AttentionCall, Column, Factor, Where
+from regard.runtime import AttentionCall, Column, Factor
 from regard.steer.edit import Edit, check_number, column, hiding, key_set, query_set, with_column
+from regard.tokens import Where
 
 
 @dataclass(frozen=True, repr=False)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
 from types import TracebackType
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, Selection, Tracker, Where, edit_calls, enter_all, selected
+from regard.runtime import AttentionCall, HiddenCall, Place, Proceed, Site, entered
 from regard.steer.edit import Edit
+from regard.tokens import Selection, check
 
 
 class steer:  # noqa: N801 - a context manager, named as what one writes
@@ -73,60 +72,61 @@ class steer:  # noqa: N801 - a context manager, named as what one writes
 
 
 class _Block:
-    """One entry into a steer: places the model's calls and has them edited."""
+    """One entry into a steer: has the model's calls edited."""
+
+    edits, outermost = True, False
 
     def __init__(self, model: Module | None, edits: tuple[Edit, ...]) -> None:
-        self._edits = [(edit, _selection(edit)) for edit in edits]
-        self._tracker = Tracker(model)
-        self._plan: dict[object, list[tuple[Edit, Tensor]]] = {}
+        self._edits = [(edit, Selection(edit.layers, edit.heads, edit.passes)) for edit in edits]
+        self._entered = entered(self, model)
+        self._plan: dict[object, list[tuple[Edit, Selection, Tensor]]] = {}
         self._masks: dict[object, Tensor] = {}
         self._queries = self._keys = 0  # as far as the texts seen went
-        self._exit = ExitStack()
 
     def enter(self) -> None:
-        self._exit = enter_all(self._tracker, edit_calls(self))
+        self._block = self._entered.__enter__()
 
     def exit(self) -> None:
-        self._exit.close()
+        self._entered.__exit__(None, None, None)
 
     def check(self) -> None:
         """Refuse a block in which something that was asked for did not happen."""
-        self._tracker.check()
+        self._block.check()
+        seen = {number: path for number, path in self._block.seen.items() if number not in self._block.mixers}
         for edit, selection in self._edits:
-            selection.check(self._tracker.layers)
+            selection.check(seen, len(self._block.seen), self._block.passes)
             for name, where in edit.positions().items():
-                _check_positions(f"{edit}: {name}", where, self._queries if name == "queries" else self._keys)
+                check(where, self._queries if name == "queries" else self._keys, f"{edit}: {name}")
 
-    def edit(self, call: AttentionCall, edited: AttentionCall | None) -> AttentionCall | None:
-        """What becomes of a call, given what the blocks around this one made of it; None for nothing."""
-        named = self._tracker.name(call)
-        if named is None:
-            return None
-        wanted = self._wanted(named)
-        if not wanted:
-            return None
-        placed, _ = self._tracker.place(named)
-        self._queries = max(self._queries, placed.query_start + placed.query.shape[2])
-        placed = placed if edited is None else edited.placed_as(placed)
-        for edit, heads in wanted:
-            placed = edit.apply(placed, heads)
-        self._keys = max(self._keys, placed.key_start + placed.key.shape[2])
-        return placed
+    def wants(self, site: Site) -> bool:
+        """Whether some edit is of this layer and pass."""
+        return any(self._block.chooses(selection, site) for _, selection in self._edits)
 
-    def pass_by(self) -> None:
-        """Count a layer that mixes tokens by a matrix of its own, which edits leave as it is."""
-        self._tracker.pass_by()
+    def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
+        """The output of the call as the edits of its layer make it; mixers are left as they are."""
+        if isinstance(call, HiddenCall):
+            return proceed(call)
+        place = call.place
+        self._queries = max(self._queries, place.query_start + call.query.shape[2])
+        for edit, heads in self._wanted(call):
+            call = edit.apply(call, heads)
+        self._keys = max(self._keys, place.key_start + call.key.shape[2])
+        return proceed(call)
 
     def _wanted(self, call: AttentionCall) -> list[tuple[Edit, Tensor]]:
         """The edits of this layer, each with its heads; found once, since it is asked at every step of ``generate``."""
-        key = (call.path, call.query.shape[1], call.query.device)
+        place, number = call.place, call.query.shape[1]
+        key = (place.path, number, call.query.device)
         if key not in self._plan:
             self._plan[key] = [
-                (edit, self._mask(selection.heads(call.path, call.layer, call.query.shape[1]), call))
+                (edit, selection, self._mask(self._heads(selection, place, number), call))
                 for edit, selection in self._edits
-                if selection.wants(call.path, call.layer)
+                if selection.wants(place.path, place.layer, self._block.layers(selection))
             ]
-        return self._plan[key]
+        return [(edit, heads) for edit, selection, heads in self._plan[key] if selection.wants_pass(place.pass_index)]
+
+    def _heads(self, selection: Selection, place: Place, number: int) -> list[int] | None:
+        return selection.heads(place.path, place.layer, number, self._block.layers(selection))
 
     def _mask(self, heads: list[int] | None, call: AttentionCall) -> Tensor:
         """The chosen heads as booleans, (Hq,), or of length 1 where all are chosen; one tensor for all layers."""
@@ -137,24 +137,3 @@ class _Block:
             mask[slice(None) if heads is None else heads] = True
             self._masks[key] = mask.to(device)
         return self._masks[key]
-
-
-def _selection(edit: Edit) -> Selection:
-    """Heads given by layer choose the layers too, where nothing else does."""
-    layers = list(edit.heads) if edit.layers is None and isinstance(edit.heads, Mapping) else edit.layers
-    return Selection(layers, edit.heads)
-
-
-def _check_positions(what: str, where: Where, tokens: int) -> None:
-    """Refuse positions that no text reached, so that an edit never silently does nothing."""
-    if callable(where) or isinstance(where, str):
-        return
-    if isinstance(where, slice) or (isinstance(where, Tensor) and where.dtype == torch.bool):
-        if not bool(selected(where, 0, tokens).any()):
-            raise ValueError(f"{what} select none of the {tokens} tokens that were seen")
-        return
-    index = torch.as_tensor(list(where) if isinstance(where, range) else where).reshape(-1)
-    beyond = index[(index >= tokens) | (index < -tokens)]
-    if len(beyond) or not len(index):
-        which = f"position {int(beyond[0])}" if len(beyond) else "no position"
-        raise IndexError(f"{what} names {which}, but {tokens} tokens were seen")

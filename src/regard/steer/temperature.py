@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from regard.calls import AttentionCall, Where
+from regard.runtime import AttentionCall
 from regard.steer.edit import Edit, check_number, query_set
+from regard.tokens import Where
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,7 +48,7 @@ class Temperature(Edit):
             c if c.hides else replace(c, query=torch.where(rows, c.query / self.by, c.query)) for c in call.columns
         )
         biased = call.attn_mask is not None and is_bias(call.attn_mask)
-        if rows.numel() == 1 and not biased:
+        if self.queries is None and rows.numel() == 1 and not biased:
             return replace(call, scale=call.factor / self.by, columns=columns)
         if call.query.dtype in (torch.float16, torch.bfloat16):  # there the division would round
             call = call.to(torch.float32)

@@ -2,6 +2,6 @@
 
 from regard.view.heads import summarize
 from regard.view.plot import Plot
-from regard.view.report import Facts, report
+from regard.view.report import RunFacts, report
 
-__all__ = ["Facts", "Plot", "report", "summarize"]
+__all__ = ["Plot", "RunFacts", "report", "summarize"]

@@ -30,7 +30,7 @@ READABLE = 20_000
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """What is said about the run at the top of a report.
 
     Args:
@@ -47,7 +47,7 @@ class Facts:
         version: the version of regard.
 
     Example:
-        >>> facts = Facts("MiniLM", "a line", 502, 6, 12, 1.2, 3 * 10**8, 7 * 10**7, "cpu", "float32", "1.0")
+        >>> facts = RunFacts("MiniLM", "a line", 502, 6, 12, 1.2, 3 * 10**8, 7 * 10**7, "cpu", "float32", "1.0")
         >>> facts.tokens
         502
     """
@@ -65,7 +65,7 @@ class Facts:
     version: str
 
 
-def report(dataset: xr.Dataset, facts: Facts) -> str:
+def report(dataset: xr.Dataset, facts: RunFacts) -> str:
     """Write a recording as one HTML page that needs no network.
 
     The page shows each head's statistics, its kind, what each token of the text receives, and the pooled
@@ -87,7 +87,7 @@ def report(dataset: xr.Dataset, facts: Facts) -> str:
     Example:
         >>> received = np.ones((1, 1, 1, 3))
         >>> dataset = xr.Dataset({"received": (("layer", "batch", "head", "key"), received)})
-        >>> facts = Facts("MiniLM", "a line", 3, 1, 1, 0.1, 10**6, 36, "cpu", "float32", "1.0")
+        >>> facts = RunFacts("MiniLM", "a line", 3, 1, 1, 0.1, 10**6, 36, "cpu", "float32", "1.0")
         >>> report(dataset, facts).startswith("<!doctype html>")
         True
     """
@@ -221,7 +221,7 @@ def _json(page: dict[str, object]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _fact_list(facts: Facts) -> list[tuple[str, str, str]]:
+def _fact_list(facts: RunFacts) -> list[tuple[str, str, str]]:
     """Name each fact, its value, and a remark on it."""
     ratio = facts.stored_memory / facts.peak_memory if facts.peak_memory else 0
     return [

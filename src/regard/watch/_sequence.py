@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy
 from torch import Tensor
 
-from regard.calls import Text
+from regard.runtime import Text
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Sequence:
             first = [0, 0, *(starts.get(dim, 0) for dim in dims)]
             place = joined[tuple(slice(a, a + size) for a, size in zip(first, array.shape, strict=True))]
             both = numpy.where(numpy.isnan(place), array, place + numpy.nan_to_num(array))
+            if "position" in dims:  # the same row asked for again, of a text that has grown
+                both = numpy.where(numpy.isnan(array), place, array)
             place[...] = array if "query" in dims else both
         return joined
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap
+from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.watch.statistic import Statistic
 
 Target = int | str | Tensor
@@ -65,11 +65,11 @@ class At(Statistic):
         if not self.targets:
             raise ValueError('At needs a target, such as At("previous") or At(two_back=-2)')
 
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
+    def measure(self, attention: TokenMap, call: Call) -> Tensor:
         """(B, H, N, targets)."""
         shares = []
         for target in self.targets.values():
-            keys = self._keys(target, call) - call.key_start
+            keys = self._keys(target, attention, call) - call.place.key_start
             keys = keys.masked_fill((keys < 0) | (keys >= attention.shape[3]), -1)
             share = attention.at(keys)
             shares.append(share.masked_fill((keys < 0).reshape(-1, 1, keys.shape[-1]), torch.nan))
@@ -79,26 +79,26 @@ class At(Statistic):
         """The targets' names."""
         return {"target": list(self.targets)}
 
-    def _keys(self, target: Target, call: AttentionCall) -> Tensor:
+    def _keys(self, target: Target, attention: TokenMap, call: Call) -> Tensor:
         """The key position that each query of the call has for its target, (N,) or (B, N); before the text for none."""
-        start, queries = call.query_start, call.query.shape[2]
+        start, queries = call.place.query_start, attention.shape[2]
         if isinstance(target, str) and target in _BY_TOKENS:
-            ids = self._ids(call, target)
+            ids = self._ids(attention, call, target)
             target = torch.full((start + queries,), -1) if ids is None else _BY_TOKENS[target](ids)
         if isinstance(target, Tensor):
-            keys = target[..., start : start + queries].to(call.query.device)
+            keys = target[..., start : start + queries].to(attention.device)
             keys = functional.pad(keys, (0, queries - keys.shape[-1]), value=-1)
-            return keys.masked_fill(keys < 0, call.key_start - 1)
+            return keys.masked_fill(keys < 0, call.place.key_start - 1)
         offset = _OFFSETS[target] if isinstance(target, str) else target
-        return torch.arange(start, start + queries, device=call.query.device) + offset
+        return torch.arange(start, start + queries, device=attention.device) + offset
 
-    def _ids(self, call: AttentionCall, target: str) -> Tensor | None:
+    def _ids(self, attention: TokenMap, call: Call, target: str) -> Tensor | None:
         """Ids of the tokens up to the call's last query; None where its queries are not the tokens (image patches, say)."""
-        batch, end = call.query.shape[0], call.query_start + call.query.shape[2]
+        batch, end = attention.shape[0], call.place.query_start + attention.shape[2]
         if self.token_ids is not None:
             ids = self.token_ids.reshape(-1, self.token_ids.shape[-1])[:, :end]
-        elif call.token_ids is not None:
-            ids = call.token_ids
+        elif call.place.token_ids is not None:
+            ids = call.place.token_ids
         else:
             raise ValueError(
                 f'At("{target}") needs token ids, and the model was given no input_ids; pass At(..., token_ids=ids)'

@@ -1,9 +1,11 @@
 """How widely each query spreads its attention."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap
+from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.watch.statistic import Statistic
 
 
@@ -25,10 +27,7 @@ class Entropy(Statistic):
     dims = ("query",)
     units = "nats"
 
-    def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
-        """Have it computed in the shared pass."""
+    def ask(self, attention: TokenMap, call: Call) -> Callable[[], Tensor]:
+        """Have it computed in the shared pass: (B, H, N)."""
         attention.expect("entropy")
-
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
-        """(B, H, N)."""
-        return attention.entropy()
+        return attention.entropy

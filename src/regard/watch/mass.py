@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap, Segment, Segments, positions
+from regard.maps import TokenMap
+from regard.runtime import Call
+from regard.tokens import Where, check_form, resolve
 from regard.watch.statistic import Statistic
 
 
@@ -17,12 +17,12 @@ class Mass(Statistic):
     """``Σ_{j in segment} P_ij``: ``mass(layer, batch, head, query, segment)``.
 
     Args:
-        segments: names to keys, each a position, several, a slice, or a boolean mask (M,) or (batch, M). Positions are
-            those of the text; in ``generate`` they go on to mean the same tokens.
+        segments: names to keys: positions of the text, as for `regard.Reweight`; in ``generate`` they go on to mean the same
+            tokens.
         name: of the variable, to watch several at once.
 
     Raises:
-        IndexError: at a call whose keys end before a segment.
+        IndexError: at the end of a block in which no text had a segment's keys.
 
     >>> import torch, regard
     >>> layer = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
@@ -34,39 +34,34 @@ class Mass(Statistic):
     """
 
     dims = ("query", "segment")
+    places = ("segments",)
 
-    def __init__(self, segments: Segments, name: str = "mass") -> None:
+    def __init__(self, segments: Mapping[str, Where], name: str = "mass") -> None:
         if not isinstance(segments, Mapping) or not segments:
             raise ValueError(f'Mass needs a mapping from names to keys, such as {{"sink": [0]}}, got {segments!r}')
+        for segment, where in segments.items():
+            check_form(where, f"segment {segment!r}")
         self.segments = dict(segments)
         self.name = name
-        self._of_call: dict[str, Tensor] = {}
 
-    def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
-        """Have it computed in the shared pass."""
-        try:
-            self._of_call = {name: _of_call(name, segment, call) for name, segment in self.segments.items()}
-        except IndexError as error:
-            raise IndexError(f"{error} at {call.path}; choose other segments, or other layers with layers=") from error
-        attention.expect("mass", self._of_call)
-
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
-        """(B, H, N, S)."""
-        return attention.mass(self._of_call)
+    def ask(self, attention: TokenMap, call: Call) -> Callable[[], Tensor]:
+        """Have it computed in the shared pass: (B, H, N, S)."""
+        batch, _, _, keys = attention.shape
+        place = call.place
+        segments = {
+            name: _one_row(
+                resolve(where, place.key_start, keys, batch=batch, token_ids=place.token_ids, what=f"segment {name!r}")
+            )
+            for name, where in self.segments.items()
+        }
+        attention.expect("mass", segments)
+        return partial(attention.mass, segments)
 
     def coordinates(self) -> Mapping[str, Sequence[object]]:
         """The segments' names."""
         return {"segment": list(self.segments)}
 
 
-def _of_call(name: str, segment: Segment, call: AttentionCall) -> Tensor:
-    """A segment of the text as a mask over the keys that the call has: (M,) or (B, M)."""
-    keys = call.key.shape[2]
-    end = call.key_start + keys
-    if isinstance(segment, Tensor) and segment.dtype == torch.bool and segment.ndim == 2:
-        if segment.shape[1] > end:
-            raise IndexError(f"segment {name!r} is a mask over {segment.shape[1]} keys, but there are {end}")
-        return functional.pad(segment, (0, end - segment.shape[1]))[:, call.key_start :]
-    mask = torch.zeros(end, dtype=torch.bool)
-    mask[positions(segment, end, f"segment {name!r}", "keys")] = True
-    return mask[call.key_start :]
+def _one_row(mask: Tensor) -> Tensor:
+    """(M,) where all texts have the same keys."""
+    return mask[0] if len(mask) == 1 else mask

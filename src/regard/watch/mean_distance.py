@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap
+from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.watch.statistic import Statistic
 
 
@@ -23,6 +23,6 @@ class MeanDistance(Statistic):
     dims = ("query",)
     units = "tokens"
 
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
+    def measure(self, attention: TokenMap, call: Call) -> Tensor:
         """(B, H, N)."""
-        return attention.mean_distance(call.query_start, call.key_start)
+        return attention.mean_distance(call.place.query_start, call.place.key_start)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap, one_hot, sum_rows
+from regard.maps import TokenMap, one_hot, sum_rows
+from regard.runtime import Call
 from regard.watch.statistic import Statistic
 
 
@@ -38,25 +38,23 @@ class Pooled(Statistic):
             raise ValueError(f"Pooled needs blocks of at least 1 token, got {size}")
         self.size = size
 
-        self._columns = torch.empty(0)
-
-    def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
+    def ask(self, attention: TokenMap, call: Call) -> Callable[[], Tensor]:
         """Have the columns' sums computed in the shared pass."""
-        blocks = self._blocks(call.key_start, attention.shape[3], attention)
-        self._columns = one_hot(blocks, int(blocks[-1]) + 1, attention.dtype)
-        attention.expect("product", self._columns)
+        blocks = self._blocks(call.place.key_start, attention.shape[3], attention)
+        columns = one_hot(blocks, int(blocks[-1]) + 1, attention.dtype)
+        attention.expect("product", columns)
+        return lambda: self._sum_rows(attention @ columns, attention, call)
 
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
+    def _sum_rows(self, product: Tensor, attention: TokenMap, call: Call) -> Tensor:
         """(B, H, rows, columns), from the blocks of the text's first token on."""
-        product = attention @ self._columns
-        if call.token_mask is not None:
-            product = product * call.token_mask.to(product.device)[:, None, :, None]
-        blocks = self._blocks(call.query_start, attention.shape[2], attention)
+        if call.place.token_mask is not None:
+            product = product * call.place.token_mask.to(product.device)[:, None, :, None]
+        blocks = self._blocks(call.place.query_start, attention.shape[2], attention)
         return sum_rows(product, blocks, int(blocks[-1]) + 1)
 
     def attributes(self) -> Mapping[str, object]:
         """The units, and the side of a block."""
         return {"units": "sum of attention", "size": self.size}
 
-    def _blocks(self, start: int, tokens: int, attention: AttentionMap) -> Tensor:
+    def _blocks(self, start: int, tokens: int, attention: TokenMap) -> Tensor:
         return torch.arange(start, start + tokens, device=attention.device) // self.size

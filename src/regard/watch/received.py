@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
-from regard.calls import AttentionCall, Positions, selected
-from regard.maps import AttentionMap
+from regard.maps import TokenMap
+from regard.runtime import Call
+from regard.tokens import Where, check_form, resolve
 from regard.watch.statistic import Statistic
 
 
@@ -15,7 +19,7 @@ class Received(Statistic):
     Queries that ``token_mask`` calls padding do not count. Over the steps of ``generate`` it goes on adding up.
 
     Args:
-        queries: the positions of the queries that count; all by default.
+        queries: the positions of the queries that count, as for `regard.Reweight`; all by default.
         name: of the variable, to watch several at once.
 
     >>> import torch, regard
@@ -28,28 +32,35 @@ class Received(Statistic):
     """
 
     dims = ("key",)
+    places = ("queries",)
 
-    def __init__(self, queries: Positions | None = None, name: str = "received") -> None:
+    def __init__(self, queries: Where | None = None, name: str = "received") -> None:
+        check_form(queries, "queries")
         self.queries = queries
         self.name = name
-        self._weights: Tensor | None = None
 
-    def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
-        """Have it computed in the shared pass."""
-        self._weights = query_weights(self.queries, call)
-        attention.expect("received", self._weights)
-
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
-        """(B, H, M)."""
-        return attention.received(self._weights)
+    def ask(self, attention: TokenMap, call: Call) -> Callable[[], Tensor]:
+        """Have it computed in the shared pass: (B, H, M)."""
+        weights = query_weights(self.queries, attention, call)
+        attention.expect("received", weights)
+        return partial(attention.received, weights)
 
 
-def query_weights(queries: Positions | None, call: AttentionCall) -> Tensor | None:
+def query_weights(queries: Where | None, attention: TokenMap, call: Call) -> Tensor | None:
     """(B or 1, 1, N): 1 for queries that count, 0 for others; None where all count."""
-    if queries is None and call.token_mask is None:
+    if queries is None and call.place.token_mask is None:
         return None
-    device = call.query.device
-    chosen = selected(queries, call.query_start, call.query.shape[2]).to(device)[None, None]
-    if call.token_mask is not None:
-        chosen = chosen & call.token_mask[:, None].to(device)
+    device = attention.device
+    batch, _, number, _ = attention.shape
+    chosen = resolve(
+        queries,
+        call.place.query_start,
+        number,
+        batch=batch,
+        token_ids=call.place.token_ids,
+        device=device,
+        what="queries",
+    )[:, None]
+    if call.place.token_mask is not None:
+        chosen = chosen & call.place.token_mask[:, None].to(device)
     return chosen.float()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from functools import cached_property
 from pathlib import Path
@@ -72,13 +74,54 @@ class Recording:
 
 
 def save(dataset: xarray.Dataset, path: str | Path) -> None:
-    """Write a dataset to one netCDF file."""
-    dataset.to_netcdf(path, engine=_ENGINE)
+    """Write a dataset to one netCDF file.
+
+    Words that netCDF cannot hold, with NUL or half of a surrogate pair in them, are written as ``\\x00`` and ``\\ud800``,
+    backslashes among them twice, and the variable says so by its attribute ``escaped``; `load` reads them back as they were.
+    """
+    _changed(dataset, _escaped).to_netcdf(path, engine=_ENGINE)
 
 
 def load(path: str | Path) -> xarray.Dataset:
     """Read a dataset that ``Recording.save`` or ``regard look --save`` wrote."""
-    return xarray.load_dataset(path, engine=_ENGINE)
+    return _changed(xarray.load_dataset(path, engine=_ENGINE), _unescaped)
+
+
+_UNWRITABLE = re.compile(r"[\x00\ud800-\udfff]")
+_ESCAPES = re.compile(r"\\(\\|x00|u[0-9a-f]{4})")
+
+
+def _changed(dataset: xarray.Dataset, change: Callable[[xarray.Variable], xarray.Variable]) -> xarray.Dataset:
+    """The dataset with each of its variables of words changed."""
+    words = {name: variable for name, variable in dataset.variables.items() if variable.dtype.kind in "OU"}
+    changed = {name: change(variable) for name, variable in words.items()}
+    return dataset.assign({name: variable for name, variable in changed.items() if variable is not words[name]})
+
+
+def _escaped(words: xarray.Variable) -> xarray.Variable:
+    if not any(_UNWRITABLE.search(str(word)) for word in words.values.flat):
+        return words
+    return _each(words, lambda word: re.sub(r"[\\\x00\ud800-\udfff]", _escape, word), words.attrs | {"escaped": 1})
+
+
+def _escape(found: re.Match[str]) -> str:
+    return {"\\": "\\\\", "\0": "\\x00"}.get(found.group()) or f"\\u{ord(found.group()):04x}"
+
+
+def _unescaped(words: xarray.Variable) -> xarray.Variable:
+    if "escaped" not in words.attrs:
+        return words
+    attributes = {name: value for name, value in words.attrs.items() if name != "escaped"}
+    return _each(words, lambda word: _ESCAPES.sub(_unescape, word), attributes)
+
+
+def _unescape(found: re.Match[str]) -> str:
+    return "\\" if found.group(1) == "\\" else chr(int(found.group(1)[1:], 16))
+
+
+def _each(words: xarray.Variable, change: Callable[[str], str], attributes: Mapping[str, object]) -> xarray.Variable:
+    changed = numpy.array([change(str(word)) for word in words.values.flat], dtype=object).reshape(words.shape)
+    return xarray.Variable(words.dims, changed, attributes)
 
 
 _Measured = dict[str, list[Sequence]]

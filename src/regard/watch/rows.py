@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap
+from regard.maps import TokenMap
+from regard.runtime import Call
+from regard.tokens import Positions, check_form, plain
 from regard.watch.statistic import Statistic
 
 
@@ -16,8 +18,12 @@ class Rows(Statistic):
     """All that the queries at some positions look at: ``rows(layer, batch, head, position, key)``.
 
     Args:
-        positions: of the queries in the text, from 0; in ``generate`` also those of tokens yet to come. A call that does
-            not see a position has NaN there.
+        positions: of the queries in the text, as for `regard.Reweight`, such as can be counted before a text is read; in
+            ``generate`` also those of tokens yet to come. Negative ones count from the end of the text as far as it is known
+            at a call, and later calls take the place of earlier ones. What no call sees is NaN.
+
+    Raises:
+        ValueError: positions that have no number, such as an open slice.
 
     >>> import torch, regard
     >>> layer = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
@@ -31,20 +37,19 @@ class Rows(Statistic):
     name = "rows"
     dims = ("position", "key")
 
-    def __init__(self, positions: Sequence[int]) -> None:
-        if not positions or min(positions) < 0:
-            raise ValueError(f"Rows needs positions from 0 up, got {list(positions)}")
-        self.positions = list(positions)
+    places = ("positions",)
 
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
+    def __init__(self, positions: Positions | str) -> None:
+        check_form(positions, "positions")
+        self.positions = positions if isinstance(positions, str) else _numbers(positions)
+
+    def measure(self, attention: TokenMap, call: Call) -> Tensor:
         """(B, H, positions, M)."""
         batch, heads, queries, keys = attention.shape
+        start, end = call.place.query_start, call.place.query_start + queries
         rows = torch.full((batch, heads, len(self.positions), keys), torch.nan, dtype=attention.dtype)
-        here = [
-            (number, position - call.query_start)
-            for number, position in enumerate(self.positions)
-            if 0 <= position - call.query_start < queries
-        ]
+        wanted = [position + end if position < 0 else position for position in plain(self.positions, "positions")]
+        here = [(number, position - start) for number, position in enumerate(wanted) if start <= position < end]
         if here:
             numbers, local = zip(*here, strict=True)
             rows[:, :, list(numbers)] = attention.rows(list(local)).cpu()
@@ -53,3 +58,15 @@ class Rows(Statistic):
     def coordinates(self) -> Mapping[str, Sequence[object]]:
         """The positions."""
         return {"position": self.positions}
+
+
+def _numbers(positions: Positions) -> list[int]:
+    """One after the other."""
+    read = plain(positions, "positions")
+    if isinstance(read, slice) and read.stop is not None and min(read.start or 0, read.stop) >= 0:
+        return list(range(read.stop)[read])
+    if isinstance(read, Tensor) and read.ndim == 1:
+        return cast("list[int]", read.nonzero().flatten().tolist())
+    if isinstance(read, list) and isinstance(read[0], int):
+        return cast("list[int]", read)
+    raise ValueError(f"Rows needs positions that can be counted, the same for all texts, got {positions!r}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy
 import xarray
 from torch import Tensor
 
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap
+from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.watch.received import query_weights
 from regard.watch.statistic import Statistic
 
@@ -39,17 +39,17 @@ class Sinks(Statistic):
         if not 0 < threshold < 1:
             raise ValueError(f"Sinks needs a threshold between 0 and 1, got {threshold}")
         self.threshold = threshold
-        self._weights: Tensor | None = None
 
-    def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
-        """Have it computed in the shared pass."""
-        self._weights = query_weights(None, call)
-        attention.expect("received", self._weights)
+    def ask(self, attention: TokenMap, call: Call) -> Callable[[], Mapping[str, Tensor]]:
+        """Have it computed in the shared pass: what each key receives, and from how many queries it could."""
+        weights = query_weights(None, attention, call)
+        attention.expect("received", weights)
 
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Mapping[str, Tensor]:
-        """What each key receives, and from how many queries it could."""
-        received = attention.received(self._weights)
-        return {"sink_share": received, "sinks": attention.viewers(self._weights).expand_as(received)}
+        def take() -> Mapping[str, Tensor]:
+            received = attention.received(weights)
+            return {"sink_share": received, "sinks": attention.viewers(weights).expand_as(received)}
+
+        return take
 
     def dimensions(self) -> Mapping[str, tuple[str, ...]]:
         """Both go by key."""

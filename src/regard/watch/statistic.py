@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import xarray
 from torch import Tensor
 
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap
+from regard.maps import TokenMap
+from regard.runtime import Call
+from regard.tokens import Where
+
+Measured = Tensor | Mapping[str, Tensor]
 
 
 class Statistic:
     """Something read from the attention map of every watched call.
 
-    A subclass sets ``name`` and ``dims`` and overrides `measure`. Dimensions after batch and head are free; two names have
+    A subclass sets ``name`` and ``dims`` and overrides `measure`, or `ask` to share a pass over the matrix with others; it
+    keeps nothing of a call. Dimensions after batch and head are free; two names have
     a meaning: values along "query" are put one after another as ``generate`` adds tokens, and values without it are summed
     up over its steps, those along "key" key by key. A query that ``token_mask`` calls padding becomes NaN.
 
-    For a linear mixer ``attention`` is its `regard.mixers.HiddenMap`, which answers the same questions but for entropy,
-    logsumexp and viewers; ``call`` has its values, and NaN for queries and keys, which it has not.
+    ``attention`` is the `regard.AttentionMap` of a call or, for a linear mixer, its `regard.mixers.HiddenMap`, which answers
+    the same questions but for entropy, logsumexp and viewers. ``call.place`` tells where it stands (path, layer, pass, the
+    positions of its queries and keys, token ids), ``call.value`` which values it mixes.
 
     Example:
         >>> import torch, regard
@@ -40,11 +46,25 @@ class Statistic:
     name: str
     dims: tuple[str, ...]
     units: ClassVar[str] = "share of attention"
+    places: ClassVar[tuple[str, ...]] = ()
+    """The arguments that are positions in the text, or name several."""
 
-    def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
-        """Announce with ``attention.expect(…)`` what `measure` will ask, to share one pass. Optional."""
+    def named_positions(self) -> dict[str, Where]:
+        """The chosen positions, by what errors call them."""
+        named: dict[str, Where] = {}
+        for name in self.places:
+            given = getattr(self, name)
+            if isinstance(given, Mapping):
+                named |= {f"segment {key!r}": where for key, where in given.items()}
+            elif given is not None:
+                named[f"{type(self).__name__}: {name}"] = given
+        return named
 
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor | Mapping[str, Tensor]:
+    def ask(self, attention: TokenMap, call: Call) -> Callable[[], Measured]:
+        """Announce with ``attention.expect(…)`` what will be asked, and return what measures it once all have announced."""
+        return partial(self.measure, attention, call)
+
+    def measure(self, attention: TokenMap, call: Call) -> Measured:
         """The value, (batch, heads, *dims), or several by name."""
         raise NotImplementedError(f"{type(self).__name__} must override measure()")
 

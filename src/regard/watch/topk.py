@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nan
 from torch.nn.functional import pad
 
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap
+from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.watch.statistic import Statistic
 
 
@@ -37,12 +37,12 @@ class TopK(Statistic):
             raise ValueError(f"TopK needs k of at least 1, got {k}")
         self.k = k
 
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Mapping[str, Tensor]:
+    def measure(self, attention: TokenMap, call: Call) -> Mapping[str, Tensor]:
         """Shares and keys, (B, H, N, k) each."""
         best = attention.topk(min(self.k, attention.shape[3]))
         none = best.keys < 0
         missing = (0, self.k - best.keys.shape[-1])
-        keys = (best.keys + call.key_start).to(attention.dtype)
+        keys = (best.keys + call.place.key_start).to(attention.dtype)
         return {
             "topk_share": pad(best.shares.masked_fill(none, nan), missing, value=nan),
             "topk_key": pad(keys.masked_fill(none, nan), missing, value=nan),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import xarray
 from torch import Tensor
 
-from regard.calls import AttentionCall
-from regard.maps import AttentionMap
+from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.watch.received import query_weights
 from regard.watch.statistic import Statistic
 
@@ -35,24 +35,22 @@ class ValueNorm(Statistic):
     dims = ("query",)
     units = "norm of the head's output"
 
-    def __init__(self) -> None:
-        self._weights: Tensor | None = None
+    def ask(self, attention: TokenMap, call: Call) -> Callable[[], Mapping[str, Tensor]]:
+        """Have both sides computed in the shared pass: norms by query; by key, what is moved."""
+        weights = query_weights(None, attention, call)
+        values = call.value.detach().to(attention.dtype)
+        attention.expect("product", values)
+        attention.expect("received", weights)
 
-    def ask(self, attention: AttentionMap, call: AttentionCall) -> None:
-        """Have both sides computed in the shared pass."""
-        self._weights = query_weights(None, call)
-        self._values = call.value.detach().to(attention.dtype)
-        attention.expect("product", self._values)
-        attention.expect("received", self._weights)
+        def take() -> Mapping[str, Tensor]:
+            norms = torch.linalg.vector_norm(values, dim=-1)
+            norms = norms.repeat_interleave(attention.shape[1] // norms.shape[1], dim=1)
+            return {
+                "value_norm": torch.linalg.vector_norm(attention @ values, dim=-1),
+                "value_share": attention.received(weights) * norms,
+            }
 
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Mapping[str, Tensor]:
-        """Norms by query; by key, what is moved."""
-        norms = torch.linalg.vector_norm(self._values, dim=-1)
-        norms = norms.repeat_interleave(attention.shape[1] // norms.shape[1], dim=1)
-        return {
-            "value_norm": torch.linalg.vector_norm(attention @ self._values, dim=-1),
-            "value_share": attention.received(self._weights) * norms,
-        }
+        return take
 
     def dimensions(self) -> Mapping[str, tuple[str, ...]]:
         """One by query, one by key."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, Heads, Layers, Reading, Selection, Text, Tracker, enter_all, listen
-from regard.maps import AttentionMap, TokenMap
+from regard.maps import TokenMap
+from regard.runtime import AttentionCall, Call, HiddenCall, Place, Proceed, Reading, Site, entered
+from regard.tokens import Heads, Layers, Passes, Selection, check
 from regard.watch._sequence import Part, Sequence
 from regard.watch.recording import Recording
-from regard.watch.statistic import Statistic
+from regard.watch.statistic import Measured, Statistic
 
 
 class watch:  # noqa: N801 - a context manager, named as what one writes
@@ -31,8 +33,10 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
             as transformers' does with ``attn_implementation="sdpa"``; left out or None, every call made in the block. Of
             ``regard.mixers``, those that have a hidden map are read by it, each as one call.
         statistics: what to read, such as ``regard.Entropy()``.
-        layers: the number of an attention call in order, a glob on the path of the module that makes it, or several.
-        heads: the number of a query head, several, or a mapping from layers to heads.
+        layers: the number of an attention call in order, negative from the last, a slice or range of them, a glob on the path
+            of the module that makes it, or several of these.
+        heads: numbers of query heads in the same way, or a mapping from layers to heads.
+        passes: numbers of the model's passes in the block: of ``generate`` 0 is the prompt, in diffusion they are steps.
         token_mask: (batch, tokens), nonzero for real tokens, as a tokenizer's ``attention_mask``. Padded queries become
             NaN and count in no sum. Tokens that ``generate`` adds are real.
         keep_maps: keep each call's `AttentionMap` (and with it its query and key) in ``seen.maps``.
@@ -69,7 +73,8 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
         model: Module | Statistic | None = None,
         *statistics: Statistic,
         layers: Layers | None = None,
-        heads: Heads | Mapping[int | str, Heads] | None = None,
+        heads: Heads | Mapping[Any, Heads] | None = None,
+        passes: Passes | None = None,
         token_mask: Tensor | None = None,
         keep_maps: bool = False,
         share: bool = True,
@@ -79,17 +84,16 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
         else:
             watched = model
         _check(watched, statistics, keep_maps)
-        self._model = watched
-        self._statistics = statistics
-        self._layers, self._heads = layers, heads
-        self._token_mask = None if token_mask is None else _check_mask(token_mask)
-        self._keep_maps = keep_maps
-        self._share = share
+        self.model = watched
+        self.statistics = statistics
+        self.token_mask = None if token_mask is None else _check_mask(token_mask)
+        self.keep_maps = keep_maps
+        self.share = share
+        self._selection = Selection(layers, heads, passes)
         self._blocks: list[_Block] = []
 
     def __enter__(self) -> Recording:
-        selection = Selection(self._layers, self._heads)
-        block = _Block(self._model, self._statistics, selection, self._token_mask, self._keep_maps, self._share)
+        block = _Block(self, self._selection)
         block.enter()
         self._blocks.append(block)
         return block.recording
@@ -104,142 +108,115 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
 
 
 class _Block:
-    """One entry into a watch: listens to calls, places them in their text, and has them measured."""
+    """One entry into a watch: has the calls of the model read, and puts together what is measured."""
 
-    def __init__(
-        self,
-        model: Module | None,
-        statistics: tuple[Statistic, ...],
-        selection: Selection,
-        token_mask: Tensor | None,
-        keep_maps: bool,
-        share: bool,
-    ) -> None:
-        self.recording = Recording(statistics)
-        self.statistics = statistics
-        self.share = share
-        self._keep_maps = keep_maps
+    edits = outermost = False
+
+    def __init__(self, options: watch, selection: Selection) -> None:
+        self.recording = Recording(options.statistics)
+        self._options = options
         self._selection = selection
-        self._token_mask = token_mask
-        self._tracker = Tracker(model)
-        self._exit = ExitStack()
+        self._entered = entered(self, options.model)
+        self._tokens = 0  # of the longest text seen
 
     def enter(self) -> None:
-        self._exit = enter_all(self._tracker, listen(self))
+        self._block = self._entered.__enter__()
 
     def exit(self) -> None:
-        self._exit.close()
+        self._entered.__exit__(None, None, None)
 
     def check(self) -> None:
         """Refuse a block in which there was nothing to see, or not what was chosen."""
-        self._tracker.check()
-        self._selection.check(self._tracker.layers)
+        self._block.check()
+        self._selection.check(self._block.seen, passes=self._block.passes)
+        for statistic in self._options.statistics:
+            for name, where in statistic.named_positions().items():
+                check(where, self._tokens, name)
 
-    def notice(self, call: AttentionCall, edited: AttentionCall | None) -> tuple[AttentionCall, Reading] | None:
-        """Place a call of the watched model, and say what to read of what runs."""
-        named = self._tracker.name(call)
-        if named is None or not self._selection.wants(named.path, named.layer):
-            return None
-        heads = self._selection.heads(named.path, named.layer, named.query.shape[1])
-        placed, text = self._tracker.place(named)
+    def wants(self, site: Site) -> bool:
+        """Whether its layer was chosen."""
+        return self._block.chooses(self._selection, site)
+
+    def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
+        """Have what is run in the end be read."""
+        place = replace(call.place, token_mask=self._mask_of(call))
+        share = self._options.share and self._selection.every_head
+        return proceed(call.with_reading(Reading(partial(self._ask, place), share)))
+
+    def _ask(self, place: Place, attention: TokenMap, last: AttentionCall | HiddenCall) -> Callable[[], None]:
+        """Have each statistic announce what it needs; what is returned measures them."""
+        call: Call = last.at(place)
+        heads = self._selection.heads(place.path, place.layer, attention.shape[1], self._block.layers(self._selection))
+        if heads is not None:
+            attention, call = attention.heads(heads), call.heads(heads)
+        asked: dict[Statistic, Callable[[], Measured]] = {}
+        for statistic in self._options.statistics:
+            with _told(statistic, call):
+                asked[statistic] = statistic.ask(attention, call)
+
+        def take() -> None:
+            measured: dict[str, Tensor] = {}
+            for statistic, answer in asked.items():
+                with _told(statistic, call):
+                    result = answer()
+                named = result if isinstance(result, Mapping) else {statistic.name: result}
+                for name, dims in statistic.dimensions().items():
+                    measured[name] = _masked(named[name], dims, place.token_mask).cpu()
+            self._record(place, attention, heads, measured)
+
+        return take
+
+    def _record(
+        self, place: Place, attention: TokenMap, heads: list[int] | None, measured: Mapping[str, Tensor]
+    ) -> None:
+        recording, text = self.recording, self._block.tracker.text_of(place)
         if text.token_ids is not None and text.token_ids.shape[1] == text.end:
-            self.recording.token_ids = text.token_ids
-        placed = replace(placed if edited is None else edited.placed_as(placed), token_mask=self._mask_of(placed))
-        return named, _Reading(self, placed, self._sequence(placed.path, text), heads)
-
-    def record(self, call: AttentionCall, sequence: Sequence, part: Part, attention: TokenMap) -> None:
-        """Keep what was measured."""
-        if call.path not in self.recording.layers:
-            self.recording.layers.append(call.path)
-        sequence.parts.append(part)
-        if self._keep_maps:
-            self.recording.maps.setdefault(call.path, []).append(attention)
-
-    def _sequence(self, path: str, text: Text) -> Sequence:
-        sequences = self.recording._sequences.setdefault(path, [])
+            recording.token_ids = text.token_ids
+        if place.path not in recording.layers:
+            recording.layers.append(place.path)
+        sequences = recording._sequences.setdefault(place.path, [])
         if not sequences or sequences[-1].text is not text:
             sequences.append(Sequence(text))
-        return sequences[-1]
+        _, number, queries, keys = attention.shape
+        self._tokens = max(self._tokens, place.query_start + queries, place.key_start + keys)
+        every = list(range(number)) if heads is None else heads
+        sequences[-1].parts.append(Part(place.query_start, place.key_start, queries, keys, every, measured))
+        if self._options.keep_maps:
+            recording.maps.setdefault(place.path, []).append(attention)
 
-    def _mask_of(self, call: AttentionCall) -> Tensor | None:
-        mask = self._token_mask
+    def _mask_of(self, call: AttentionCall | HiddenCall) -> Tensor | None:
+        mask = self._options.token_mask
         if mask is None:
             return None
-        batch, _, queries, _ = call.query.shape
-        end = call.query_start + queries
-        if batch % mask.shape[0] or (call.query_start == 0 and queries != mask.shape[1]):
+        place, batch = call.place, call.value.shape[0]
+        queries = call.queries if isinstance(call, HiddenCall) else call.query.shape[2]
+        end = place.query_start + queries
+        if batch % mask.shape[0] or (place.query_start == 0 and queries != mask.shape[1]):
             raise ValueError(
-                f"token_mask has shape {tuple(mask.shape)}, but {call.path} has a batch of {batch} with {queries} queries; "
+                f"token_mask has shape {tuple(mask.shape)}, but {place.path} has a batch of {batch} with {queries} queries; "
                 "watch only the layers that it belongs to, with layers="
             )
         mask = mask.repeat_interleave(batch // mask.shape[0], dim=0)  # the beams of one text follow one another
-        return torch.nn.functional.pad(mask, (0, max(end - mask.shape[1], 0)), value=True)[:, call.query_start : end]
+        return torch.nn.functional.pad(mask, (0, max(end - mask.shape[1], 0)), value=True)[:, place.query_start : end]
 
 
-@dataclass
-class _Reading:
-    """What one block reads of one call."""
-
-    block: _Block
-    call: AttentionCall
-    sequence: Sequence
-    heads: list[int] | None
-
-    def __post_init__(self) -> None:
-        self._own: TokenMap | None = None
-        if self.heads is not None:
-            self.call = self.call.heads(self.heads)
-
-    @property
-    def shares(self) -> bool:
-        """Whether the model's output may come from the pass that answers the questions."""
-        return self.block.share and self.heads is None
-
-    def ask(self, attention: TokenMap) -> None:
-        """Have each statistic announce what it needs."""
-        for statistic in self.block.statistics:
-            with _told(statistic, self.call):
-                statistic.ask(self._map(attention), self.call)
-
-    def take(self, attention: TokenMap) -> None:
-        """Measure each statistic."""
-        attention = self._map(attention)
-        measured: dict[str, Tensor] = {}
-        for statistic in self.block.statistics:
-            with _told(statistic, self.call):
-                result = statistic.measure(attention, self.call)
-            named = result if isinstance(result, Mapping) else {statistic.name: result}
-            for name, dims in statistic.dimensions().items():
-                measured[name] = self._masked(named[name], dims).cpu()
-        _, _, queries, keys = attention.shape
-        heads = list(range(attention.shape[1])) if self.heads is None else self.heads
-        part = Part(self.call.query_start, self.call.key_start, queries, keys, heads, measured)
-        self.block.record(self.call, self.sequence, part, attention)
-
-    def _map(self, attention: TokenMap) -> AttentionMap:
-        """The map of the chosen heads; it has an AttentionMap's interface, and refuses what it cannot answer."""
-        if self._own is None:
-            self._own = attention if self.heads is None else attention.heads(self.heads)
-        return cast(AttentionMap, self._own)
-
-    def _masked(self, values: Tensor, dims: tuple[str, ...]) -> Tensor:
-        """NaN for padded queries."""
-        mask = self.call.token_mask
-        if mask is None or "query" not in dims:
-            return values
-        shape = [1] * values.ndim
-        shape[0], shape[2 + dims.index("query")] = mask.shape
-        return values.masked_fill(~mask.to(values.device).view(shape), torch.nan)
+def _masked(values: Tensor, dims: tuple[str, ...], mask: Tensor | None) -> Tensor:
+    """NaN for padded queries."""
+    if mask is None or "query" not in dims:
+        return values
+    shape = [1] * values.ndim
+    shape[0], shape[2 + dims.index("query")] = mask.shape
+    return values.masked_fill(~mask.to(values.device).view(shape), torch.nan)
 
 
 @contextmanager
-def _told(statistic: Statistic, call: AttentionCall) -> Iterator[None]:
+def _told(statistic: Statistic, call: Call) -> Iterator[None]:
     """Say where a map has no answer to what a statistic asks."""
     try:
         yield
     except NotImplementedError as error:
         raise NotImplementedError(
-            f"{type(statistic).__name__} of {call.path}: {error}; leave out the statistic, or the layer with layers="
+            f"{type(statistic).__name__} of {call.place.path}: {error}; leave out the statistic, or the layer with layers="
         ) from error
 
 

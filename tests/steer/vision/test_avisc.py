@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import regard
-from regard.steer.vision import AvisC, blind_tokens, decoder_layers
+from regard.steer.vision import AvisC, blind_tokens
 from regard.steer.vision.avisc import stared_at
+from regard.tokens import decoder_layers
 from tests.steer.vision.conftest import WORDS, Seer
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 import regard
-from regard.steer.vision import decoder_layers, gift, vif
+from regard.steer.vision import gift, vif
 from regard.steer.vision._branch import Branch, plausible
+from regard.tokens import decoder_layers
 from tests.steer.vision.conftest import WORDS, Seer
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import regard
-from regard.steer.vision import decoder_layers, dual_stream, visual_streams
+from regard.steer.vision import dual_stream, visual_streams
 from regard.steer.vision.dual_stream import largest, outliers
+from regard.tokens import decoder_layers
 from tests.steer.vision.conftest import Seer
 
 

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 
 import regard
-from regard.steer.vision import FuseGaze, decoder_layers, gaze_saliency, gift
+from regard.steer.vision import FuseGaze, gaze_saliency, gift
+from regard.tokens import decoder_layers
 from tests.steer.vision.conftest import Seer
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import regard
-from regard.steer.vision import decoder_layers, image_boost
+from regard.steer.vision import image_boost
+from regard.tokens import decoder_layers
 from tests.steer.vision.conftest import Seer
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import regard
-from regard.steer.vision import Rebalancing, decoder_layers, noised, significant_tokens
+from regard.steer.vision import Rebalancing, noised, significant_tokens
+from regard.tokens import decoder_layers
 from tests.steer.vision.conftest import WORDS, Seer
 
 

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import regard
-from regard.steer.vision import RedistributeSinks, decoder_layers, var
+from regard.steer.vision import RedistributeSinks, var
+from regard.tokens import decoder_layers
 from tests.steer.vision.conftest import Seer
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import regard
-from regard.steer.vision import decoder_layers, vhr, vision_aware_heads
+from regard.steer.vision import vhr, vision_aware_heads
 from regard.steer.vision._prompt import read_prompt
+from regard.tokens import decoder_layers
 from tests.steer.vision.conftest import Seer
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import regard
-from regard.steer.vision import decoder_layers, inactive_tokens, vif
+from regard.steer.vision import inactive_tokens, vif
+from regard.tokens import decoder_layers
 from tests.steer.vision.conftest import Seer
 
 

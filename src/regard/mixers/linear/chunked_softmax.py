@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.calls import AttentionCall, show, watched
 from regard.mixers.linear.forms import Form, check_form
 from regard.mixers.linear.key_values import KeyValues
 from regard.mixers.linear.mixer import Facts
 from regard.mixers.linear.softmax import SoftmaxAttention, visible_keys
+from regard.runtime import AttentionCall, attend, intercept, looked_at
 
 QUERY_CHUNK = 512
 KEY_CHUNK = 1024
@@ -261,11 +262,15 @@ class ChunkedSoftmaxAttention(SoftmaxAttention):
 
     def attend(self, seen: KeyValues) -> Tensor:
         """Tile by tile."""
-        if watched():
-            visible, causal = visible_keys(seen)
-            past = seen.key.shape[2] - seen.query.shape[2]
-            show(AttentionCall(seen.query, seen.key, seen.value, visible, is_causal=causal, past=past))
         mask = None if seen.real is None else seen.real[:, None, None]
-        return chunked_attention(
-            seen.query, seen.key, seen.value, mask=mask, query_chunk=self.query_chunk, key_chunk=self.key_chunk
-        )[0]
+
+        def tiles() -> Tensor:
+            return chunked_attention(
+                seen.query, seen.key, seen.value, mask=mask, query_chunk=self.query_chunk, key_chunk=self.key_chunk
+            )[0]
+
+        if not looked_at():
+            return tiles()
+        visible, causal = visible_keys(seen)
+        call = AttentionCall(seen.query, seen.key, seen.value, visible, is_causal=causal)
+        return intercept(call, partial(attend, tiles), past=seen.key.shape[2] - seen.query.shape[2])

@@ -11,7 +11,7 @@ from torch.nn import Linear, RMSNorm, functional
 
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.forms import Form, check_form, check_heads
+from regard.mixers.linear.forms import Form, check_form, check_heads, initial_state
 from regard.mixers.linear.linear_attention import cut
 from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
 from regard.mixers.linear.short_convolution import ShortConvolution
@@ -65,12 +65,9 @@ def delta_rule(
     for name, gate in (("beta", beta), ("log_decay", log_decay)):
         if gate is not None and gate.shape != query.shape[:3]:
             raise ValueError(f"{name} must be of shape {tuple(query.shape[:3])}, got {tuple(gate.shape)}")
-    shape = (*query.shape[:2], query.shape[3], value.shape[3])
-    if state is not None and state.shape != shape:
-        raise ValueError(f"the state must be of shape {shape}, got {tuple(state.shape)}")
+    before = initial_state(state, query, value)
     dtype = torch.promote_types(value.dtype, torch.float32)
     q, k, v, b = (tensor.to(dtype) for tensor in (query, key, value, beta))
-    before = q.new_zeros(shape) if state is None else state.to(dtype)
     decay = torch.zeros_like(b) if log_decay is None else log_decay.to(dtype)
     if form == "recurrent":
         output, after = _recurrent(q, k, v, b, decay, before)

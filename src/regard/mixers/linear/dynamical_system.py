@@ -149,7 +149,7 @@ class DynamicalSystem:
         return self.run(one_hot, one_hot.new_zeros(batch, heads, size, tokens))[0]
 
     def _kept(self, state: Tensor, i: int) -> Tensor:
-        """``Λ_i h``."""
+        """What is kept of the state h at one step: ``Λ_i h``."""
         step = self.transition[:, :, min(i, self.transition.shape[2] - 1)].double()
         return step @ state if step.ndim == 4 else step[..., None] * state
 

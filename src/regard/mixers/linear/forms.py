@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Form = Literal["parallel", "chunked", "recurrent"]
@@ -27,3 +28,14 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if not query.shape[2]:
         raise ValueError(f"there are no tokens: query is of shape {tuple(query.shape)}")
+
+
+def initial_state(state: Tensor | None, query: Tensor, value: Tensor) -> Tensor:
+    """The state (B, H, Dk, Dv) to begin with, in float32 at least: zeros where there is none; another shape is refused."""
+    shape = (*query.shape[:2], query.shape[3], value.shape[3])
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    if state is None:
+        return query.new_zeros(shape, dtype=dtype)
+    if state.shape != shape:
+        raise ValueError(f"the state must be of shape {shape}, got {tuple(state.shape)}")
+    return state.to(dtype)

@@ -12,7 +12,7 @@ from torch.nn import Linear, Parameter, functional
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._lrpe import positions_after, turn
 from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.forms import Form, check_form, check_heads
+from regard.mixers.linear.forms import Form, check_form, check_heads, initial_state
 from regard.mixers.linear.linear_attention import linear_attention
 from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
 
@@ -69,8 +69,7 @@ def lightning_attention(
         from regard.mixers.linear import _lightning_kernel  # only here, for Triton takes its time to import
 
         if _lightning_kernel.fits(query, key, value, log_decay):
-            _check_state(state, query, value)
-            return _lightning_kernel.sweep(query, key, value, state, log_decay)
+            return _lightning_kernel.sweep(query, key, value, initial_state(state, query, value), log_decay)
     return linear_attention(query, key, value, log_decay, state, form=form, chunk=chunk)
 
 
@@ -80,12 +79,6 @@ def _check_decay(decay: Tensor, heads: int) -> None:
     # On a GPU looking at the numbers would make the processor wait for it.
     if decay.device.type == "cpu" and not bool(((decay > 0) & (decay <= 1)).all()):
         raise ValueError(f"decay must be above 0 and at most 1, got {decay.tolist()}")
-
-
-def _check_state(state: Tensor | None, query: Tensor, value: Tensor) -> None:
-    shape = (*query.shape[:2], query.shape[3], value.shape[3])
-    if state is not None and state.shape != shape:
-        raise ValueError(f"the state must be of shape {shape}, got {tuple(state.shape)}")
 
 
 def lightning_decay(heads: int, layer: int = 0, layers: int = 1, schedule: Schedule = "released") -> Tensor:

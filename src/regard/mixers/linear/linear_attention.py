@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.mixers.linear.forms import Form, check_form, check_heads
+from regard.mixers.linear.forms import Form, check_form, check_heads, initial_state
 
 CHUNK = 64
 _CHUNK_OF_CHANNELS = 16  # with a decay for each channel, a chunk holds (chunk, chunk, channels) numbers
@@ -65,7 +65,7 @@ def linear_attention(
         output, after = _both_ways(q, k, v, log_decay, state, form, chunk)
         return output.to(value.dtype), after
     decay = _spread(log_decay, q)
-    before = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3]) if state is None else _checked(state, q, v).to(dtype)
+    before = initial_state(state, q, v)
     run = {"parallel": _parallel, "chunked": _chunked, "recurrent": _recurrent}[form]
     output, after = run(q, k, v, decay, before, chunk)
     return output.to(value.dtype), after
@@ -179,10 +179,3 @@ def _spread(log_decay: Tensor | None, query: Tensor) -> Tensor:
 def _of_each(decay: Tensor, query: Tensor) -> Tensor:
     """The log decay of each token."""
     return decay.expand(-1, -1, query.shape[2], -1)
-
-
-def _checked(state: Tensor, query: Tensor, value: Tensor) -> Tensor:
-    shape = (*query.shape[:2], query.shape[3], value.shape[3])
-    if state.shape != shape:
-        raise ValueError(f"the state must be of shape {shape}, got {tuple(state.shape)}")
-    return state

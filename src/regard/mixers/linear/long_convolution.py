@@ -25,7 +25,7 @@ def long_convolution(
 ) -> tuple[Tensor, Tensor]:
     """``y_i = Σ_{j≤i} K_{i−j} ∘ x_j,  K_t = Σ_m w_m exp(t g_m)``, each channel with a kernel of its own.
 
-    The same as the recurrence ``S_i = exp(g) ∘ S_{i−1} + x_i,  y_i = Σ_m w_m S_i,m``: the diagonal state space, or the moving
+    It is the recurrence ``S_i = exp(g) ∘ S_{i−1} + x_i,  y_i = Σ_m w_m S_i,m``: the diagonal state space, or the moving
     average of Mega.
 
     Args:

@@ -40,7 +40,7 @@ class Memory:
             )
 
     def shapes(self, inputs: int, outputs: int) -> list[tuple[int, int]]:
-        """Of the weights, (outputs, inputs) each."""
+        """The shapes of the memory's matrices, (outputs, inputs) each."""
         widths = [inputs, *[self.expansion * inputs] * (self.depth - 1), outputs]
         return [(after, before) for before, after in pairwise(widths)]
 
@@ -77,7 +77,7 @@ class Lp(Bias):
         return ((output - value).square() + _SMOOTH).pow(self.p / 2).sum(-1) / self.p
 
     def slope(self, output: Tensor, value: Tensor, threshold: Tensor | None) -> Tensor:
-        """``r |r|^{p−2}``."""
+        """``r |r|^{p−2}``, with ``r = M(k) − v``."""
         error = output - value
         return error if self.p == 2 else error * (error.square() + _SMOOTH).pow(self.p / 2 - 1)
 
@@ -128,7 +128,7 @@ class Retention(ABC):
 
     @abstractmethod
     def scale(self, start: Tensor) -> Tensor:
-        """s, (..., 1, 1)."""
+        """The factor s of what is held, (..., 1, 1)."""
 
     @abstractmethod
     def begin(self, weights: Tensor) -> Tensor:
@@ -140,11 +140,11 @@ class Decay(Retention):
     """ℓ₂ retention, weight decay: the weights are what is held."""
 
     def scale(self, start: Tensor) -> Tensor:
-        """One."""
+        """Weights are what is held: s = 1."""
         return start.new_ones(1, 1)
 
     def begin(self, weights: Tensor) -> Tensor:
-        """The weights."""
+        """What is held at first is the weights themselves."""
         return weights
 
 
@@ -168,7 +168,7 @@ class Lq(Retention):
             raise ValueError(f"Lq: q must be at least 2, and not 3 (where W keeps no scale), got {self.q}")
 
     def scale(self, start: Tensor) -> Tensor:
-        """``‖A_start‖_q^{2−q}``."""
+        """The factor ``s = ‖A_start‖_q^{2−q}`` of each matrix."""
         norm = start.square().pow(self.q / 2).mean((-2, -1), keepdim=True) + _FLOOR  # to the power of q
         return norm.pow((2 - self.q) / self.q)
 
@@ -193,7 +193,7 @@ class KL(Retention):
         return weights
 
     def scale(self, start: Tensor) -> Tensor:
-        """There is none."""
+        """Refuse: a softmax is no multiple of what is held."""
         raise NotImplementedError("a softmax of log weights is no multiple of them")
 
     def begin(self, weights: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, show, unseen, watched
 from regard.maps import AttentionMap
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear.dynamical_system import DynamicalSystem
+from regard.runtime import HiddenCall, Place, intercept, looked_at, read, unseen
 
 _PIECE = 2048  # tokens of all texts together
 _SMALLEST_PIECE = 256  # below, the pieces' number costs more than their size saves
@@ -94,15 +94,22 @@ class Mixer(Module, ABC):
     def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
         """The mixed tokens, and the state after them."""
         self._check(x, state, mask)
-        hidden = self._hidden_map(x, state, mask) if watched() else None
+        hidden = self._hidden_map(x, state, mask) if looked_at() else None
         if hidden is None:
             return self._forward(x, state, mask)
-        show(*_as_call(hidden, state))
-        with unseen():
-            return self._forward(x, state, mask)
+        after: list[State] = []
+
+        def finish(last: HiddenCall, _: HiddenCall) -> Tensor:
+            read(last)
+            with unseen():
+                y, next_state = self._forward(x, state, mask)
+            after.append(next_state)
+            return y
+
+        return intercept(_as_call(hidden, state), finish, past=0 if state is None else state.seen), after[0]
 
     def _forward(self, x: Tensor, state: State | None, mask: Tensor | None) -> tuple[Tensor, State]:
-        """The same, whoever looks."""
+        """Mix the tokens, real ones brought to where `mix` wants them, whether anyone watches or not."""
         tensors = None if state is None else state.tensors
         seen = x.shape[1] + (0 if state is None else state.seen)
         if mask is None:
@@ -154,7 +161,7 @@ class Mixer(Module, ABC):
     def mix(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same on checked inputs; where there is a mask, padding is of zeros, and comes first if it must."""
+        """Mix checked inputs (B, N, dim) after a state; where there is a mask, padding is zeros, first if it must be."""
 
     def decode(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token more, (batch, dim), after a state: its output (batch, dim), and the state after it."""
@@ -201,25 +208,20 @@ def _moved(x: Tensor, order: Tensor, real: Tensor) -> Tensor:
     return x.gather(1, order[..., None].expand_as(x)).masked_fill(~real[..., None], 0.0)
 
 
-def _as_call(hidden: HiddenMap, state: State | None) -> tuple[AttentionCall, Callable[[AttentionCall], HiddenMap]]:
-    """A call for `show`, and how its map is to be read."""
-    batch, heads, queries, keys = hidden.shape
-    none = hidden.values.new_full((), torch.nan)
-    call = AttentionCall(
-        none.expand(batch, heads, queries, 1), none.expand(batch, heads, keys, 1), hidden.values,
-        past=0 if state is None else state.seen,
-    )  # fmt: skip
+def _as_call(hidden: HiddenMap, state: State | None) -> HiddenCall:
+    """A call for `intercept`, which says how its map is to be read."""
+    *_, queries, keys = hidden.shape
 
-    def read(call: AttentionCall) -> HiddenMap:
+    def map_at(place: Place) -> HiddenMap:
         if state is not None and keys == queries:
             raise ValueError(
-                f"{call.path} ({state.mixer}) goes on from a state, and its map tells of the {queries} tokens of this call "
+                f"{place.path} ({state.mixer}) goes on from a state, and its map tells of the {queries} tokens of this call "
                 "alone, not of what they take from those before: run the whole text in one call, or leave the layer out "
                 "with layers="
             )
         return hidden
 
-    return call, read
+    return HiddenCall(hidden.values, queries, map_at)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

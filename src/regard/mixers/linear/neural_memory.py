@@ -128,7 +128,7 @@ class _Tokens:
     threshold: Tensor | None
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> _Tokens:
-        """The same of changed tensors, each (B, H, N, ...)."""
+        """These tokens with each of their tensors (B, H, N, ...) changed."""
         real = change(self.real[:, None])[:, 0]
         threshold = None if self.threshold is None else change(self.threshold)
         gates = change(self.step), change(self.decay), change(self.momentum)
@@ -196,7 +196,7 @@ def _by_hand(learner: _Learner, now: _Now, token: _Tokens) -> list[Tensor]:
 def _token_by_token(
     learner: _Learner, tokens: _Tokens, now: _Now, gradients: Callable[[_Learner, _Now, _Tokens], list[Tensor]]
 ) -> tuple[Tensor, _Now]:
-    """The definition."""
+    """Each token's write and read, one after another: the rule as it is defined."""
     outputs = []
     for i in range(tokens.query.shape[2]):
         token = tokens.part(i, i + 1)

@@ -253,7 +253,7 @@ class MemoryAsContext(_Titan):
             high = min(self.segment, aligned.last - first)
             part = slice(first + low, first + high)
             output, now = self._attend(tokens[:, part], filled[:, part], low, now)
-            now = _renewed(now, aligned.ends >= first + self.segment)
+            now = self._renew(now, aligned.ends >= first + self.segment)
             outputs.append(output)
             low = 0
         y = aligned.take(torch.cat(outputs, dim=1)[:, None])[:, 0]
@@ -266,9 +266,22 @@ class MemoryAsContext(_Titan):
         empty = x.new_zeros(batch, self.heads, 2, self.segment, width)
         padding = torch.zeros(batch, 1, dtype=torch.bool, device=x.device)
         _, memory = self.memory.mix(torch.zeros_like(x[:, :1]), None, padding)
-        before = {name.replace("held", "before."): t for name, t in memory.items() if name.startswith("held")}
         place = torch.zeros(batch, dtype=torch.long, device=x.device)
-        return {"key": empty, "value": empty, "place": place} | before | _named("memory", memory)
+        now = {"key": empty, "value": empty, "place": place} | _named("memory", memory)
+        return now | self._written(now)
+
+    def _written(self, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The memory as it is, which the next segment will read as the one before it."""
+        depth = self.memory.design.memory.depth
+        return {f"before.{layer}": now[f"memory.held{layer}"] for layer in range(depth)}
+
+    def _renew(self, now: dict[str, Tensor], full: Tensor) -> dict[str, Tensor]:
+        """Where segments (B,) have ended: an empty one, and the memory as it is."""
+        fresh = {name: torch.zeros_like(now[name]) for name in ("key", "value")} | self._written(now)
+        return now | {
+            name: torch.where(full.view(-1, *[1] * (tensor.ndim - 1)), tensor, now[name])
+            for name, tensor in fresh.items()
+        }
 
     def _attend(self, x: Tensor, real: Tensor, low: int, now: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The tokens (B, n, dim) of a segment from its place ``low`` on, and what is known after them."""
@@ -302,15 +315,6 @@ class MemoryAsContext(_Titan):
     def _gain(self) -> Tensor:
         gain = self.memory.gain
         return self.persistent.new_ones(1) if gain is None else gain[:, None]
-
-
-def _renewed(now: dict[str, Tensor], full: Tensor) -> dict[str, Tensor]:
-    """Where segments (B,) have ended: an empty one, and the memory as it is."""
-    fresh = {name: torch.zeros_like(now[name]) for name in ("key", "value")}
-    fresh |= {name: now["memory.held" + name[7:]] for name in now if name.startswith("before.")}
-    return now | {
-        name: torch.where(full.view(-1, *[1] * (tensor.ndim - 1)), tensor, now[name]) for name, tensor in fresh.items()
-    }
 
 
 def _of(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

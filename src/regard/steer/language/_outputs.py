@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.calls import AttentionCall
+from regard.runtime import AttentionCall
 
 
 def with_output(call: AttentionCall, heads: Tensor, output: Tensor) -> AttentionCall:
@@ -16,11 +16,12 @@ def with_output(call: AttentionCall, heads: Tensor, output: Tensor) -> Attention
 
     Edits of the logits that come later do nothing to these heads.
     """
-    first, queries, keys = call.query_start - call.key_start, call.query.shape[2], call.key.shape[2]
+    first, queries, keys = call.place.query_start - call.place.key_start, call.query.shape[2], call.key.shape[2]
     if first < 0 or first + queries > keys:
         raise ValueError(
-            f"outputs can be replaced where queries are among the keys; {call.path} has {queries} queries from position "
-            f"{call.query_start} on and {keys} keys from {call.key_start} on. Choose other layers with layers="
+            f"outputs can be replaced where queries are among the keys; {call.place.path} has {queries} queries from "
+            f"position {call.place.query_start} on and {keys} keys from {call.place.key_start} on. Choose "
+            "other layers with layers="
         )
     number = call.query.shape[1]
     key, value = (tensor.repeat_interleave(number // tensor.shape[1], dim=1) for tensor in (call.key, call.value))

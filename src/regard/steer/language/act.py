@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, Where, edited_map
+from regard.runtime import AttentionCall, edited_map
 from regard.steer.edit import Edit, check_number, column, hiding, key_set
 from regard.steer.language.example import Example, Measure, Progress, accuracy, mean_measure, next_logits
 from regard.steer.language.heads import Head, every_head, only, score_each
+from regard.tokens import Where
 from regard.watch import Sinks, watch
 
 
@@ -196,8 +197,8 @@ def _given(sinks: Tensor, call: AttentionCall) -> Tensor:
     if known.dtype != torch.bool or known.ndim != 3 or known.shape[1] != heads or known.shape[0] not in (1, batch):
         raise ValueError(
             f"CalibrateSinks needs sinks as booleans of shape ({heads}, tokens) or ({batch}, {heads}, tokens) for "
-            f"{call.path}, got {sinks.dtype} {tuple(sinks.shape)}"
+            f"{call.place.path}, got {sinks.dtype} {tuple(sinks.shape)}"
         )
-    end = call.key_start + call.key.shape[2]
+    end = call.place.key_start + call.key.shape[2]
     known = torch.nn.functional.pad(known, (0, max(end - known.shape[2], 0)))
-    return known[..., call.key_start : end].to(call.query.device)
+    return known[..., call.place.key_start : end].to(call.query.device)

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 import torch
 from torch.nn import Module
 
-from regard.calls import Positions, selected
 from regard.steer.language.example import Example, Progress, highlighted, next_logits
 from regard.steer.language.heads import Head
 from regard.steer.language.pasta import pasta
 from regard.steer.reweight import Reweight
+from regard.tokens import Positions, resolve
 from regard.watch import Mass, watch
 
 
@@ -80,8 +80,8 @@ def context_share(model: Module, examples: Sequence[Example], progress: Progress
 
 
 def _shares(model: Module, example: Example) -> dict[Head, float]:
-    context = selected(highlighted(example), 0, len(example))
-    queries = selected(example.response, 0, len(example))
+    context = resolve(highlighted(example), 0, len(example))[0]
+    queries = resolve(example.response, 0, len(example))[0]
     if not bool(context.any()) or not bool(queries.any()):
         raise ValueError(
             f"of an example with {len(example)} tokens, {int(context.sum())} are highlighted and {int(queries.sum())} are "

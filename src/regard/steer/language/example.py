@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import Positions
 from regard.steer.edit import Edit
 from regard.steer.steer import steer
+from regard.tokens import Positions
 
 
 @dataclass(frozen=True)

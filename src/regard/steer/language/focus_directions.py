@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, Where, selected
 from regard.maps import AttentionMap
+from regard.runtime import AttentionCall
 from regard.steer.add import AddToKey, AddToQuery
 from regard.steer.custom import Custom
 from regard.steer.language.example import Example, Progress, highlighted, next_logits
 from regard.steer.language.heads import Head, only
 from regard.steer.steer import steer
+from regard.tokens import Where, resolve
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,9 @@ class _Directions:
     def step(self, calls: Sequence[AttentionCall], example: Example) -> None:
         """One step of every layer."""
         for call in calls:
-            if call.layer not in self.pairs:
+            if call.place.layer not in self.pairs:
                 self._begin(call)
-            optimizer = self._optimizers[call.layer]
+            optimizer = self._optimizers[call.place.layer]
             optimizer.zero_grad()
             with torch.enable_grad():
                 (-self._share(call, example)).backward()
@@ -140,19 +141,19 @@ class _Directions:
             torch.normal(0.0, 0.01, shape, generator=self._random).to(call.query.device).requires_grad_()
             for _ in range(2)
         )
-        self.pairs[call.layer] = query, key
-        self._optimizers[call.layer] = torch.optim.AdamW([query, key], lr=self._learning_rate)
+        self.pairs[call.place.layer] = query, key
+        self._optimizers[call.place.layer] = torch.optim.AdamW([query, key], lr=self._learning_rate)
 
     def _share(self, call: AttentionCall, example: Example) -> Tensor:
         """What the heads give to the relevant tokens with the directions added, on the mean over response tokens."""
         every = torch.ones(call.query.shape[1], dtype=torch.bool, device=call.query.device)
-        query, key = self.pairs[call.layer]
+        query, key = self.pairs[call.place.layer]
         moved = AddToKey(key, self._keys).apply(AddToQuery(query).apply(call, every), every)
         attention = AttentionMap(
             moved.query, moved.key, moved.attn_mask, moved.is_causal, moved.scale, moved.enable_gqa
         )
-        relevant = selected(highlighted(example), 0, len(example))
-        response = selected(example.response, 0, len(example)).nonzero().flatten()
+        relevant = resolve(highlighted(example), 0, len(example))[0]
+        response = resolve(example.response, 0, len(example))[0].nonzero().flatten()
         return attention.mass({"relevant": relevant})[:, :, response.to(call.query.device)].mean()
 
 

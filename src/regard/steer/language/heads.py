@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall
+from regard.runtime import AttentionCall
 from regard.steer.custom import Custom
 from regard.steer.edit import Edit
 from regard.steer.language.example import Example, Measure, Progress, mean_measure, next_logits
@@ -55,7 +55,7 @@ def every_head(model: Module, token_ids: Sequence[int] | Tensor) -> list[Head]:
     numbers: dict[int, int] = {}
 
     def count(call: AttentionCall, heads: Tensor) -> AttentionCall:
-        numbers[call.layer] = call.query.shape[1]
+        numbers[call.place.layer] = call.query.shape[1]
         return call
 
     with torch.no_grad(), steer(model, Custom(count)):

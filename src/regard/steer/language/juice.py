@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall
-from regard.calls.run import run
+from regard.runtime import AttentionCall, run
 from regard.steer.edit import Edit, check_number
 from regard.steer.gate import Gate
 from regard.steer.language._outputs import with_output
@@ -72,7 +71,7 @@ class JustRunTwice(Edit):
         """Both halves, with the first added to the second."""
         if call.query.shape[0] % 2:
             raise ValueError(
-                f"JustRunTwice needs a batch whose first half is the clean run, but {call.path} has a batch of "
+                f"JustRunTwice needs a batch whose first half is the clean run, but {call.place.path} has a batch of "
                 f"{call.query.shape[0]}; use run_twice or generate_twice"
             )
         clean, steered = run(call).chunk(2)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.calls import Positions, selected
+from regard.tokens import Positions, resolve
 from regard.watch import Rows, watch
 
 _AT_ONCE = 32  # rows of the response read in one pass, where it has to be read again
@@ -93,7 +93,7 @@ class OverTrustPenalty:
         self._model = model
         self._scale, self._weight, self._unit = scale, weight, unit
         self._threshold, self._warmup = threshold, warmup
-        self._image = None if image is None else selected(image, 0, self.prompt)
+        self._image = None if image is None else resolve(image, 0, self.prompt)[0]
         self._layer = ""
         self._cache: Any = None
         self._ids: Tensor | None = None  # of every branch, (rows · k, tokens): a candidate after each row

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import Positions, selected
 from regard.steer.language.example import Example, Measure, Progress, accuracy, highlighted
 from regard.steer.language.heads import Head, every_head, only, score_each
 from regard.steer.reweight import Reweight
+from regard.tokens import Positions, resolve
 
 
 def pasta(spans: Positions, tokens: int, alpha: float = 0.01, heads: Sequence[Head] | None = None) -> Reweight:
@@ -88,7 +88,7 @@ def score_pasta_heads(
 
 
 def _rest_of_prompt(spans: Positions, tokens: int) -> Tensor:
-    chosen = selected(spans, 0, tokens)
+    chosen = resolve(spans, 0, tokens)[0]
     if not bool(chosen.any()) or bool(chosen.all()):
         which = "all" if bool(chosen.all()) else "none"
         raise ValueError(

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, Where
-from regard.calls.run import run
+from regard.runtime import AttentionCall, run
 from regard.steer.custom import Custom
 from regard.steer.edit import Edit, query_set
 from regard.steer.language._outputs import with_output
 from regard.steer.language.example import Example, Progress, answer_log_probability, next_logits
 from regard.steer.steer import steer
+from regard.tokens import Where
 
 _VALIDATE_EVERY = 50
 
@@ -69,7 +69,7 @@ class InjectTask(Edit):
         if shapes != ((number, width), (number,)):
             raise ValueError(
                 f"InjectTask needs an embedding of shape ({number}, {width}) and coefficients of shape ({number},) for "
-                f"{call.path}, got {shapes[0]} and {shapes[1]}"
+                f"{call.place.path}, got {shapes[0]} and {shapes[1]}"
             )
         rows = query_set(self.queries, call, heads)
         if not bool(rows.any()):
@@ -129,7 +129,7 @@ def task_embedding(
         value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
         row = call.map().rows([call.query.shape[2] - 1])
         output = (row @ value.to(row.dtype))[0, :, 0]
-        sums[call.layer] = sums[call.layer] + output if call.layer in sums else output
+        sums[call.place.layer] = sums[call.place.layer] + output if call.place.layer in sums else output
         return call
 
     for number, prompt in enumerate(prompts):

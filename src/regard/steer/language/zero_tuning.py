@@ -23,10 +23,10 @@ from dataclasses import dataclass
 
 from torch.nn import Module
 
-from regard.calls import Where
 from regard.steer.language.example import Example, Measure, Progress, accuracy, mean_measure
 from regard.steer.language.heads import Head, every_head, only
 from regard.steer.reweight import Reweight
+from regard.tokens import Where
 
 _FACTORS = (0.2, 0.4, 0.6, 0.8, 1.25, 1.5, 2.0, 3.0)
 

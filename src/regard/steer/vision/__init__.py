@@ -7,7 +7,6 @@ from regard.steer.vision.dual_stream import dual_stream, visual_streams
 from regard.steer.vision.emphasize import Emphasize
 from regard.steer.vision.gift import FuseGaze, gaze_saliency, gift
 from regard.steer.vision.image_boost import image_boost
-from regard.steer.vision.image_tokens import AfterImage, ImageTokens, decoder_layers, image_tokens
 from regard.steer.vision.rebalancing import Rebalancing, noised, significant_tokens
 from regard.steer.vision.var import RedistributeSinks, var
 from regard.steer.vision.vhr import vhr, vision_aware_heads
@@ -15,21 +14,17 @@ from regard.steer.vision.vif import inactive_tokens, vif
 
 __all__ = [
     "AGLA",
-    "AfterImage",
     "AttentionBottleneck",
     "AvisC",
     "Emphasize",
     "FuseGaze",
-    "ImageTokens",
     "Rebalancing",
     "RedistributeSinks",
     "blind_tokens",
-    "decoder_layers",
     "dual_stream",
     "gaze_saliency",
     "gift",
     "image_boost",
-    "image_tokens",
     "inactive_tokens",
     "keep_relevant",
     "noised",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.steer.vision._prompt import Inputs, read_prompt
-from regard.steer.vision.image_tokens import decoder_layers
+from regard.tokens import decoder_layers
 from regard.watch import Rows, watch
 
 Around = Callable[[], AbstractContextManager[Any]]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, functional
 
-from regard.calls import AttentionCall, Column, Where, edited_map
-from regard.steer.vision.image_tokens import AfterImage, image_tokens
+from regard.runtime import AttentionCall, Column, edited_map
+from regard.tokens import AfterImage, Where, image_tokens
 
 Inputs = Mapping[str, Any]
 
@@ -63,7 +63,7 @@ def last_query(call: AttentionCall) -> AttentionCall:
         query=call.query[:, :, -1:],
         attn_mask=mask,
         is_causal=False,
-        query_start=call.query_start + queries - 1,
+        query_start=call.place.query_start + queries - 1,
         columns=tuple(replace(c, query=c.query[..., -1:]) for c in call.columns),
         factors=(),
         own=None,
@@ -104,9 +104,9 @@ def _biased(mask: Tensor | None, bias: Tensor) -> Tensor:
 
 def per_key(values: Tensor, call: AttentionCall) -> Tensor:
     """Numbers of a text's tokens (B|1, tokens) at the call's keys: (B|1, M), 0 for tokens that came later."""
-    batch, end = call.query.shape[0], call.key_start + call.key.shape[2]
+    batch, end = call.query.shape[0], call.place.key_start + call.key.shape[2]
     if batch % values.shape[0]:
-        raise ValueError(f"numbers for {values.shape[0]} texts do not fit {call.path}, whose batch is {batch}")
-    values = functional.pad(values[:, :end], (0, max(end - values.shape[1], 0)))[:, call.key_start :]
+        raise ValueError(f"numbers for {values.shape[0]} texts do not fit {call.place.path}, whose batch is {batch}")
+    values = functional.pad(values[:, :end], (0, max(end - values.shape[1], 0)))[:, call.place.key_start :]
     repeats = batch // values.shape[0] if values.shape[0] > 1 else 1  # the beams of one text follow one another
     return values.repeat_interleave(repeats, dim=0).to(call.query.device)

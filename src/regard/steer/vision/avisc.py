@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from regard.steer.vision._branch import Branch, check_beta, last_gaze, plausible
 from regard.steer.vision._prompt import Inputs, read_prompt
-from regard.steer.vision.image_tokens import decoder_of
+from regard.tokens import decoder_of
 
 
 class AvisC:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, Layers
 from regard.maps import AttentionMap
+from regard.runtime import AttentionCall
 from regard.steer.vision._prompt import Inputs, read_prompt
 from regard.steer.vision.emphasize import Emphasize
-from regard.steer.vision.image_tokens import decoder_layers
+from regard.tokens import Layers, decoder_layers
 from regard.watch import Statistic, watch
 
 _VISION = "*vis*"  # vision_tower, visual, vision_model

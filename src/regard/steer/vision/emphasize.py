@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from regard.calls import AttentionCall, Where
+from regard.runtime import AttentionCall
 from regard.steer.edit import Edit, check_number, key_set
 from regard.steer.vision._prompt import add_to_last, last_query, masses
+from regard.tokens import Where
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, Layers, Where
 from regard.maps import AttentionMap
+from regard.runtime import AttentionCall
 from regard.steer.edit import Edit, check_number, column, key_set
 from regard.steer.vision._prompt import Inputs, last_query, last_row, masses, per_key, read_prompt
-from regard.steer.vision.image_tokens import decoder_layers
+from regard.tokens import Layers, Where, decoder_layers
 from regard.watch import Statistic, watch
 
 _ROWS_AT_ONCE = 32

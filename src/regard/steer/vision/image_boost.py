@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch.nn import Module
 
-from regard.calls import Layers
 from regard.steer.vision.emphasize import Emphasize
-from regard.steer.vision.image_tokens import decoder_layers, image_tokens
+from regard.tokens import Layers, decoder_layers, image_tokens
 
 
 def image_boost(model: Module, by: float = 0.5, layers: Layers | None = None) -> Emphasize:

@@ -10,7 +10,7 @@ from regard.steer.block import Block
 from regard.steer.steer import steer
 from regard.steer.vision._branch import Branch, check_beta, last_gaze, plausible
 from regard.steer.vision._prompt import Inputs, read_prompt
-from regard.steer.vision.image_tokens import decoder_layers
+from regard.tokens import decoder_layers
 
 _STEPS = 1000
 

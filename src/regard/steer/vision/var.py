@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, Where
+from regard.runtime import AttentionCall
 from regard.steer.edit import Edit, check_number, key_set, query_set
 from regard.steer.redistribute import move
 from regard.steer.vision._prompt import Inputs, Prompt, masses, read_prompt
-from regard.steer.vision.image_tokens import decoder_layers
+from regard.tokens import Where, decoder_layers
 
 
 @dataclass(frozen=True, repr=False)

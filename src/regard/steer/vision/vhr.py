@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import AttentionCall, Layers
-from regard.calls.run import run
+from regard.runtime import AttentionCall, run
 from regard.steer.edit import Edit
 from regard.steer.gate import Gate
 from regard.steer.steer import steer
 from regard.steer.vision._prompt import Inputs, Prompt, last_query, read_prompt
-from regard.steer.vision.image_tokens import decoder_layers
+from regard.tokens import Layers, decoder_layers
 
 
 def vhr(model: Module, inputs: Inputs, by: float = 2.0, layers: Layers | None = None) -> Gate:
@@ -88,7 +87,7 @@ class _Reinforce(Edit):
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         seen, unseen = run(last_query(call))[:, :, 0]
         chosen = vision_aware_heads(seen, unseen)
-        self.found[call.path] = chosen.nonzero()[:, 0].tolist()
+        self.found[call.place.path] = chosen.nonzero()[:, 0].tolist()
         return Gate(self.by).apply(call, chosen)
 
 

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.calls import Layers
 from regard.steer.edit import Edit
 from regard.steer.redistribute import Redistribute
 from regard.steer.temperature import Temperature
 from regard.steer.vision._prompt import Inputs, read_prompt
-from regard.steer.vision.image_tokens import decoder_layers
+from regard.tokens import Layers, decoder_layers
 from regard.watch import Received, watch
 
 

@@ -1,0 +1,73 @@
+"""Attention by one call, under rules too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from regard.maps._request import Request
+from regard.maps._scores import make_scores
+from regard.maps._select import evaluate
+from regard.masks import Mask
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``softmax(scale · Q Kᵀ + mask) V`` under a rule: ``scaled_dot_product_attention`` that visits visible tiles alone.
+
+    Its cost is that of the visible tiles, forward and backward: N·w for a window of w. Nothing of size N×M is made. A query
+    that sees no key gives zeros.
+
+    Args:
+        query: (B, Hq, N, D), of float16, bfloat16, float32 or float64.
+        key: (B, Hk, M, D); with ``enable_gqa`` Hk may be a divisor of Hq.
+        value: (B, Hk, M, Dv).
+        mask: a rule of `regard.masks`.
+        attn_mask: boolean (True: visible) or additive, broadcastable to (B, Hq, N, M); a pair that it hides is hidden too.
+        is_causal: query i sees no key j > i.
+        scale: factor of the logits; 1/√D by default.
+        enable_gqa: let neighbouring query heads share a head of keys and values.
+
+    Returns:
+        (B, Hq, N, Dv), in the query's dtype; differentiable in query, key, value and an additive mask.
+
+    Raises:
+        ValueError, TypeError: inputs that SDPA would refuse, and masks that are not of the call's size.
+
+    Example:
+        >>> import torch, regard
+        >>> from regard import masks
+        >>> q, k, v = torch.randn(3, 1, 4, 1000, 32)
+        >>> regard.attention(q, k, v, mask=masks.window(left=63, right=0)).shape
+        torch.Size([1, 4, 1000, 32])
+    """
+    if mask is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    scores = make_scores(query, key, attn_mask, is_causal, scale, enable_gqa, mask)
+    batch, key_heads, keys, _ = scores.key.shape
+    fits = (
+        value.ndim == 4 and value.shape[0] in (1, batch) and value.shape[1] in (1, key_heads) and value.shape[2] == keys
+    )
+    if not fits or value.dtype != query.dtype or value.device != query.device:
+        raise ValueError(
+            f"value must be ({batch}, {key_heads}, {keys}, width), of {query.dtype} on {query.device}; "
+            f"got {tuple(value.shape)}, of {value.dtype} on {value.device}"
+        )
+    native = query.is_cuda and attn_mask is None
+    dtype = query.dtype if native else torch.promote_types(query.dtype, torch.float32)
+    answer = evaluate(scores, Request(dtype, values=value.expand(batch, key_heads, -1, -1)), "auto")
+    if answer.forward is None:
+        raise RuntimeError("the kernel gave no product")
+    return answer.forward.to(query.dtype)

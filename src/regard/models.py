@@ -1,0 +1,74 @@
+"""Language models and their tokenizers: where they are loaded, and what they write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    model: str | Path, device: str = "cpu", dtype: str | None = None, *, language: bool = False
+) -> tuple[Module, Any]:
+    """A model and its tokenizer by folder or name, in evaluation mode and with fused attention.
+
+    Args:
+        model: a folder with a transformers model and its tokenizer, or a name on the hub.
+        device: where to put it.
+        dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU, elsewhere that of the weights.
+        language: a causal language model that writes, instead of the bare encoder or decoder.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: a dtype of another name; a model that is not there or cannot be loaded.
+
+    >>> import regard
+    >>> model, tokenizer = load(regard.mini.path(), language=True)
+    >>> type(model).__name__
+    'LlamaForCausalLM'
+    """
+    try:
+        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ImportError('loading models needs transformers: pip install "regard[hf]"') from error
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    numbers = _DTYPES["float32"] if dtype is None and device == "cpu" else _DTYPES.get(dtype or "", "auto")
+    if str(model).startswith(("/", ".", "~")) and not Path(model).is_dir():
+        raise ValueError(f"there is no folder {str(model)!r}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        kind = AutoModelForCausalLM if language else AutoModel
+        loaded = kind.from_pretrained(model, attn_implementation="sdpa", dtype=numbers)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load a model and its tokenizer from {str(model)!r}: {error}") from error
+    if loaded.config.is_encoder_decoder and not language:
+        loaded = loaded.get_encoder()
+    return loaded.eval().to(device), tokenizer
+
+
+def complete(model: Any, tokenizer: Any, inputs: dict[str, Tensor], tokens: int) -> str:
+    """The text of so many tokens that a model writes on, greedily.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        inputs: what it reads, as `regard.tokens.encode` makes it.
+        tokens: how many to write.
+
+    >>> import regard
+    >>> model, tokenizer = regard.mini()
+    >>> inputs = tokenizer("The code of Ada is 48213. They slept. The code of Ada is", return_tensors="pt")
+    >>> complete(model, tokenizer, inputs, 6)
+    ' 48213'
+    """
+    if not tokens:
+        return ""
+    with torch.inference_mode():
+        written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

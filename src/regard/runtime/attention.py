@@ -1,0 +1,276 @@
+"""The end of the chain: PyTorch's attention, with what is read of its matrix, on whatever edits made of a call.
+
+Terms that edits add to the logits ride in further columns of queries and keys:
+
+    softmax(scale · Q Kᵀ + mask + Σ_e u_e w_eᵀ) V
+
+is plain attention on ``[Q, u/scale]`` and ``[K, w]``, so that an edit costs a few columns and never an N×M matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from regard.maps import AttentionMap
+from regard.runtime.call import AttentionCall, Column, HiddenCall
+
+_WIDTH = 8  # the fused operators want widths that are multiples of it
+_FEW_QUERIES = 8  # up to here a bias of (queries, keys) is smaller than a copy of the keys
+_PARTS = {torch.float16: 2, torch.bfloat16: 3}  # numbers of a half precision that together hold a float32
+# Hides a key, as a product of a query's number and a key's: such that no temperature brings it back.
+_HIDDEN = {torch.float16: (-6e4, 6e4)}
+_HIDDEN_ELSEWHERE = (-1e30, 1.0)
+
+
+plain: Callable[..., Tensor] = functools.partial(
+    torch.ops.aten.scaled_dot_product_attention.default._op_dk, torch._C.DispatchKey.CompositeImplicitAutograd
+)
+"""PyTorch's own ``scaled_dot_product_attention``, past any interception."""
+
+
+def attend(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCall) -> Tensor:
+    """The output of a call at the end of its chain, once what it carries to be read was read.
+
+    Args:
+        make: the output as the model's own call makes it.
+        last: the call as it came through the chain.
+        normal: as it went in, in four dimensions.
+    """
+    if not last.readings:
+        return _output(make, last, normal)
+    may_share = all(reading.shares for reading in last.readings) and not (last.edited or last.dropout_p)
+    may_share = may_share and not last.requires_grad
+    with torch.no_grad():
+        attention = edited_map(last.detached())
+        takes = [reading.ask(attention, last) for reading in last.readings]
+        shared = _share(last, attention) if may_share else None
+    output = _output(make, last, normal) if shared is None else _laid_out(shared, last)
+    with torch.no_grad():
+        for take in takes:
+            take()
+    return output
+
+
+def read(call: HiddenCall) -> None:
+    """What a mixer's call carries to be read, of its own matrix; no trace of it is left in the model's graph."""
+    if not call.readings:
+        return
+    # Nor in what a checkpoint around it counts, if it has its own hooks.
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.no_grad(), hooks:
+        attention = call.map(call.place)
+        for take in [reading.ask(attention, call) for reading in call.readings]:
+            take()
+
+
+def _output(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCall) -> Tensor:
+    arguments = ("query", "key", "value", "attn_mask", "is_causal", "scale", "dropout_p")
+    if not last.edited and all(getattr(last, name) is getattr(normal, name) for name in arguments):
+        output = make()
+        shape = (*normal.query.shape[:3], output.shape[-1])
+        return output if output.shape == shape else output.reshape(shape)
+    return _laid_out(run(last).to(normal.value.dtype), last)
+
+
+def _share(call: AttentionCall, attention: AttentionMap) -> Tensor | None:
+    """The output from the pass that answers what is read, where it is the same to rounding."""
+    if not attention.rides_along(call.value):
+        return None
+    attention.expect("product", call.value)
+    return attention @ call.value
+
+
+def _laid_out(output: Tensor, call: AttentionCall) -> Tensor:
+    """The output in memory as PyTorch's operator would have left it, for models take views of it."""
+    choice = torch._fused_sdp_choice(
+        call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal,
+        scale=call.scale, enable_gqa=call.enable_gqa,
+    )  # fmt: skip
+    return output.contiguous() if choice == 0 else output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def run(call: AttentionCall) -> Tensor:
+    """The output of an edited call, (B, H, N, Dv), exact but for rounding; differentiable."""
+    call = _expand_heads(call)
+    value, others = _values(call)
+    output = _softmax_product(call, value)
+    for rows, other in others:
+        output = torch.where(rows[..., None], _softmax_product(call, other), output)
+    if call.own is not None:
+        output = torch.where(call.own[..., None], _own_values(call), output)
+    if call.gate is not None:
+        output = output * call.gate[..., None].to(output.dtype)
+    return output if call.added is None else output + call.added.to(output.dtype)
+
+
+def edited_map(call: AttentionCall) -> AttentionMap:
+    """The attention matrix that the edits of the logits leave, as an operator that is never stored; differentiable."""
+    bare = call.map()
+    if not call.columns:
+        return bare
+    query, key = _widen(call)
+    with torch.no_grad():
+        added = sum(_largest(column) for column in call.columns if not column.hides)
+        blind = _blind(call)
+    return bare.with_columns(query, key, call.factor, added, blind)
+
+
+def _largest(column: Column) -> float:
+    return float(column.query.abs().amax() * column.key.abs().amax())
+
+
+def edited_dense(call: AttentionCall) -> Tensor:
+    """The stored matrix of an edited call, with factors and rows of their own, (B, H, N, M): for who asks to have it."""
+    matrix = edited_map(call).dense(force=True)
+    for factor in call.factors:
+        both = factor.query[..., None] & factor.key[:, None, None, :]
+        matrix = torch.where(both, matrix * factor.by, matrix)
+    if call.own is not None:
+        start = call.place.query_start - call.place.key_start
+        identity = torch.eye(call.query.shape[2], call.key.shape[2] - start, dtype=matrix.dtype, device=matrix.device)
+        matrix = torch.where(call.own[..., None], functional.pad(identity, (start, 0)), matrix)
+    return matrix.to(call.query.dtype)
+
+
+def _softmax_product(call: AttentionCall, value: Tensor) -> Tensor:
+    """``P V`` for one V; rows whose keys are all hidden are zero."""
+    if not call.columns:
+        return _attend(call, call.query, call.key, value, call.attn_mask, call.is_causal, call.scale)
+    if call.query.shape[2] <= _FEW_QUERIES:
+        return _with_bias(call, value)
+    query, key = _widen(call)
+    hidden = [column for column in call.columns if column.hides]
+    witnesses = [_per_key_head(call, column.key)[..., None].to(value.dtype) for column in hidden]
+    values = value.shape[-1]
+    width = max(query.shape[-1], values + len(hidden))
+    width += -width % _WIDTH
+    value = torch.cat([value, *(w.expand(*value.shape[:-1], 1) for w in witnesses)], dim=-1) if hidden else value
+    query, key, value = (functional.pad(t, (0, width - t.shape[-1])) for t in (query, key, value))
+    output = _attend(call, query, key, value, call.attn_mask, call.is_causal, call.factor)
+    for number, column in enumerate(hidden):
+        # A hidden key gets weight only where every key that the query may see is hidden.
+        leaked = (output[..., values + number] > 0) & (column.query > 0)
+        output = output.masked_fill(leaked[..., None], 0.0)
+    return output[..., :values]
+
+
+def _with_bias(call: AttentionCall, value: Tensor) -> Tensor:
+    """The same for a few queries, as in a decoding step: a bias of (queries, keys) instead of wider keys."""
+    key = ("bias", *map(id, call.columns), id(call.attn_mask), call.is_causal)
+    bias, blind, *_ = call.place.remember(key, lambda: (*_bias(call), call.columns, call.attn_mask))
+    output = _attend(call, call.query, call.key, value, bias, False, call.scale)
+    return output if blind is None else output.masked_fill(blind, 0.0)
+
+
+def _bias(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Mask, triangle and columns as one additive mask; which rows (B, H, N, 1) see nothing, None where nothing is hidden."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    bias = torch.zeros(1, 1, queries, keys, device=call.query.device, dtype=dtype)
+    if call.is_causal:
+        later = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).triu(1)
+        bias = bias.masked_fill(later, -math.inf)
+    if call.attn_mask is not None:
+        mask = call.attn_mask
+        bias = bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
+    for column in call.columns:
+        term = column.query[..., None] * column.key[:, None, None, :]
+        bias = bias.masked_fill(term > 0, -math.inf) if column.hides else bias + term
+    if not (call.is_causal or call.attn_mask is not None or any(column.hides for column in call.columns)):
+        return bias, None
+    blind = bias.isneginf().all(dim=-1, keepdim=True)
+    return bias.masked_fill(blind, 0.0), blind
+
+
+def _blind(call: AttentionCall) -> Tensor | None:
+    """(B, H, N): queries for which the edits hide every key that they may see; None where nothing is hidden."""
+    hidden = [column for column in call.columns if column.hides]
+    if not hidden:
+        return None
+    shape = (*call.query.shape[:3], 1)
+    zeros = replace(call, query=call.query.new_zeros(*call.query.shape[:3], _WIDTH), columns=tuple(hidden), scale=1.0)
+    zeros = replace(zeros, key=call.key.new_zeros(*call.key.shape[:3], _WIDTH))
+    seen = _softmax_product(zeros, call.key.new_ones(*call.key.shape[:3], 1))
+    return (seen == 0).expand(shape)[..., 0]
+
+
+def _widen(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Queries and keys with the columns of the edits."""
+    batch, heads, queries, _ = call.query.shape
+    dtype, scale = call.query.dtype, call.factor
+    lefts, rights = [call.query], [call.key]
+    of_query, of_key = _HIDDEN.get(dtype, _HIDDEN_ELSEWHERE)
+    for column in call.columns:
+        parts = [(column.query * of_query).to(dtype)] if column.hides else _split(column.query / scale, dtype)
+        right = _per_key_head(call, column.key * of_key if column.hides else column.key).to(dtype)[..., None]
+        lefts += [part.expand(batch, heads, queries)[..., None] for part in parts]
+        rights += [right] * len(parts)
+    return torch.cat(lefts, dim=-1), torch.cat(rights, dim=-1)
+
+
+def _per_key_head(call: AttentionCall, keys: Tensor) -> Tensor:
+    """(B, Hk, M) from (B|1, M)."""
+    batch, heads, tokens, _ = call.key.shape
+    return keys[:, None, :].expand(batch, heads, tokens)
+
+
+def _split(term: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Parts in ``dtype`` that sum to the term in float32, in which the operators add them up."""
+    parts = []
+    for _ in range(_PARTS.get(dtype, 1)):
+        parts.append(term.to(dtype))
+        term = term - parts[-1].to(term.dtype)
+    return parts
+
+
+def _expand_heads(call: AttentionCall) -> AttentionCall:
+    """Keys and values of each query head's own, where the factors differ between heads that share them."""
+    groups = call.query.shape[1] // call.key.shape[1]
+    if groups == 1 or all(factor.query.shape[1] == 1 for factor in call.factors):
+        return call
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (call.key, call.value))
+    return replace(call, key=key, value=value, enable_gqa=False)
+
+
+def _values(call: AttentionCall) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """V, and as other sets of queries see it: (rows (B|1, H|1, N), value); later ones hold where several do."""
+    value, others = call.value, list[tuple[Tensor, Tensor]]()
+    for factor in call.factors:
+        every_row = factor.query.shape[2] == 1
+        keys = factor.key[:, None, :, None]
+        scaled = functools.partial(_scaled, chosen=factor.query[..., None] & keys if every_row else keys, by=factor.by)
+        if every_row:
+            value, others = scaled(value), [(rows, scaled(other)) for rows, other in others]
+        else:
+            others += [(factor.query, scaled(value)), *((rows & factor.query, scaled(other)) for rows, other in others)]
+    return value, others
+
+
+def _scaled(value: Tensor, chosen: Tensor, by: float) -> Tensor:
+    return torch.where(chosen, value * by, value)
+
+
+def _own_values(call: AttentionCall) -> Tensor:
+    """The value at each query's own position."""
+    start = call.place.query_start - call.place.key_start
+    value = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
+    return value[:, :, start : start + call.query.shape[2]]
+
+
+def _attend(
+    call: AttentionCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    return plain(query, key, value, mask, call.dropout_p, causal, scale=scale, enable_gqa=call.enable_gqa)

@@ -1,0 +1,276 @@
+"""One attention call: what the model asked for, where it stands, and what edits made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from regard.maps import AttentionMap, TokenMap
+
+if TYPE_CHECKING:
+    from regard.runtime.reading import Reading
+
+_Made = TypeVar("_Made")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a model and in a text a call stands.
+
+    ``path`` is that of the module that made the call, ``layer`` the number of the call among those of a pass, ``pass_index``
+    the number of the pass among those of the block. ``query_start`` and ``key_start`` are the positions of the first query
+    and the first key in the text: in a decoding step the one query stands at its end. ``token_ids`` (batch, tokens so far)
+    are those of the text that the queries stand in, where the model was given any, and ``token_mask`` (batch, queries) tells
+    real queries from padding, where the user said. ``cache`` is the model's key–value cache and ``cache_layer`` the call's
+    number in it, where there is one.
+    """
+
+    path: str = ""
+    layer: int = 0
+    pass_index: int = 0
+    query_start: int = 0
+    key_start: int = 0
+    token_ids: Tensor | None = None
+    token_mask: Tensor | None = None
+    cache: Any = None
+    cache_layer: int | None = None
+    memo: dict[object, Any] | None = None
+
+    def remember(self, key: object, make: Callable[[], _Made]) -> _Made:
+        """What ``make`` returns, made once for all calls of a pass."""
+        if self.memo is None:
+            return make()
+        if key not in self.memo:
+            self.memo[key] = make()
+        made: _Made = self.memo[key]
+        return made
+
+
+class Call(Protocol):
+    """What is known of every call that mixes tokens, by whatever matrix: where it stands, and the values that it mixes."""
+
+    @property
+    def place(self) -> Place:
+        """Where it stands."""
+        ...
+
+    @property
+    def value(self) -> Tensor:
+        """(batch, heads, keys, width)."""
+        ...
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """What is to be read of its matrix."""
+        ...
+
+    def heads(self, index: list[int]) -> Call:
+        """The call with these heads alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Column:
+    """A term of an edited call's logits: ``query[b, h, i] · key[b, j]``, after scale and mask.
+
+    ``query`` is (B|1, H|1, N|1), ``key`` (B|1, M). A column that ``hides`` is of ones and zeros and takes from each
+    query with a one the sight of each key with a one.
+    """
+
+    query: Tensor
+    key: Tensor
+    hides: bool = False
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factor of an edited call's probabilities, after the softmax: ``by`` where ``query`` and ``key`` (booleans) hold."""
+
+    query: Tensor
+    key: Tensor
+    by: float | Tensor
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The arguments of one call of attention, and what edits made of it.
+
+    Tensors are (batch, heads, tokens, head_dim). The first eight arguments are those of scaled_dot_product_attention;
+    ``softcap`` c makes of each logit s ``c·tanh(s/c)`` before the mask, ``sinks`` (Hq,) is one more logit of each row, whose
+    probability goes nowhere.
+
+    Edits change the tensors, or add to what follows: ``columns`` of the logits, ``factors`` of the probabilities, rows that
+    are their ``own`` value (B|1, H, N) instead, a ``gate`` (B|1, H|1, N|1) of the output, and what is ``added`` to it
+    (B|1, H, N|1, D).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    place: Place = field(default_factory=Place)
+    columns: tuple[Column, ...] = ()
+    factors: tuple[Factor, ...] = ()
+    own: Tensor | None = None
+    gate: Tensor | None = None
+    added: Tensor | None = None
+    readings: tuple[Reading, ...] = ()
+
+    def at(self, place: Place) -> AttentionCall:
+        """This call, as it stands elsewhere. What `dataclasses.replace` does, for what is done at every call."""
+        other = object.__new__(AttentionCall)
+        other.__dict__.update(self.__dict__, place=place)
+        return other
+
+    def with_column(self, column: Column) -> AttentionCall:
+        """With one more term of the logits."""
+        other = object.__new__(AttentionCall)
+        other.__dict__.update(self.__dict__, columns=(*self.columns, column))
+        return other
+
+    def with_reading(self, reading: Reading) -> AttentionCall:
+        """With one more reading of the matrix that is run in the end."""
+        other = object.__new__(AttentionCall)
+        other.__dict__.update(self.__dict__, readings=(*self.readings, reading))
+        return other
+
+    @property
+    def factor(self) -> float:
+        """Of the logits: ``scale``, 1/√D by default."""
+        return 1 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale
+
+    @property
+    def edited(self) -> bool:
+        """Whether more is to be done than the arguments say."""
+        return bool(self.columns or self.factors) or any(t is not None for t in (self.own, self.gate, self.added))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient of its output will be wanted."""
+        tensors = (self.query, self.key, self.value, self.attn_mask, self.sinks)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    def detached(self) -> AttentionCall:
+        """The call apart from the model's graph."""
+        mask, sinks = self.attn_mask, self.sinks
+        return replace(
+            self, query=self.query.detach(), key=self.key.detach(), value=self.value.detach(),
+            attn_mask=None if mask is None else mask.detach(), sinks=None if sinks is None else sinks.detach(),
+        )  # fmt: skip
+
+    def to(self, dtype: torch.dtype) -> AttentionCall:
+        """The call in another precision, an additive mask included."""
+        mask = self.attn_mask
+        return replace(
+            self,
+            query=self.query.to(dtype),
+            key=self.key.to(dtype),
+            value=self.value.to(dtype),
+            attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(dtype),
+        )
+
+    def heads(self, index: list[int]) -> AttentionCall:
+        """The call with these query heads alone, each with a key and value head of its own."""
+        shared = self.query.shape[1] // self.key.shape[1]
+        key_heads = [head // shared for head in index]
+        mask = self.attn_mask
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+            mask = mask[:, index]
+        return replace(
+            self,
+            query=self.query[:, index],
+            key=self.key[:, key_heads],
+            value=self.value[:, [head * self.value.shape[1] // self.query.shape[1] for head in index]],
+            attn_mask=mask,
+            sinks=None if self.sinks is None else self.sinks[index],
+            enable_gqa=False,
+        )
+
+    def map(self) -> AttentionMap:
+        """The attention matrix of the arguments, as an operator that is never stored."""
+        query, key = self.query, self.key
+        if torch.is_autocast_enabled(query.device.type):  # what the operator itself would do to its inputs
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key = query.to(dtype), key.to(dtype)
+        return AttentionMap(query, key, self.attn_mask, self.is_causal, self.scale, self.enable_gqa)
+
+
+@dataclass(frozen=True)
+class HiddenCall:
+    """A call of a layer that mixes its values by a matrix of its own, as linear mixers do.
+
+    ``map`` gives its matrix for a place, and is asked only where somebody reads it.
+    """
+
+    value: Tensor
+    queries: int
+    map: Callable[[Place], TokenMap]
+    place: Place = field(default_factory=Place)
+    readings: tuple[Reading, ...] = ()
+
+    def at(self, place: Place) -> HiddenCall:
+        """This call, as it stands elsewhere."""
+        return replace(self, place=place)
+
+    def with_reading(self, reading: Reading) -> HiddenCall:
+        """With one more reading of the matrix."""
+        return replace(self, readings=(*self.readings, reading))
+
+    def heads(self, index: list[int]) -> HiddenCall:
+        """The call with these heads alone."""
+        return replace(self, value=self.value[:, index])
+
+
+def normalize(call: AttentionCall, module: Module | None, tokens: int | None) -> AttentionCall:
+    """Bring a call of any shape that SDPA takes to four dimensions and a plain mask.
+
+    Args:
+        call: as the model made it.
+        module: that made it.
+        tokens: that the module was given, where it is known.
+    """
+    call = _unpack_grouped_heads(call, module, tokens)
+    if call.query.ndim == 4:
+        return call
+    mask, lead = call.attn_mask, call.query.shape[:-3]
+    if mask is not None and mask.ndim > (2 if call.query.ndim < 4 else 3):
+        mask = _to_four(mask, lead)
+    query, key, value = (_to_four(tensor, lead) for tensor in (call.query, call.key, call.value))
+    return replace(call, query=query, key=key, value=value, attn_mask=mask)
+
+
+def _to_four(tensor: Tensor, lead: torch.Size) -> Tensor:
+    """Four dimensions from fewer, as one head; from more, the leading ones as one batch."""
+    if not lead:
+        return tensor.reshape(-1, 1, *tensor.shape[-2:])
+    return tensor.expand(*lead, *tensor.shape[-3:]).flatten(0, -4)
+
+
+def _unpack_grouped_heads(call: AttentionCall, module: Module | None, tokens: int | None) -> AttentionCall:
+    """Undo a packing of transformers, which passes the query heads of a group as if they were tokens of a decoding step."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    if tokens != 1 or groups == 1 or call.query.ndim != 4:
+        return call
+    packed = call.query.shape[2] == groups and call.query.shape[1] == call.key.shape[1]
+    return unpacked(call) if packed else call
+
+
+def unpacked(call: AttentionCall) -> AttentionCall:
+    """A decoding step with its query heads as heads: with a mask, transformers passes those of a group as if tokens."""
+    batch, rows, groups, width = call.query.shape
+    mask = call.attn_mask
+    if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], rows * groups, 1, -1)
+    return replace(call, query=call.query.reshape(batch, rows * groups, 1, width), attn_mask=mask, enable_gqa=True)

@@ -1,0 +1,295 @@
+"""The chain that every call goes through: blocks nest in the order in which they were entered, as middleware does.
+
+A block belongs to where it was entered: to that thread, to the asyncio tasks begun in it, and, if it names a model, to the
+threads that begin while it is open, such as one that runs ``generate`` for a streamer. Others are never touched.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any, Protocol
+from weakref import ReferenceType, WeakSet, ref
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from regard.runtime import unseen_model
+from regard.runtime.call import AttentionCall, HiddenCall, Place, normalize
+from regard.runtime.stack import Stack
+from regard.runtime.tracker import Site, Tracker
+from regard.tokens import Selection
+
+Proceed = Callable[[Any], Tensor]
+
+
+class Interceptor(Protocol):
+    """Somebody who sees calls, changes them, or makes them himself."""
+
+    @property
+    def edits(self) -> bool:
+        """Whether outputs may change; reading may be left out where a call is only made again, and editing may not."""
+        ...
+
+    @property
+    def outermost(self) -> bool:
+        """Whether it goes before all others, as who gives a call its keys must."""
+        ...
+
+    def wants(self, site: Site) -> bool:
+        """Whether a call made there is to be intercepted."""
+        ...
+
+    def intercept(self, call: Any, proceed: Proceed, alone: bool) -> Tensor:
+        """The call's output: what ``proceed`` returns for it, or for another call in its place.
+
+        ``call`` is an `AttentionCall`, or the `HiddenCall` of a mixer. ``alone`` tells that nobody comes after.
+        """
+        ...
+
+
+class Block:
+    """An interceptor while it is entered. Who enters it holds it: one that is lost to an interrupt is closed."""
+
+    def __init__(self, interceptor: Interceptor, model: Module | None) -> None:
+        shared = (block.tracker for block in _here_open() if block.tracker.model is model)
+        self.interceptor = interceptor
+        self.tracker = next(shared, None) or Tracker(model)
+        self.first_pass = self.tracker.passes
+        self.seen: dict[int, str] = {}  # paths of the calls that the model made, by number
+        self.mixers: set[int] = set()  # numbers of those that have no queries and keys
+        self.is_open = False
+        self._elsewhere = WeakSet(threading.enumerate())
+        self._elsewhere.discard(threading.current_thread())
+
+    def open(self) -> None:
+        """Have the calls made from here on intercepted."""
+        reference = ref(self, _forget)
+        around = tuple(ref(block) for block in _here_open())
+        self.is_open = True
+        _everywhere.append(reference)
+        _here.set((*around, reference))
+
+    def close(self) -> None:
+        """Leave calls alone again."""
+        self.is_open = False
+        _here.set(tuple(ref(block) for block in _here_open()))
+        for reference in list(_everywhere):
+            if reference() is self:
+                _forget(reference)
+
+    def adopts(self, thread: threading.Thread) -> bool:
+        """Whether a thread without blocks of its own is one that began in this one."""
+        return self.tracker.model is not None and thread not in self._elsewhere
+
+    @property
+    def passes(self) -> int:
+        """How many passes the model has made in it."""
+        return self.tracker.passes - self.first_pass
+
+    def layers(self, selection: Selection) -> int | None:
+        """How many calls a pass of the model makes, where the selection counts from the last."""
+        return self.tracker.count_layers() if selection.counts_layers else None
+
+    def chooses(self, selection: Selection, site: Site) -> bool:
+        """Whether a call made there is of a chosen layer and pass."""
+        return selection.wants_pass(site.pass_index) and selection.wants(site.path, site.layer, self.layers(selection))
+
+    def check(self) -> None:
+        """Refuse a block in which no call was seen, with what to do about it."""
+        if not self.seen:
+            raise RuntimeError(unseen_model.explain(self.tracker.model))
+
+
+_here: ContextVar[tuple[ReferenceType[Block], ...] | None] = ContextVar("regard", default=None)
+_everywhere: list[ReferenceType[Block]] = []
+
+
+class _Local(threading.local):
+    busy = False  # with a call: what is computed for it is not looked at
+    finished: list[AttentionCall] | None = None
+
+
+_local = _Local()
+
+
+def _forget(reference: ReferenceType[Block]) -> None:
+    if reference in _everywhere:
+        _everywhere.remove(reference)
+
+
+def _here_open() -> list[Block]:
+    """The blocks that calls made here go through."""
+    here = _here.get()
+    if here is not None:
+        return [block for reference in here if (block := reference()) is not None and block.is_open]
+    if not _everywhere:
+        return []
+    thread = threading.current_thread()
+    every = [block for reference in list(_everywhere) if (block := reference()) is not None]
+    return [block for block in every if block.is_open and block.adopts(thread)]
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Let this thread's calls run as they are, past everybody: they are parts of one that was seen, or read it."""
+    before, _local.busy = _local.busy, True
+    try:
+        yield
+    finally:
+        _local.busy = before
+
+
+@contextmanager
+def finished() -> Iterator[list[AttentionCall]]:
+    """The calls that this thread makes in the block, as they are at the end of their chains."""
+    before, _local.finished = _local.finished, []
+    try:
+        yield _local.finished
+    finally:
+        _local.finished = before
+
+
+def some_open() -> bool:
+    """Whether any block is open, be it elsewhere."""
+    return bool(_everywhere)
+
+
+def looked_at() -> bool:
+    """Whether a call made now goes through any block: what is made for `intercept` alone is made only then."""
+    return (
+        bool(_everywhere) and not (_local.busy or torch.compiler.is_compiling() or recomputing()) and bool(_here_open())
+    )
+
+
+def edited() -> bool:
+    """Whether some block here may change what is computed."""
+    return any(block.interceptor.edits for block in _here_open())
+
+
+def interceptors() -> list[Interceptor]:
+    """Those whose blocks are open here."""
+    return [block.interceptor for block in _here_open()]
+
+
+def recomputing() -> bool:
+    """Whether a checkpointed part of the forward pass runs again, inside the backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def intercept(call: Any, finish: Callable[[Any, Any], Tensor], *, label: str = "", past: int | None = None) -> Tensor:
+    """The output of a call that is made here, by whatever the open blocks make of it.
+
+    Args:
+        call: an `AttentionCall` as its maker made it, or a `HiddenCall`.
+        finish: the output of a call at the end of the chain, from it and from the call in its normal form as it went in.
+        label: for the call's path, beside that of the module that runs.
+        past: the number of tokens before the call's own, where its maker knows.
+    """
+    blocks = [] if _local.busy or torch.compiler.is_compiling() else _here_open()
+    links = _links(blocks, label, isinstance(call, HiddenCall)) if blocks else []
+    if not links:
+        return _finish(call, call, finish)
+    normal = normalize(call, *links[0][1].maker) if isinstance(call, AttentionCall) else call
+    with unseen():
+        output = _Passage(links, lambda last: _finish(last, normal, finish), past).enter(normal)
+    if isinstance(call, HiddenCall) or output.shape[:-1] == call.query.shape[:-1]:
+        return output
+    return output.reshape(*call.query.shape[:-1], output.shape[-1])
+
+
+Link = tuple[Block, Site]
+
+
+def _finish(last: Any, normal: Any, finish: Callable[[Any, Any], Tensor]) -> Tensor:
+    if _local.finished is not None:
+        _local.finished.append(last)
+    return finish(last, normal)
+
+
+def _links(blocks: list[Block], label: str, hidden: bool) -> list[Link]:
+    """The blocks that want the call, each with where it stands in its model; who gives a call its keys goes first."""
+    stack = Stack()
+    if recomputing():
+        _refuse_edits(blocks, stack)
+        return []
+    sites: dict[int, Site | None] = {}
+    links: list[Link] = []
+    for block in blocks:
+        tracker = block.tracker
+        if id(tracker) not in sites:
+            sites[id(tracker)] = tracker.find(stack, label)
+        site = sites[id(tracker)]
+        if site is None:
+            continue
+        block.seen[site.layer] = site.path
+        if hidden:
+            block.mixers.add(site.layer)
+        if block.interceptor.wants(_in_block(site, block)):
+            links.append((block, site))
+    return sorted(links, key=lambda link: not link[0].interceptor.outermost)
+
+
+def _in_block(site: Site, block: Block) -> Site:
+    return site if not block.first_pass else replace(site, pass_index=site.pass_index - block.first_pass)
+
+
+class _Passage:
+    """One call on its way through the blocks."""
+
+    def __init__(self, links: list[Link], finish: Proceed, past: int | None) -> None:
+        self._links = links
+        self._finish = finish
+        self._past = past
+        self._places: dict[int, Place] = {}
+        self._keepers = sum(block.interceptor.outermost for block, _ in links)
+
+    def enter(self, call: Any) -> Tensor:
+        return self._proceed(0, call)
+
+    def _proceed(self, number: int, call: Any) -> Tensor:
+        if number == len(self._links):
+            return self._finish(call)
+        block, site = self._links[number]
+        if number >= self._keepers and not self._places:
+            self._find_places(call)
+        place = self._places.get(number) or _place_of(site, block)
+        alone = number + 1 == len(self._links)
+        return block.interceptor.intercept(call.at(place), lambda further: self._proceed(number + 1, further), alone)
+
+    def _find_places(self, call: Any) -> None:
+        """Where the call stands for everybody, before any of them changes its keys."""
+        found: dict[int, Place] = {}
+        for number, (block, site) in enumerate(self._links[self._keepers :], start=self._keepers):
+            tracker = block.tracker
+            if id(tracker) not in found:
+                queries = call.queries if isinstance(call, HiddenCall) else call.query.shape[2]
+                found[id(tracker)] = tracker.place(site, call.value, queries, self._past)
+            place = found[id(tracker)]
+            if block.first_pass:
+                place = replace(place, pass_index=place.pass_index - block.first_pass)
+            self._places[number] = place
+
+
+def _place_of(site: Site, block: Block) -> Place:
+    """As far as it is known before the call has its keys."""
+    cache, cache_layer = site.cache
+    return Place(
+        site.path, site.layer, site.pass_index - block.first_pass, cache=cache, cache_layer=cache_layer,
+        token_ids=site.token_ids, memo=site.running.memo,
+    )  # fmt: skip
+
+
+def _refuse_edits(blocks: list[Block], stack: Stack) -> None:
+    """A part of a model that runs again without the rest has lost where its calls stand."""
+    for block in blocks:
+        model = block.tracker.model
+        inside = model is None or any(frame.module in set(model.modules()) for frame in stack.frames)
+        if block.interceptor.edits and inside:
+            raise RuntimeError(
+                "attention cannot be steered or compressed under gradient checkpointing; disable it, or leave the block"
+            )

@@ -1,0 +1,124 @@
+"""Where calls are found: PyTorch's functions of attention, replaced such that who is not looked at is left alone.
+
+``scaled_dot_product_attention`` is replaced in PyTorch's dispatcher, below every name that it was imported under, once for
+the process: to register kernels and take them away again under calls of other threads crashes PyTorch. While some block
+is open, what would go around it is led back: the fast path of PyTorch's transformer layers, the kernels that a `CausalBias`
+picks by itself, ``need_weights=True`` of `nn.MultiheadAttention`, and compiled code.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, functional
+
+from regard.runtime import attention, beams, chain, multi_head
+from regard.runtime.call import AttentionCall
+from regard.runtime.chain import Block, Interceptor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
+
+_KERNELS = ("CompositeExplicitAutograd", "Autograd")  # every device, without and with gradients
+_MULTI_HEAD = "multi_head_attention_forward"
+_lock = threading.RLock()
+_library: list[Any] = []
+_put_back: ExitStack | None = None
+
+
+@contextmanager
+def entered(interceptor: Interceptor, model: Module | None) -> Iterator[Block]:
+    """Have the interceptor see the calls of a model, or with None all, until the block ends."""
+    block = Block(interceptor, model)
+    try:
+        block.open()
+        _arrange()
+        yield block
+    finally:
+        block.close()
+        _arrange()
+
+
+def _arrange() -> None:
+    """Lead calls to the chain while some block is open, and put everything back when none is."""
+    global _put_back
+    with _lock:
+        if chain.some_open():
+            _register()
+            beams.install()
+            if _put_back is None:
+                _put_back = ExitStack()
+                _lead_back(_put_back)
+        elif _put_back is not None:
+            _put_back.close()
+            _put_back = None
+
+
+def _register() -> None:
+    if _library:
+        return
+    library = torch.library.Library("aten", "IMPL")
+    _library.append(library)
+    for kernel in _KERNELS:
+        library.impl("scaled_dot_product_attention", _attention, kernel)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """What runs in place of PyTorch's attention, in every thread."""
+    if not chain.some_open():
+        return attention.plain(*args, **kwargs)
+    make = functools.partial(attention.plain, *args, **kwargs)
+    return chain.intercept(AttentionCall(*args, **kwargs), functools.partial(attention.attend, make))
+
+
+def _lead_back(put_back: ExitStack) -> None:
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    put_back.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+    for owner in _holders():
+        _replace(owner, _MULTI_HEAD, multi_head.forward, put_back)
+    bias = sys.modules.get("torch.nn.attention.bias")
+    if bias is not None:
+        _replace(bias.CausalBias, "_dispatch", staticmethod(_with_plain_mask), put_back)
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:  # or nothing was compiled yet
+        put_back.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+@functools.lru_cache(maxsize=1)
+def _holders_among(number: int) -> list[Any]:
+    function = multi_head.PLAIN
+    every = list(sys.modules.values())
+    return [module for module in every if getattr(module, "__dict__", {}).get(_MULTI_HEAD) is function]
+
+
+def _holders() -> list[Any]:
+    """The modules that have PyTorch's function by its name."""
+    return _holders_among(len(sys.modules))
+
+
+def _replace(owner: Any, name: str, function: Any, put_back: ExitStack) -> None:
+    put_back.callback(setattr, owner, name, vars(owner)[name])
+    setattr(owner, name, function)
+
+
+def _with_plain_mask(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: CausalBias, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """The call with the mask or the flag that the `CausalBias` stands for."""
+    from torch.nn.attention.bias import CausalVariant
+
+    triangle, queries, keys = None, attn_mask.seq_len_q, attn_mask.seq_len_kv
+    if attn_mask.variant == CausalVariant.LOWER_RIGHT and queries != keys:
+        triangle = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    return functional.scaled_dot_product_attention(
+        query, key, value, triangle, dropout_p, triangle is None, scale=scale, enable_gqa=enable_gqa
+    )

@@ -1,0 +1,83 @@
+"""Which modules are running: read from Python's own stack where a call is made, so that nothing is hung on a model.
+
+There are no hooks to be left behind by an interrupt or copied with a model, each thread has its own stack, and a model that
+nobody looks at runs as it always does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.nn import Module
+
+_CALL = Module._call_impl.__code__
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A module that runs, and what it was called with. ``run`` is an object of this one run of it."""
+
+    module: Module
+    positional: tuple[Any, ...]
+    arguments: Mapping[str, Any]
+    run: object
+
+
+class Stack:
+    """The modules that run where it is made, the innermost first."""
+
+    def __init__(self) -> None:
+        self._start = sys._getframe(1)
+        self.frames = list(_called(self._start))
+        self._direct: list[Frame] | None = None
+
+    def above(self, model: Module) -> list[Frame] | None:
+        """The frames from the innermost to the model's own outermost; None where it does not run."""
+        found = _up_to(model, self.frames)
+        if found is not None:
+            return found
+        if self._direct is None:  # a forward that was called by itself has no frame of a call
+            self._direct = list(_forwarded(self._start))
+        return _up_to(model, self._direct)
+
+
+def _up_to(model: Module, frames: list[Frame]) -> list[Frame] | None:
+    for number in range(len(frames) - 1, -1, -1):
+        if frames[number].module is model:
+            return frames[: number + 1]
+    return None
+
+
+def _called(frame: Any) -> Iterator[Frame]:
+    """Modules by their ``__call__``."""
+    while frame is not None:
+        if frame.f_code is _CALL:
+            named = frame.f_locals
+            yield Frame(named["self"], named["args"], named["kwargs"], named["kwargs"])
+        frame = frame.f_back
+
+
+def _forwarded(frame: Any) -> Iterator[Frame]:
+    """Modules by their ``__call__`` or, where that was passed by, their ``forward``."""
+    inner: Frame | None = None
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL:
+            named = frame.f_locals
+            called = Frame(named["self"], named["args"], named["kwargs"], named["kwargs"])
+            if inner is not None and inner.module is not called.module:
+                yield inner
+            inner = None
+            yield called
+        elif code.co_name == "forward" and code.co_argcount and code.co_varnames[0] == "self":
+            named = frame.f_locals
+            if isinstance(named.get("self"), Module) and (inner is None or inner.module is not named["self"]):
+                if inner is not None:
+                    yield inner
+                inner = Frame(named["self"], (), named, frame)
+        frame = frame.f_back
+    if inner is not None:
+        yield inner

@@ -1,0 +1,233 @@
+"""Where in a model and in a text each attention call stands."""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from regard.runtime import beams
+from regard.runtime.call import Place
+from regard.runtime.stack import Frame, Stack
+from regard.runtime.text import Text
+
+_BARE = "scaled_dot_product_attention"
+
+
+@dataclass
+class _Pass:
+    """One run of the model from entry to exit: a call of it, one step of ``generate``."""
+
+    run: object
+    index: int
+    root: Frame | None
+    calls: dict[str, int] = field(default_factory=dict)  # how many each path has made
+    memo: dict[object, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Which call of a model this is; where in its text it stands is found only for who wants to know."""
+
+    path: str
+    layer: int
+    pass_index: int
+    frames: list[Frame]
+    running: _Pass
+
+    @property
+    def maker(self) -> tuple[Module | None, int | None]:
+        """The module that made the call, and how many tokens it was given, where that can be told."""
+        if not self.frames:
+            return None, None
+        frame = self.frames[0]
+        given = [frame.arguments.get("hidden_states"), *frame.positional[:1]]
+        hidden = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim == 3), None)
+        return frame.module, None if hidden is None else hidden.shape[1]
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """The ids that this pass of the model was given, (batch, tokens), if any."""
+        ids = _ids_given(self)
+        return ids[0] if ids else None
+
+    @property
+    def cache(self) -> tuple[Any, int | None]:
+        """The key–value cache that the call's layer was given, and the layer's number in it; None where there is none."""
+        return _cache_of(self.frames)
+
+
+class Tracker:
+    """Names the calls of a model, or with None those of every module, and places them in their texts.
+
+    All blocks that are open on a model share one. ``layers`` are the paths of the calls seen, in the order of their numbers.
+    """
+
+    def __init__(self, model: Module | None) -> None:
+        self.model = model
+        self.layers: list[str] = []
+        self.passes = 0
+        self._numbers: dict[str, int] = {}
+        self._names: WeakKeyDictionary[Module, dict[Module, str]] = WeakKeyDictionary()
+        self._running: dict[int, _Pass] = {}  # by thread: several may run the model at once
+        self._texts: dict[str, Text] = {}
+        self._texts_by_cache: WeakKeyDictionary[object, dict[str, Text]] = WeakKeyDictionary()
+        self._orders: WeakKeyDictionary[object, int] = WeakKeyDictionary()  # the last that was followed
+
+    def find(self, stack: Stack, label: str = "") -> Site | None:
+        """Count a call that is made now; None if the model did not make it. ``label`` is added to its module's path."""
+        frames = stack.frames if self.model is None else stack.above(self.model)
+        if frames is None:
+            return None
+        running = self._pass_of(frames)
+        path = self._path(frames) + label
+        number = running.calls.get(path, 0)
+        running.calls[path] = number + 1
+        path = f"{path}#{number}" if number else path
+        if path not in self._numbers:
+            self._numbers[path] = len(self._numbers)
+            self.layers.append(path)
+        return Site(path, self._numbers[path], running.index, frames, running)
+
+    def place(self, site: Site, value: Tensor, queries: int, past: int | None = None) -> Place:
+        """The call's positions and token ids in the text that it goes on with or begins.
+
+        ``value`` is the call's, ``past`` the number of tokens before it, where its maker says.
+        """
+        cache, cache_layer = site.cache
+        texts = self._texts if cache is None else self._texts_by_cache.setdefault(cache, {})
+        text = texts.get(site.path) or self._texts.get(site.path) or Text()
+        if past is None:
+            past = _tokens_before(cache, cache_layer, queries)
+        continues, query_start, key_start = text.place(value, queries, past)
+        if not continues:
+            text = Text()
+        texts[site.path] = text
+        text.extend(value, queries, query_start, self._longer_ids(site, text.token_ids, queries, cache))
+        return Place(
+            site.path, site.layer, site.pass_index, query_start, key_start, text.token_ids, None, cache, cache_layer,
+            site.running.memo,
+        )  # fmt: skip
+
+    def text_of(self, place: Place) -> Text:
+        """The text that a call placed here goes on with."""
+        texts = self._texts if place.cache is None else self._texts_by_cache[place.cache]
+        return texts[place.path]
+
+    def count_layers(self) -> int | None:
+        """How many calls a pass makes: of one that is over, or as many as the model has innermost modules of attention."""
+        if self.passes > 1 and self.layers:
+            return len(self.layers)
+        if self.model is None:
+            return None
+        return _attention_modules(self.model)
+
+    def _pass_of(self, frames: list[Frame]) -> _Pass:
+        thread = threading.get_ident()
+        running = self._running.get(thread)
+        root = frames[-1] if frames else None
+        run = None if root is None else root.run
+        if running is None or running.run is not run:
+            running = self._running[thread] = _Pass(run, self.passes, root)
+            self.passes += 1
+        return running
+
+    def _path(self, frames: list[Frame]) -> str:
+        if not frames:
+            return _BARE
+        root, module = frames[-1].module, frames[0].module
+        names = self._names.get(root)
+        if names is None or module not in names:  # a module may be made while the model runs
+            names = {inner: _without_wrappers(name) for name, inner in root.named_modules()}
+            self._names[root] = names
+        name = names.get(module, type(module).__name__)
+        if self.model is not None:
+            return name or type(root).__name__
+        return f"{type(root).__name__}.{name}" if name else type(root).__name__
+
+    # --- token ids ----------------------------------------------------------------------------------------------------
+
+    def _longer_ids(self, site: Site, before: Tensor | None, queries: int, cache: Any) -> Tensor | None:
+        """The ids of the text so far and of the call's tokens; the layers of a pass that share the text share the tensor."""
+        memo = site.running.memo
+        key = ("ids", id(before), queries, "decoder" in site.path)
+        if key not in memo:
+            own = _token_ids(site, queries)
+            known = self._in_order(before, cache, site)
+            memo[key] = (own if own is None or known is None else torch.cat([known, own], dim=1), before)
+        longer: Tensor | None = memo[key][0]
+        return longer
+
+    def _in_order(self, token_ids: Tensor | None, cache: Any, site: Site) -> Tensor | None:
+        """Ids of the text so far, in the order that beam search has put the batch in since the last pass."""
+        if ("order", id(cache)) not in site.running.memo:
+            number, order = beams.last_order(cache)
+            followed = cache is None or self._orders.get(cache, 0) == number
+            site.running.memo["order", id(cache)] = None if followed else order
+            if not followed:
+                self._orders[cache] = number
+        order = site.running.memo["order", id(cache)]
+        if token_ids is None or order is None or len(order) != len(token_ids):
+            return token_ids
+        return token_ids[order.to(token_ids.device)]
+
+
+def _token_ids(site: Site, queries: int) -> Tensor | None:
+    """The ids of the call's own tokens among the model's arguments; an empty tensor if there are ids, but of others."""
+    ids = _ids_given(site)
+    own = [i for i in ids if i.shape[1] == queries]
+    return own[0] if own else (ids[0][:, :0] if ids else None)
+
+
+def _ids_given(site: Site) -> list[Tensor]:
+    root = site.running.root
+    if root is None:
+        return []
+    names = ("decoder_input_ids", "input_ids") if "decoder" in site.path else ("input_ids", "decoder_input_ids")
+    given: list[Any] = [root.arguments.get(name) for name in names] + list(root.positional)
+    return [g for g in given if isinstance(g, Tensor) and g.ndim == 2 and g.dtype in (torch.int64, torch.int32)]
+
+
+def _cache_of(frames: list[Frame]) -> tuple[Any, int | None]:
+    """What the innermost modules were given as their cache, as far out as the one that knows the number of its layer."""
+    found: Any = None
+    for frame in frames:
+        if found is None:
+            found = _cache_among(frame)
+        number = getattr(frame.module, "layer_idx", None)
+        if isinstance(number, int):
+            return found, None if found is None else number
+    return None, None
+
+
+def _cache_among(frame: Frame) -> Any:
+    given = (*frame.arguments.values(), *frame.positional)
+    return next((one for one in given if not isinstance(one, Tensor) and hasattr(one, "get_seq_length")), None)
+
+
+def _tokens_before(cache: Any, layer: int | None, queries: int) -> int | None:
+    """How many tokens the cache held before the call's own, which it has taken by now; None if it does not tell."""
+    if cache is None:
+        return None
+    length = int(cache.get_seq_length(layer))
+    if length < queries:  # a layer that attends to the keys of another has none of its own
+        length = max((int(other.get_seq_length()) for other in getattr(cache, "layers", ())), default=0)
+    return length - queries if length >= queries else None
+
+
+def _attention_modules(model: Module) -> int:
+    names = [
+        name for name, module in model.named_modules() if re.search("attention|attn|mixer", type(module).__name__, re.I)
+    ]
+    return sum(not any(other.startswith(f"{name}.") for other in names) for name in names)
+
+
+def _without_wrappers(path: str) -> str:
+    """torch.compile's wrapper is no part of the model's own paths."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")

@@ -81,6 +81,7 @@ class AddToKey(Edit):
 
 def _direction(edit: AddToQuery | AddToKey, call: AttentionCall) -> Tensor:
     """(H|1, 1, D)."""
+    call.require_queries(type(edit).__name__)
     direction = torch.as_tensor(edit.direction, dtype=call.query.dtype, device=call.query.device)
     heads, width = call.query.shape[1], call.query.shape[3]
     if direction.shape not in ((width,), (heads, width)):

@@ -109,6 +109,7 @@ class Mutual(Edit):
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """Other keys and values, or more of them."""
+        call.require_queries("Mutual")
         key, value = (tensor.to(call.key) for tensor in self.source.of(call))
         own, other = tuple(call.key.shape), tuple(key.shape)
         if own[1::2] != other[1::2] or other[0] not in (1, own[0]):

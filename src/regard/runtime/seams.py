@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, functional
 
-from regard.runtime import attention, beams, chain, eager, multi_head
+from regard.runtime import attention, beams, chain, eager, multi_head, softmax
 from regard.runtime.call import AttentionCall
 from regard.runtime.chain import Block, Interceptor
 
@@ -45,6 +45,7 @@ def entered(interceptor: Interceptor, model: Module | None) -> Iterator[Block]:
         yield block
     finally:
         block.close()
+        softmax.release()
         _arrange()
 
 
@@ -79,6 +80,7 @@ def _register() -> None:
     _library.append(library)
     for kernel in _KERNELS:
         library.impl("scaled_dot_product_attention", _attention, kernel)
+        library.impl("softmax.int", softmax.kernel, kernel)
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:

@@ -129,7 +129,9 @@ def edited_map(call: AttentionCall) -> AttentionMap:
 
 def stored(call: AttentionCall) -> AttentionCall:
     """The call with its logits as its mask, for what is to be done to some of them alone; its columns stay apart."""
-    bare = replace(call, query=call.query.detach()[..., :1] * 0, key=call.key.detach()[..., :1] * 0, scale=1.0, softcap=None)
+    bare = replace(
+        call, query=call.query.detach()[..., :1] * 0, key=call.key.detach()[..., :1] * 0, scale=1.0, softcap=None
+    )
     scores = (call.query * call.factor) @ call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1).mT
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)

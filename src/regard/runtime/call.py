@@ -207,7 +207,14 @@ class AttentionCall:
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key = query.to(dtype), key.to(dtype)
         return AttentionMap(
-            query, key, self.attn_mask, self.is_causal, self.scale, self.enable_gqa, softcap=self.softcap, sinks=self.sinks
+            query,
+            key,
+            self.attn_mask,
+            self.is_causal,
+            self.scale,
+            self.enable_gqa,
+            softcap=self.softcap,
+            sinks=self.sinks,
         )
 
     def require_queries(self, asker: str) -> None:

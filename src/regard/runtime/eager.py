@@ -50,7 +50,13 @@ def wrapper(original: Callable[..., Any]) -> Callable[..., Any] | None:
 
     @functools.wraps(original)
     def forward(
-        module: Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *more: Any, **named: Any
+        module: Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *more: Any,
+        **named: Any,
     ) -> Any:
         named |= dict(zip(_arguments(code)[5:], more, strict=False))
         run = functools.partial(original, module, query, key, value, attention_mask, **named)
@@ -102,4 +108,3 @@ def _call(
         softcap=softcap if "tanh" in code.co_names else None,
         sinks=module.sinks if "sinks" in code.co_names else None,
     )  # fmt: skip
-

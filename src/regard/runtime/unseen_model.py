@@ -68,7 +68,11 @@ def _other_implementations(model: Module) -> Iterator[tuple[str, str]]:
     taken: list[str] = []
     for path, module in model.named_modules():
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if not hasattr(module, "set_attn_implementation") or implementation in _KNOWN or not isinstance(implementation, str):
+        if (
+            not hasattr(module, "set_attn_implementation")
+            or implementation in _KNOWN
+            or not isinstance(implementation, str)
+        ):
             continue
         if not any(_within(path, [outer]) for outer in taken):
             taken.append(path)

@@ -74,7 +74,7 @@ def test_generate_is_one_text(make: Callable[[], Module]) -> None:
         assert torch.equal(model.generate(**inputs, **options), plain)
     assert seen.dataset().entropy.sizes["query"] == 15
     with (
-        pytest.raises(RuntimeError, match="computes its softmax itself.*cannot be dropped"),
+        pytest.raises(RuntimeError, match=r"computes its softmax itself.*cannot be dropped"),
         regard.compress(model, KeepAll()),
     ):
         model.generate(**inputs, **options)
@@ -83,7 +83,7 @@ def test_generate_is_one_text(make: Callable[[], Module]) -> None:
 def test_what_needs_queries_is_refused() -> None:
     model = bloom()
     with (
-        pytest.raises(ValueError, match="AddToQuery: transformer.h.0.self_attention computes its softmax itself"),
+        pytest.raises(ValueError, match=r"AddToQuery: transformer\.h\.0\.self_attention computes its softmax itself"),
         regard.steer(model, regard.AddToQuery(torch.ones(8))),
     ):
         first_output(model, inputs_of(model))
@@ -106,6 +106,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "half": lambda s, v: torch.matmul(torch.softmax(s, -1, dtype=torch.float64).to(s.dtype), v),
     "bmm": lambda s, v: torch.bmm(s.flatten(0, 1).softmax(-1), v.flatten(0, 1)).view(2, 2, 5, 3),
     "einsum": lambda s, v: torch.einsum("bhij,bhjd->bihd", s.softmax(-1), v).transpose(1, 2),
+    "dots": lambda s, v: torch.einsum("...ij,...jd->...id", s.softmax(-1), v),
     "keys first": lambda s, v: torch.einsum("ijbh,bhjd->bhid", s.permute(2, 3, 0, 1).softmax(1), v),
     "transposed": lambda s, v: (v.mT @ s.softmax(-1).mT).mT,
     "over rows": lambda s, v: s.mT.softmax(-2).mT @ v,
@@ -177,12 +178,11 @@ def test_a_softmax_that_is_not_followed_is_named() -> None:  # R4
     logits, values = torch.randn(2, 2, 5, 6), torch.randn(2, 2, 6, 3)
     model = nn.ModuleDict({"seen": Own(FORMS["matmul"]), "lost": Attention()})
     model.forward = lambda: (model["seen"](logits, values), model["lost"](logits))  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match=r"not seen: lost \(softmax of Attention at runtime/test_softmax.py:\d+\)"):
-        with regard.watch(model, regard.Received()):
-            model()
-    with pytest.raises(RuntimeError, match=r"softmax of Attention at runtime/test_softmax.py:\d+"):
-        with regard.watch(model["lost"], regard.Received()):
-            model["lost"](logits)
+    where = r"softmax of Attention at runtime/test_softmax.py:\d+"
+    with pytest.warns(UserWarning, match=rf"not seen: lost \({where}\)"), regard.watch(model, regard.Received()):
+        model()
+    with pytest.raises(RuntimeError, match=where), regard.watch(model["lost"], regard.Received()):
+        model["lost"](logits)
 
 
 def test_what_is_all_seen_warns_of_nothing() -> None:

@@ -1,8 +1,9 @@
-"""A product of a stored matrix with values, in whatever order of dimensions its maker has them, as (B, H, N, M) with (B, H, M, D)."""
+"""A product of a stored matrix with values: which of its dimensions are heads, queries, keys and widths."""
 
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,7 @@ def _order(ndim: int, straight: bool) -> tuple[int, ...]:
 
 def _of_einsum(equation: str, operands: Any, is_matrix: Callable[[Any], bool]) -> Layout | None:
     """With one index of the keys, one of queries, one of widths, and all others in both operands."""
-    found = re.fullmatch(r"([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]+)", equation.replace(" ", ""))
+    found = re.fullmatch(r"([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]+)", _written_out(equation.replace(" ", ""), operands))
     if found is None or is_matrix(operands[0]) == is_matrix(operands[1]):
         return None
     first, second, output = found.groups()
@@ -123,3 +124,11 @@ def _of_einsum(equation: str, operands: Any, is_matrix: Callable[[Any], bool]) -
         tuple(output.index(i) for i in (*lead, *queries, *widths)),
         matrix.dtype,
     )  # fmt: skip
+
+
+def _written_out(equation: str, operands: Any) -> str:
+    """The equation with an index for each dimension that its dots stand for, if both operands have as many there."""
+    named = equation.split("->")[0].split(",")
+    hidden = {operand.ndim - len(name) + 3 for operand, name in zip(operands, named, strict=False) if "..." in name}
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    return equation.replace("...", "".join(free[: hidden.pop()])) if len(hidden) == 1 else equation

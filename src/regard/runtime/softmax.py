@@ -177,7 +177,7 @@ def _call(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], layou
 
 def _attention_call(matrix: Tensor, way: _Way, layout: Layout) -> AttentionCall | None:
     """The call; None where the matrix holds no shares of keys."""
-    heads = _heads(way.softmax.module)
+    heads = _heads(caller()[0]) or _heads(way.softmax.module)
     logits, sinks = way.softmax.logits, None
     keys_last = way.softmax.dim == logits.ndim - 1
     if way.same and (logits.shape == matrix.shape or (keys_last and logits.shape[-1] == matrix.shape[-1])):

@@ -82,6 +82,8 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         self._exit.close()
         if kind is None and self._cache is None:
             raise RuntimeError(_explain_no_cache(self.model, bool(self._entered.seen)))
+        if kind is None:
+            self._entered.check()
 
     def report(self) -> Report:
         """What is kept in the last cache, by layer and head."""
@@ -100,6 +102,12 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         cache, number = call.place.cache, call.place.cache_layer
         if isinstance(call, HiddenCall) or cache is None or number is None:
             return proceed(call)
+        if call.is_stored:
+            raise RuntimeError(
+                f"{call.place.path} computes its softmax itself, over all keys that its cache returns: entries of it cannot "
+                "be dropped. compress works with attention that goes through scaled_dot_product_attention, or through "
+                "transformers' eager attention"
+            )
         layer = self._layer(cache, number, call)
         if layer is None:
             return proceed(call)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.maps import AttentionMap, TokenMap
+from regard.maps import TokenMap
 from regard.runtime import AttentionCall, run
 
 if TYPE_CHECKING:
@@ -102,19 +102,17 @@ class KeptCall:
     def _attend(self, group: HeadGroup) -> Tensor:
         query = self.call.query if len(self.layer.groups) == 1 else self.call.query[:, self._query_heads(group)]
         mask = self._mask_of(group, query.shape[1])
-        if self.observed and self.tokens == 1:
+        plain = self.call.softcap is None and self.call.sinks is None
+        if self.observed and self.tokens == 1 and plain:
             return self._step(group, query, mask)
-        shared = query.shape[1] > len(group.heads)
+        own = replace(
+            self.call, query=query, key=group.keys, value=group.values, attn_mask=mask, is_causal=False,
+            scale=self.call.factor, enable_gqa=query.shape[1] > len(group.heads), sinks=self._sinks_of(group),
+        )  # fmt: skip
         if self.observed:
             with torch.no_grad():
-                attention = AttentionMap(query, group.keys, mask, False, self.call.factor, shared)
-                group.receive(self._received(attention))
-        return run(
-            replace(
-                self.call, query=query, key=group.keys, value=group.values, attn_mask=mask, is_causal=False,
-                scale=self.call.factor, enable_gqa=shared,
-            )
-        )  # fmt: skip
+                group.receive(self._received(own.map()))
+        return run(own)
 
     def _step(self, group: HeadGroup, query: Tensor, mask: Tensor | None) -> Tensor:
         """One query, whose small matrix is at hand."""
@@ -155,6 +153,13 @@ class KeptCall:
     def _query_heads(self, group: HeadGroup) -> list[int]:
         shared = self.call.query.shape[1] // self._key_heads
         return [head * shared + member for head in group.heads for member in range(shared)]
+
+    def _sinks_of(self, group: HeadGroup) -> Tensor | None:
+        """The sinks of a group's query heads."""
+        sinks = self.call.sinks
+        if sinks is None or len(self.layer.groups) == 1:
+            return sinks
+        return sinks[self._query_heads(group)] if sinks.ndim == 1 else sinks[:, self._query_heads(group)]
 
     def _mask(self) -> Tensor | None:
         """The call's mask in four dimensions."""

@@ -35,17 +35,18 @@ plain: Callable[..., Tensor] = functools.partial(
 """PyTorch's own ``scaled_dot_product_attention``, past any interception."""
 
 
-def attend(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCall) -> Tensor:
+def attend(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCall, share: bool = True) -> Tensor:
     """The output of a call at the end of its chain, once what it carries to be read was read.
 
     Args:
         make: the output as the model's own call makes it.
         last: the call as it came through the chain.
         normal: as it went in, in four dimensions.
+        share: whether the output may come from the pass that answers what is read.
     """
     if not last.readings:
         return _output(make, last, normal)
-    may_share = all(reading.shares for reading in last.readings) and not (last.edited or last.dropout_p)
+    may_share = share and all(reading.shares for reading in last.readings) and not (last.edited or last.dropout_p)
     may_share = may_share and not last.requires_grad
     with torch.no_grad():
         attention = edited_map(last.detached())
@@ -89,6 +90,8 @@ def _share(call: AttentionCall, attention: AttentionMap) -> Tensor | None:
 
 def _laid_out(output: Tensor, call: AttentionCall) -> Tensor:
     """The output in memory as PyTorch's operator would have left it, for models take views of it."""
+    if call.is_stored or call.softcap is not None or call.sinks is not None:  # which it does not know
+        return output
     choice = torch._fused_sdp_choice(
         call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal,
         scale=call.scale, enable_gqa=call.enable_gqa,
@@ -115,11 +118,25 @@ def edited_map(call: AttentionCall) -> AttentionMap:
     bare = call.map()
     if not call.columns:
         return bare
+    if call.softcap is not None:  # columns of queries and keys would be capped too; a mask is added after the cap
+        return replace(call, attn_mask=_terms(call), is_causal=False, columns=()).map()
     query, key = _widen(call)
     with torch.no_grad():
         added = sum(_largest(column) for column in call.columns if not column.hides)
         blind = _blind(call)
     return bare.with_columns(query, key, call.factor, added, blind)
+
+
+def stored(call: AttentionCall) -> AttentionCall:
+    """The call with its logits as its mask, for what is to be done to some of them alone; its columns stay apart."""
+    bare = replace(
+        call, query=call.query.detach()[..., :1] * 0, key=call.key.detach()[..., :1] * 0, scale=1.0, softcap=None
+    )
+    scores = (call.query * call.factor) @ call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1).mT
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    mask = scores + _terms(replace(call, columns=()))
+    return replace(bare, attn_mask=mask, is_causal=False)
 
 
 def _largest(column: Column) -> float:
@@ -141,6 +158,8 @@ def edited_dense(call: AttentionCall) -> Tensor:
 
 def _softmax_product(call: AttentionCall, value: Tensor) -> Tensor:
     """``P V`` for one V; rows whose keys are all hidden are zero."""
+    if call.softcap is not None or call.sinks is not None:
+        return _without_operator(call, value)
     if not call.columns:
         return _attend(call, call.query, call.key, value, call.attn_mask, call.is_causal, call.scale)
     if call.query.shape[2] <= _FEW_QUERIES:
@@ -161,6 +180,15 @@ def _softmax_product(call: AttentionCall, value: Tensor) -> Tensor:
     return output[..., :values]
 
 
+def _without_operator(call: AttentionCall, value: Tensor) -> Tensor:
+    """The same with a soft cap or sinks, which PyTorch's operator knows neither of."""
+    attention = edited_map(call)
+    if not call.dropout_p:
+        return attention @ value
+    matrix = functional.dropout(attention.dense(force=True).to(value.dtype), call.dropout_p)
+    return matrix @ value.repeat_interleave(matrix.shape[1] // value.shape[1], dim=1)
+
+
 def _with_bias(call: AttentionCall, value: Tensor) -> Tensor:
     """The same for a few queries, as in a decoding step: a bias of (queries, keys) instead of wider keys."""
     key = ("bias", *map(id, call.columns), id(call.attn_mask), call.is_causal)
@@ -171,6 +199,15 @@ def _with_bias(call: AttentionCall, value: Tensor) -> Tensor:
 
 def _bias(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Mask, triangle and columns as one additive mask; which rows (B, H, N, 1) see nothing, None where nothing is hidden."""
+    bias = _terms(call)
+    if not (call.is_causal or call.attn_mask is not None or any(column.hides for column in call.columns)):
+        return bias, None
+    blind = bias.isneginf().all(dim=-1, keepdim=True)
+    return bias.masked_fill(blind, 0.0), blind
+
+
+def _terms(call: AttentionCall) -> Tensor:
+    """All that is added to the logits, (B|1, H|1, N, M): mask, triangle and columns."""
     queries, keys = call.query.shape[2], call.key.shape[2]
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     bias = torch.zeros(1, 1, queries, keys, device=call.query.device, dtype=dtype)
@@ -183,10 +220,7 @@ def _bias(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     for column in call.columns:
         term = column.query[..., None] * column.key[:, None, None, :]
         bias = bias.masked_fill(term > 0, -math.inf) if column.hides else bias + term
-    if not (call.is_causal or call.attn_mask is not None or any(column.hides for column in call.columns)):
-        return bias, None
-    blind = bias.isneginf().all(dim=-1, keepdim=True)
-    return bias.masked_fill(blind, 0.0), blind
+    return bias
 
 
 def _blind(call: AttentionCall) -> Tensor | None:
@@ -196,6 +230,7 @@ def _blind(call: AttentionCall) -> Tensor | None:
         return None
     shape = (*call.query.shape[:3], 1)
     zeros = replace(call, query=call.query.new_zeros(*call.query.shape[:3], _WIDTH), columns=tuple(hidden), scale=1.0)
+    zeros = replace(zeros, softcap=None, sinks=None, dropout_p=0.0)
     zeros = replace(zeros, key=call.key.new_zeros(*call.key.shape[:3], _WIDTH))
     seen = _softmax_product(zeros, call.key.new_ones(*call.key.shape[:3], 1))
     return (seen == 0).expand(shape)[..., 0]

@@ -62,6 +62,7 @@ class Block:
         self.first_pass = self.tracker.passes
         self.seen: dict[int, str] = {}  # paths of the calls that the model made, by number
         self.mixers: set[int] = set()  # numbers of those that have no queries and keys
+        self.softmaxes: dict[tuple[Module, str], None] = {}  # taken, and in no product with values: module and line
         self.is_open = False
         self._elsewhere = WeakSet(threading.enumerate())
         self._elsewhere.discard(threading.current_thread())
@@ -100,9 +101,12 @@ class Block:
         return selection.wants_pass(site.pass_index) and selection.wants(site.path, site.layer, self.layers(selection))
 
     def check(self) -> None:
-        """Refuse a block in which no call was seen, with what to do about it."""
+        """Refuse a block in which no call was seen, with what to do about it; say what else was not seen."""
+        model = self.tracker.model
+        softmaxes = unseen_model.name_softmaxes(model, self.softmaxes)
         if not self.seen:
-            raise RuntimeError(unseen_model.explain(self.tracker.model))
+            raise RuntimeError(unseen_model.explain(model, softmaxes))
+        unseen_model.warn(model, self.seen.values(), softmaxes)
 
 
 _here: ContextVar[tuple[ReferenceType[Block], ...] | None] = ContextVar("regard", default=None)
@@ -152,6 +156,18 @@ def finished() -> Iterator[list[AttentionCall]]:
         yield _local.finished
     finally:
         _local.finished = before
+
+
+def note_softmax(module: Module, line: str) -> None:
+    """A module takes a softmax, which is not known to be one over keys before it enters a product with values."""
+    for block in _here_open():
+        block.softmaxes[module, line] = None
+
+
+def forget_softmax(module: Module, line: str) -> None:
+    """It has entered one."""
+    for block in _here_open():
+        block.softmaxes.pop((module, line), None)
 
 
 def some_open() -> bool:

@@ -3,7 +3,8 @@
 ``scaled_dot_product_attention`` is replaced in PyTorch's dispatcher, below every name that it was imported under, once for
 the process: to register kernels and take them away again under calls of other threads crashes PyTorch. While some block
 is open, what would go around it is led back: the fast path of PyTorch's transformer layers, the kernels that a `CausalBias`
-picks by itself, ``need_weights=True`` of `nn.MultiheadAttention`, and compiled code.
+picks by itself, ``need_weights=True`` of `nn.MultiheadAttention`, and compiled code; and the eager attention of the model's
+own files goes through the chain too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, functional
 
-from regard.runtime import attention, beams, chain, multi_head
+from regard.runtime import attention, beams, chain, eager, multi_head, softmax
 from regard.runtime.call import AttentionCall
 from regard.runtime.chain import Block, Interceptor
 
@@ -40,9 +41,11 @@ def entered(interceptor: Interceptor, model: Module | None) -> Iterator[Block]:
     try:
         block.open()
         _arrange()
+        _lead_eager(model)
         yield block
     finally:
         block.close()
+        softmax.release()
         _arrange()
 
 
@@ -61,6 +64,15 @@ def _arrange() -> None:
             _put_back = None
 
 
+def _lead_eager(model: Module | None) -> None:
+    """Have the eager attention of a model's files go through the chain too; those that do already are not taken twice."""
+    with _lock:
+        for holder in eager.holders(model):
+            function = eager.wrapper(vars(holder)[eager.NAME])
+            if function is not None and _put_back is not None:
+                _replace(holder, eager.NAME, function, _put_back)
+
+
 def _register() -> None:
     if _library:
         return
@@ -68,6 +80,7 @@ def _register() -> None:
     _library.append(library)
     for kernel in _KERNELS:
         library.impl("scaled_dot_product_attention", _attention, kernel)
+        library.impl("softmax.int", softmax.kernel, kernel)
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:

@@ -163,6 +163,8 @@ def with_own_keys(call: AttentionCall) -> AttentionCall:
 
 def _direction(edit: AddToQuery | AddToKey | AddToValue | AddToOutput, call: AttentionCall, width: int) -> Tensor:
     """(H|1, 1, width)."""
+    if isinstance(edit, AddToQuery | AddToKey):
+        call.require_queries(type(edit).__name__)
     direction = torch.as_tensor(edit.direction, dtype=call.query.dtype, device=call.query.device)
     heads = call.query.shape[1]
     if direction.shape not in ((width,), (heads, width)):

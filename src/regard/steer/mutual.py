@@ -48,6 +48,7 @@ class Mutual(Edit):
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """Other keys and values, or more of them."""
+        call.require_queries("Mutual")
         kept = self.source.at(call.place.path, call.place.pass_index)
         key, value = (tensor.to(call.key) for tensor in (kept.key, kept.value))
         own, other = tuple(call.key.shape), tuple(key.shape)

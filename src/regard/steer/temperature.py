@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from regard.runtime import AttentionCall
+from regard.runtime import AttentionCall, stored
 from regard.steer.edit import Edit, Strength, check_strength, query_set, strength
 from regard.tokens import Where
 
@@ -48,15 +48,27 @@ class Temperature(Edit):
             c if c.hides else replace(c, query=torch.where(rows, c.query / by, c.query)) for c in call.columns
         )
         biased = call.attn_mask is not None and is_bias(call.attn_mask)
+        sinks = call.sinks
+        if sinks is not None:
+            sinks = _by_row(sinks)
+            sinks = torch.where(rows, sinks / by, sinks)
         if self.queries is None and rows.numel() == 1 and not biased and not isinstance(by, Tensor):
-            return replace(call, scale=call.factor / by, columns=columns)
+            cap = None if call.softcap is None else call.softcap / by
+            return replace(call, scale=call.factor / by, softcap=cap, sinks=sinks, columns=columns)
+        if call.softcap is not None:  # which is one for all rows
+            return self.apply(stored(call), heads)
         if call.query.dtype in (torch.float16, torch.bfloat16):  # there the division would round
             call = call.to(torch.float32)
         mask, by = call.attn_mask, by[..., None] if isinstance(by, Tensor) else by
         if mask is not None and biased:
             mask = torch.where(rows[..., None], mask / by, mask)
         query = torch.where(rows[..., None], call.query / by, call.query)
-        return replace(call, query=query, columns=columns, attn_mask=mask)
+        return replace(call, query=query, columns=columns, attn_mask=mask, sinks=sinks)
+
+
+def _by_row(sinks: Tensor) -> Tensor:
+    """(B|1, Hq, N|1)."""
+    return sinks if sinks.ndim == 3 else sinks[None, :, None]
 
 
 def is_bias(mask: Tensor) -> bool:

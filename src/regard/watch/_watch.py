@@ -29,9 +29,9 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
     autocast and inference mode work; a compiled model runs uncompiled inside the block.
 
     Args:
-        model: an ``nn.Module`` whose attention goes through ``scaled_dot_product_attention`` or ``nn.MultiheadAttention``,
-            as transformers' does with ``attn_implementation="sdpa"``; left out or None, every call made in the block. Of
-            ``regard.mixers``, those that have a hidden map are read by it, each as one call.
+        model: an ``nn.Module`` whose attention goes through ``scaled_dot_product_attention``, ``nn.MultiheadAttention``,
+            transformers' eager attention, or a softmax of its own that enters a product with values; left out or None,
+            every call made in the block. Of ``regard.mixers``, those that have a hidden map are read by it, each as one call.
         statistics: what to read, such as ``regard.Entropy()``.
         layers: the number of an attention call in order, negative from the last, a slice or range of them, a glob on the path
             of the module that makes it, or several of these.
@@ -45,7 +45,7 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
             are wanted, it is left as it was in any case.
 
     Raises:
-        RuntimeError: at the end of a block in which no attention call was seen, naming the implementation used.
+        RuntimeError: at the end of a block in which no attention call was seen, naming what was found.
         IndexError, ValueError: layers or heads that do not exist, statistics of the same name, NaN in queries or keys, a
             mixer that goes on from a state, where its map does not tell of the tokens before.
         NotImplementedError: for `Entropy` and `Sinks` of a mixer by its hidden map, whose rows are no probabilities.

@@ -1,18 +1,18 @@
 """The chain that every call goes through: blocks nest in the order in which they were entered, as middleware does.
 
-A block belongs to where it was entered: to that thread, to the asyncio tasks begun in it, and, if it names a model, to the
-threads that begin while it is open, such as one that runs ``generate`` for a streamer. Others are never touched.
+A block belongs to where it was entered: to that thread or asyncio task, and to the threads and tasks begun in it, such as
+one that runs ``generate`` for a streamer. Others are never touched.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, Protocol
-from weakref import ReferenceType, WeakSet, ref
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -63,8 +63,6 @@ class Block:
         self.seen: dict[int, str] = {}  # paths of the calls that the model made, by number
         self.mixers: set[int] = set()  # numbers of those that have no queries and keys
         self.is_open = False
-        self._elsewhere = WeakSet(threading.enumerate())
-        self._elsewhere.discard(threading.current_thread())
 
     def open(self) -> None:
         """Have the calls made from here on intercepted."""
@@ -81,10 +79,6 @@ class Block:
         for reference in list(_everywhere):
             if reference() is self:
                 _forget(reference)
-
-    def adopts(self, thread: threading.Thread) -> bool:
-        """Whether a thread without blocks of its own is one that began in this one."""
-        return self.tracker.model is not None and thread not in self._elsewhere
 
     @property
     def passes(self) -> int:
@@ -105,8 +99,10 @@ class Block:
             raise RuntimeError(unseen_model.explain(self.tracker.model))
 
 
-_here: ContextVar[tuple[ReferenceType[Block], ...] | None] = ContextVar("regard", default=None)
+_here: ContextVar[tuple[ReferenceType[Block], ...]] = ContextVar("regard", default=())
 _everywhere: list[ReferenceType[Block]] = []
+PLAIN_START = threading.Thread.start
+"""Python's own ``Thread.start``."""
 
 
 class _Local(threading.local):
@@ -124,14 +120,24 @@ def _forget(reference: ReferenceType[Block]) -> None:
 
 def _here_open() -> list[Block]:
     """The blocks that calls made here go through."""
+    references: Iterable[ReferenceType[Block]] = _here.get()
+    if not references and recomputing() and isinstance(threading.current_thread(), threading._DummyThread):
+        references = list(_everywhere)  # a thread of autograd's own, which recomputes for who knows whom
+    return [block for reference in references if (block := reference()) is not None and block.is_open]
+
+
+def start(thread: threading.Thread) -> None:
+    """``threading.Thread.start``, for a thread that goes on in the blocks of the one that begins it."""
     here = _here.get()
-    if here is not None:
-        return [block for reference in here if (block := reference()) is not None and block.is_open]
-    if not _everywhere:
-        return []
-    thread = threading.current_thread()
-    every = [block for reference in list(_everywhere) if (block := reference()) is not None]
-    return [block for block in every if block.is_open and block.adopts(thread)]
+    run = thread.run
+
+    def run_here() -> None:
+        _here.set(here)
+        run()
+
+    if here:
+        thread.run = run_here  # type: ignore[method-assign]
+    PLAIN_START(thread)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 ``scaled_dot_product_attention`` is replaced in PyTorch's dispatcher, below every name that it was imported under, once for
 the process: to register kernels and take them away again under calls of other threads crashes PyTorch. While some block
 is open, what would go around it is led back: the fast path of PyTorch's transformer layers, the kernels that a `CausalBias`
-picks by itself, ``need_weights=True`` of `nn.MultiheadAttention`, and compiled code.
+picks by itself, ``need_weights=True`` of `nn.MultiheadAttention`, compiled code, and threads that begin there.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _lead_back(put_back: ExitStack) -> None:
-    fast_path = torch.backends.mha.get_fastpath_enabled()
+    put_back.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
     torch.backends.mha.set_fastpath_enabled(False)
-    put_back.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+    _replace(threading.Thread, "start", chain.start, put_back)
     for owner in _holders():
         _replace(owner, _MULTI_HEAD, multi_head.forward, put_back)
     bias = sys.modules.get("torch.nn.attention.bias")

@@ -105,9 +105,15 @@ PLAIN_START = threading.Thread.start
 """Python's own ``Thread.start``."""
 
 
+class _Calls(list[AttentionCall]):
+    """A list that can be referred to weakly."""
+
+
 class _Local(threading.local):
-    busy = False  # with a call: what is computed for it is not looked at
-    finished: list[AttentionCall] | None = None
+    """What a thread is at. Weak: what an interrupt kept from being put back ends with the frame that holds it."""
+
+    unseen: ReferenceType[_Calls] | None = None
+    finished: ReferenceType[_Calls] | None = None
 
 
 _local = _Local()
@@ -140,22 +146,29 @@ def start(thread: threading.Thread) -> None:
     PLAIN_START(thread)
 
 
+def _busy() -> bool:
+    """Whether this thread is with a call: what is computed for it is not looked at."""
+    return _local.unseen is not None and _local.unseen() is not None
+
+
 @contextmanager
 def unseen() -> Iterator[None]:
     """Let this thread's calls run as they are, past everybody: they are parts of one that was seen, or read it."""
-    before, _local.busy = _local.busy, True
+    before, held = _local.unseen, _Calls()
     try:
+        _local.unseen = ref(held)
         yield
     finally:
-        _local.busy = before
+        _local.unseen = before
 
 
 @contextmanager
 def finished() -> Iterator[list[AttentionCall]]:
     """The calls that this thread makes in the block, as they are at the end of their chains."""
-    before, _local.finished = _local.finished, []
+    before, calls = _local.finished, _Calls()
     try:
-        yield _local.finished
+        _local.finished = ref(calls)
+        yield calls
     finally:
         _local.finished = before
 
@@ -168,7 +181,7 @@ def some_open() -> bool:
 def looked_at() -> bool:
     """Whether a call made now goes through any block: what is made for `intercept` alone is made only then."""
     return (
-        bool(_everywhere) and not (_local.busy or torch.compiler.is_compiling() or recomputing()) and bool(_here_open())
+        bool(_everywhere) and not (_busy() or torch.compiler.is_compiling() or recomputing()) and bool(_here_open())
     )
 
 
@@ -196,7 +209,7 @@ def intercept(call: Any, finish: Callable[[Any, Any], Tensor], *, label: str = "
         label: for the call's path, beside that of the module that runs.
         past: the number of tokens before the call's own, where its maker knows.
     """
-    blocks = [] if _local.busy or torch.compiler.is_compiling() else _here_open()
+    blocks = [] if _busy() or torch.compiler.is_compiling() else _here_open()
     links = _links(blocks, label, isinstance(call, HiddenCall)) if blocks else []
     if not links:
         return _finish(call, call, finish)
@@ -212,8 +225,9 @@ Link = tuple[Block, Site]
 
 
 def _finish(last: Any, normal: Any, finish: Callable[[Any, Any], Tensor]) -> Tensor:
-    if _local.finished is not None:
-        _local.finished.append(last)
+    calls = None if _local.finished is None else _local.finished()
+    if calls is not None:
+        calls.append(last)
     return finish(last, normal)
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +30,8 @@ _KERNELS = ("CompositeExplicitAutograd", "Autograd")  # every device, without an
 _MULTI_HEAD = "multi_head_attention_forward"
 _lock = threading.RLock()
 _library: list[Any] = []
-_put_back: ExitStack | None = None
+_put_back: list[Callable[[], object]] = []  # the steps that undo, in the order of what they undo
+_led_back = False
 
 
 @contextmanager
@@ -42,23 +43,36 @@ def entered(interceptor: Interceptor, model: Module | None) -> Iterator[Block]:
         _arrange()
         yield block
     finally:
-        block.close()
-        _arrange()
+        try:
+            _surely(block.close)
+        finally:
+            _surely(_arrange)
+
+
+def _surely(step: Callable[[], None]) -> None:
+    """Run a step that may be run twice to its end, also where an interrupt comes into it."""
+    try:
+        step()
+    except BaseException:
+        step()
+        raise
 
 
 def _arrange() -> None:
     """Lead calls to the chain while some block is open, and put everything back when none is."""
-    global _put_back
+    global _led_back
     with _lock:
         if chain.some_open():
             _register()
             beams.install()
-            if _put_back is None:
-                _put_back = ExitStack()
-                _lead_back(_put_back)
-        elif _put_back is not None:
-            _put_back.close()
-            _put_back = None
+            if not _led_back:
+                _lead_back()
+                _led_back = True
+        else:
+            for undo in reversed(_put_back):
+                undo()
+            _led_back = False
+            _put_back.clear()
 
 
 def _register() -> None:
@@ -73,23 +87,27 @@ def _register() -> None:
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
     """What runs in place of PyTorch's attention, in every thread."""
     if not chain.some_open():
+        if _put_back:  # a block was lost to an interrupt
+            _arrange()
         return attention.plain(*args, **kwargs)
     make = functools.partial(attention.plain, *args, **kwargs)
     return chain.intercept(AttentionCall(*args, **kwargs), functools.partial(attention.attend, make))
 
 
-def _lead_back(put_back: ExitStack) -> None:
-    put_back.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-    torch.backends.mha.set_fastpath_enabled(False)
-    _replace(threading.Thread, "start", chain.start, put_back)
+def _lead_back() -> None:
+    mha = torch.backends.mha
+    _put_back.append(functools.partial(mha.set_fastpath_enabled, mha.get_fastpath_enabled()))
+    mha.set_fastpath_enabled(False)
+    _replace(threading.Thread, "start", chain.start)
     for owner in _holders():
-        _replace(owner, _MULTI_HEAD, multi_head.forward, put_back)
+        _replace(owner, _MULTI_HEAD, multi_head.forward)
     bias = sys.modules.get("torch.nn.attention.bias")
     if bias is not None:
-        _replace(bias.CausalBias, "_dispatch", staticmethod(_with_plain_mask), put_back)
+        _replace(bias.CausalBias, "_dispatch", staticmethod(_with_plain_mask))
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:  # or nothing was compiled yet
-        put_back.enter_context(torch.compiler.set_stance("force_eager"))
+        stance = torch.compiler.set_stance("force_eager")
+        _put_back.append(functools.partial(stance.__exit__, None, None, None))
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,8 +122,8 @@ def _holders() -> list[Any]:
     return _holders_among(len(sys.modules))
 
 
-def _replace(owner: Any, name: str, function: Any, put_back: ExitStack) -> None:
-    put_back.callback(setattr, owner, name, vars(owner)[name])
+def _replace(owner: Any, name: str, function: Any) -> None:
+    _put_back.append(functools.partial(setattr, owner, name, vars(owner)[name]))
     setattr(owner, name, function)
 
 

@@ -145,11 +145,12 @@ def _variable(
     every_head = sorted({head for index in heads.values() for head in index})
     arrays = [array for sequences in joined.values() for array in sequences]
     batch, _, *sizes = [max(array.shape[axis] for array in arrays) for axis in range(arrays[0].ndim)]
-    passes = max(len(sequences) for sequences in joined.values())
+    numbers = _numbered(measured)
+    passes = 1 + max(number for own in numbers.values() for number in own)
     full = numpy.full((passes, len(joined), batch, len(every_head), *sizes), numpy.nan, dtype=arrays[0].dtype)
     for number, (layer, sequences) in enumerate(joined.items()):
         columns = [every_head.index(head) for head in heads[layer]]
-        for index, array in enumerate(sequences):
+        for index, array in zip(numbers[layer], sequences, strict=True):
             inner: tuple[Any, ...] = tuple(slice(size) for size in array.shape[2:])
             for column, values in zip(columns, array.swapaxes(0, 1), strict=True):
                 full[(index, number, slice(array.shape[0]), column, *inner)] = values
@@ -160,6 +161,18 @@ def _variable(
     return xarray.DataArray(
         full, labels, ("pass", "layer", "batch", "head", *dims), name, attrs=dict(statistic.attributes())
     )
+
+
+def _numbered(measured: _Measured) -> dict[str, list[int]]:
+    """The place of each layer's texts along the dimension "pass".
+
+    The n-th text of each layer is the same one, unless layers saw different numbers of them, as after an interrupt: then
+    those are the same that the same pass began.
+    """
+    if len({len(sequences) for sequences in measured.values()}) == 1:
+        return {layer: list(range(len(sequences))) for layer, sequences in measured.items()}
+    begun = sorted({sequence.first_pass for sequences in measured.values() for sequence in sequences})
+    return {layer: [begun.index(sequence.first_pass) for sequence in own] for layer, own in measured.items()}
 
 
 def _rows(sequence: Sequence, name: str, beam_indices: Tensor | None, slots: int) -> list[Tensor | None]:

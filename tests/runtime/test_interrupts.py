@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 import itertools
 import sys
 import threading
@@ -133,6 +134,7 @@ def test_an_interrupt_at_any_line() -> None:
         if not interrupted_at(line, work):
             break
         interrupted += 1
+        gc.collect()
         functional.scaled_dot_product_attention(q, q, q)
         assert in_place() == before, line
         assert torch.equal(model(x), plain), line

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.runtime import unseen_model
-from regard.runtime.call import AttentionCall, HiddenCall, Place, normalize
+from regard.runtime.call import AttentionCall, HiddenCall, Place, normalize, output_shape
 from regard.runtime.stack import Stack
 from regard.runtime.tracker import Site, Tracker
 from regard.tokens import Selection
@@ -211,17 +211,22 @@ def intercept(call: Any, finish: Callable[[Any, Any], Tensor], *, label: str = "
     """
     blocks = [] if _busy() or torch.compiler.is_compiling() else _here_open()
     links = _links(blocks, label, isinstance(call, HiddenCall)) if blocks else []
-    if not links:
+    if not links or _is_empty(call):
         return _finish(call, call, finish)
     normal = normalize(call, *links[0][1].maker) if isinstance(call, AttentionCall) else call
     with unseen():
         output = _Passage(links, lambda last: _finish(last, normal, finish), past).enter(normal)
     if isinstance(call, HiddenCall) or output.shape[:-1] == call.query.shape[:-1]:
         return output
-    return output.reshape(*call.query.shape[:-1], output.shape[-1])
+    return output.reshape(*output_shape(call)[:-1], output.shape[-1])
 
 
 Link = tuple[Block, Site]
+
+
+def _is_empty(call: AttentionCall | HiddenCall) -> bool:
+    """Whether there is nothing in it to be read or changed."""
+    return isinstance(call, AttentionCall) and not (call.query.numel() and call.key.numel() and call.value.numel())
 
 
 def _finish(last: Any, normal: Any, finish: Callable[[Any, Any], Tensor]) -> Tensor:

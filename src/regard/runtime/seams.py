@@ -112,9 +112,9 @@ def _lead_back() -> None:
 
 @functools.lru_cache(maxsize=1)
 def _holders_among(number: int) -> list[Any]:
-    function = multi_head.PLAIN
+    functions = (multi_head.PLAIN, multi_head.forward)
     every = list(sys.modules.values())
-    return [module for module in every if getattr(module, "__dict__", {}).get(_MULTI_HEAD) is function]
+    return [module for module in every if getattr(module, "__dict__", {}).get(_MULTI_HEAD) in functions]
 
 
 def _holders() -> list[Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
 import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
@@ -74,17 +77,46 @@ class Recording:
 
 
 def save(dataset: xarray.Dataset, path: str | Path) -> None:
-    """Write a dataset to one netCDF file.
+    """Write a dataset to one netCDF file, with a checksum at its end, which readers of netCDF pass over.
 
-    Words that netCDF cannot hold, with NUL or half of a surrogate pair in them, are written as ``\\x00`` and ``\\ud800``,
-    backslashes among them twice, and the variable says so by its attribute ``escaped``; `load` reads them back as they were.
+    What stands at ``path`` is replaced once everything is written. Words that netCDF cannot hold, with NUL or half of a
+    surrogate pair in them, are written as ``\\x00`` and ``\\ud800``, backslashes among them twice, and the variable says so
+    by its attribute ``escaped``; `load` reads them back as they were.
     """
-    _changed(dataset, _escaped).to_netcdf(path, engine=_ENGINE)
+    written = io.BytesIO()
+    _changed(dataset, _escaped).to_netcdf(written, engine=_ENGINE)
+    content = written.getvalue()
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content + _checksum(content))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> xarray.Dataset:
-    """Read a dataset that ``Recording.save`` or ``regard look --save`` wrote."""
-    return _changed(xarray.load_dataset(path, engine=_ENGINE), _unescaped)
+    """Read a dataset that ``Recording.save`` or ``regard look --save`` wrote.
+
+    Raises:
+        ValueError: a file that is not as it was written, or was not written by them.
+    """
+    whole = Path(path).read_bytes()
+    size = len(_checksum(b""))
+    content, checksum = whole[:-size], whole[-size:]
+    if checksum != _checksum(content):
+        raise ValueError(
+            f"{path} is not as regard saved it: its checksum does not match, so that it is damaged or cut off, or was "
+            "written by something else; xarray.load_dataset reads any netCDF file as it is"
+        )
+    return _changed(xarray.load_dataset(io.BytesIO(content), engine=_ENGINE), _unescaped)
+
+
+def _checksum(content: bytes) -> bytes:
+    return b"\nsha256 " + hashlib.sha256(content).hexdigest().encode()
 
 
 _UNWRITABLE = re.compile(r"[\x00\ud800-\udfff]")

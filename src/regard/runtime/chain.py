@@ -56,6 +56,7 @@ class Block:
     """An interceptor while it is entered. Who enters it holds it: one that is lost to an interrupt is closed."""
 
     def __init__(self, interceptor: Interceptor, model: Module | None) -> None:
+        model = getattr(model, "_orig_mod", model)  # inside what torch.compile returns, whose generate passes it by
         shared = (block.tracker for block in _here_open() if block.tracker.model is model)
         self.interceptor = interceptor
         self.tracker = next(shared, None) or Tracker(model)

@@ -66,8 +66,11 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
 
     def __enter__(self) -> compress:
         name = type(self.model).__name__
-        if any(isinstance(other, compress) and other.model is self.model for other in interceptors()):
-            raise RuntimeError(f"{name} is being compressed already; leave that block first")
+        for other in interceptors():
+            if isinstance(other, compress) and _overlap(self.model, other.model):
+                raise RuntimeError(
+                    f"{name} is being compressed already, by a block on {type(other.model).__name__}; leave that block first"
+                )
         with ExitStack() as entering:
             self._beside = entering.enter_context(self.policy.beside(self.model))
             self._block = OpenBlock()
@@ -159,6 +162,11 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         layer.keep(scores, counts, policy.pools)
         if not policy.accumulates:
             layer.forget()
+
+
+def _overlap(one: Module, other: Module) -> bool:
+    """Whether one of them is the other, or a part of it."""
+    return any(module is one for module in other.modules()) or any(module is other for module in one.modules())
 
 
 def _explain_no_cache(model: Module, seen: bool) -> str:

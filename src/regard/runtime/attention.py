@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -44,7 +45,7 @@ def attend(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCal
         normal: as it went in, in four dimensions.
         share: whether the output may come from the pass that answers what is read.
     """
-    if not last.readings:
+    if not last.readings or not _is_readable(last):
         return _output(make, last, normal)
     may_share = share and all(reading.shares for reading in last.readings) and not (last.edited or last.dropout_p)
     may_share = may_share and not last.requires_grad
@@ -52,7 +53,7 @@ def attend(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCal
         attention = edited_map(last.detached())
         takes = [reading.ask(attention, last) for reading in last.readings]
         shared = _share(last, attention) if may_share else None
-    output = _output(make, last, normal) if shared is None else _laid_out(shared, last)
+    output = _output(make, last, normal) if shared is None else _laid_out(shared, normal)
     with torch.no_grad():
         for take in takes:
             take()
@@ -77,7 +78,7 @@ def _output(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCa
         output = make()
         shape = (*normal.query.shape[:3], output.shape[-1])
         return output if output.shape == shape else output.reshape(shape)
-    return _laid_out(run(last).to(normal.value.dtype), last)
+    return _laid_out(run(last).to(normal.value.dtype), normal)
 
 
 def _share(call: AttentionCall, attention: AttentionMap) -> Tensor | None:
@@ -96,7 +97,30 @@ def _laid_out(output: Tensor, call: AttentionCall) -> Tensor:
         call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal,
         scale=call.scale, enable_gqa=call.enable_gqa,
     )  # fmt: skip
-    return output.contiguous() if choice == 0 else output.transpose(1, 2).contiguous().transpose(1, 2)
+    if choice == 0:
+        return output.contiguous()
+    strides = torch.empty_like(call.query, device="meta").stride()
+    order = sorted(range(4), key=lambda dim: -strides[dim])
+    if not _follows_query(call.query.device, call.query.dtype):
+        order = [0, 2, 1, 3]
+    return output.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
+
+
+@functools.cache
+def _follows_query(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused operators of this PyTorch lay their output out as the query is, or as (batch, tokens, heads, …)."""
+    query = torch.zeros(1, 2, 16, 64, device=device, dtype=dtype)
+    return plain(query, query, query).is_contiguous()
+
+
+def _is_readable(call: AttentionCall) -> bool:
+    """Whether its tensors hold numbers of their own here; meta tensors hold none, those of subclasses elsewhere."""
+    tensor = call.query
+    if tensor.device.type != "meta" and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return True
+    kind = "meta" if tensor.device.type == "meta" else type(tensor).__name__
+    warnings.warn(f"{call.place.path} was not read: of its tensors, {kind}, there is nothing to read here", stacklevel=2)
+    return False
 
 
 def run(call: AttentionCall) -> Tensor:

@@ -287,7 +287,7 @@ def normalize(call: AttentionCall, module: Module | None, tokens: int | None) ->
     """
     if call.is_stored:
         return call
-    call = _unpack_grouped_heads(call, module, tokens)
+    call = _unpack_grouped_heads(_broadcast(call), module, tokens)
     if call.query.ndim == 4:
         return call
     mask, lead = call.attn_mask, call.query.shape[:-3]
@@ -295,6 +295,27 @@ def normalize(call: AttentionCall, module: Module | None, tokens: int | None) ->
         mask = _to_four(mask, lead)
     query, key, value = (_to_four(tensor, lead) for tensor in (call.query, call.key, call.value))
     return replace(call, query=query, key=key, value=value, attn_mask=mask)
+
+
+def _broadcast(call: AttentionCall) -> AttentionCall:
+    """Queries for every batch row and head that keys and values have, and keys and values for every batch row."""
+    tensors = (call.query, call.key, call.value)
+    batch, heads = tensors[0].shape[:-3], tensors[0].shape[-3:-2]
+    if all(t.shape[:-3] == batch and (call.enable_gqa or t.shape[-3:-2] in (heads, (1,))) for t in tensors):
+        return call
+    front = output_shape(call)[:-2]
+    query, key, value = (t.reshape(*[1] * (len(front) + 2 - t.ndim), *t.shape) for t in tensors)
+    query = query.expand(*front, *query.shape[-2:])
+    key, value = (t.expand(*front[:-1], *t.shape[-3:]) for t in (key, value))
+    return replace(call, query=query, key=key, value=value)
+
+
+def output_shape(call: AttentionCall) -> tuple[int, ...]:
+    """Of what the operator returns for it: queries, keys and values may differ in front as broadcasting lets them."""
+    own = 3 if call.enable_gqa else 2
+    tensors = (call.query, call.key, call.value)
+    front = torch.broadcast_shapes(*(tensor.shape[:-own] for tensor in tensors))
+    return (*front, *call.query.shape[-own:-1], call.value.shape[-1])
 
 
 def _to_four(tensor: Tensor, lead: torch.Size) -> Tensor:

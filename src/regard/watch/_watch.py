@@ -176,7 +176,7 @@ class _Block:
             recording.layers.append(place.path)
         sequences = recording._sequences.setdefault(place.path, [])
         if not sequences or sequences[-1].text is not text:
-            sequences.append(Sequence(text))
+            sequences.append(Sequence(text, place.pass_index))
         _, number, queries, keys = attention.shape
         self._tokens = max(self._tokens, place.query_start + queries, place.key_start + keys)
         every = list(range(number)) if heads is None else heads

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
 import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
@@ -77,19 +80,48 @@ class Recording:
 
 
 def save(dataset: xarray.Dataset, path: str | Path) -> None:
-    """Write a dataset to one netCDF file.
+    """Write a dataset to one netCDF file, with a checksum at its end, which readers of netCDF pass over.
 
-    Words that netCDF cannot hold, with NUL or half of a surrogate pair in them, are written as ``\\x00`` and ``\\ud800``,
-    backslashes among them twice, and the variable says so by its attribute ``escaped``; `load` reads them back as they were.
+    What stands at ``path`` is replaced once everything is written. Words that netCDF cannot hold, with NUL or half of a
+    surrogate pair in them, are written as ``\\x00`` and ``\\ud800``, backslashes among them twice, and the variable says so
+    by its attribute ``escaped``; `load` reads them back as they were.
     """
-    _changed(dataset, _escaped).to_netcdf(path, engine=_ENGINE)
+    written = io.BytesIO()
+    _changed(dataset, _escaped).to_netcdf(written, engine=_ENGINE)
+    content = written.getvalue()
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content + _checksum(content))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> xarray.Dataset:
-    """Read a dataset that ``Recording.save`` or ``regard look --save`` wrote."""
+    """Read a dataset that ``Recording.save`` or ``regard look --save`` wrote.
+
+    Raises:
+        ValueError: a file that is not as it was written, or was not written by them.
+    """
     import xarray
 
-    return _changed(xarray.load_dataset(path, engine=_ENGINE), _unescaped)
+    whole = Path(path).read_bytes()
+    size = len(_checksum(b""))
+    content, checksum = whole[:-size], whole[-size:]
+    if checksum != _checksum(content):
+        raise ValueError(
+            f"{path} is not as regard saved it: its checksum does not match, so that it is damaged or cut off, or was "
+            "written by something else; xarray.load_dataset reads any netCDF file as it is"
+        )
+    return _changed(xarray.load_dataset(io.BytesIO(content), engine=_ENGINE), _unescaped)
+
+
+def _checksum(content: bytes) -> bytes:
+    return b"\nsha256 " + hashlib.sha256(content).hexdigest().encode()
 
 
 _UNWRITABLE = re.compile(r"[\x00\ud800-\udfff]")
@@ -156,11 +188,12 @@ def _variable(
     every_head = sorted({head for index in heads.values() for head in index})
     arrays = [array for sequences in joined.values() for array in sequences]
     batch, _, *sizes = [max(array.shape[axis] for array in arrays) for axis in range(arrays[0].ndim)]
-    passes = max(len(sequences) for sequences in joined.values())
+    numbers = _numbered(measured)
+    passes = 1 + max(number for own in numbers.values() for number in own)
     full = numpy.full((passes, len(joined), batch, len(every_head), *sizes), numpy.nan, dtype=arrays[0].dtype)
     for number, (layer, sequences) in enumerate(joined.items()):
         columns = [every_head.index(head) for head in heads[layer]]
-        for index, array in enumerate(sequences):
+        for index, array in zip(numbers[layer], sequences, strict=True):
             inner: tuple[Any, ...] = tuple(slice(size) for size in array.shape[2:])
             for column, values in zip(columns, array.swapaxes(0, 1), strict=True):
                 full[(index, number, slice(array.shape[0]), column, *inner)] = values
@@ -171,6 +204,18 @@ def _variable(
     return xarray.DataArray(
         full, labels, ("pass", "layer", "batch", "head", *dims), name, attrs=dict(statistic.attributes())
     )
+
+
+def _numbered(measured: _Measured) -> dict[str, list[int]]:
+    """The place of each layer's texts along the dimension "pass".
+
+    The n-th text of each layer is the same one, unless layers saw different numbers of them, as after an interrupt: then
+    those are the same that the same pass began.
+    """
+    if len({len(sequences) for sequences in measured.values()}) == 1:
+        return {layer: list(range(len(sequences))) for layer, sequences in measured.items()}
+    begun = sorted({sequence.first_pass for sequences in measured.values() for sequence in sequences})
+    return {layer: [begun.index(sequence.first_pass) for sequence in own] for layer, own in measured.items()}
 
 
 def _rows(sequence: Sequence, name: str, beam_indices: Tensor | None, slots: int) -> list[Tensor | None]:

@@ -1,6 +1,6 @@
 """Runs a small model of every type of transformers and says where each attends, and what regard sees of it.
 
-    python -m fuzz.architectures [--only NAME…] [--for SECONDS] [--out results.jsonl]
+python -m fuzz.architectures [--only NAME…] [--for SECONDS] [--out results.jsonl]
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto import configuration_auto
 
 import regard
 from fuzz.softmaxes import Witness
 from fuzz.tiny_models import inputs_of, model_classes, model_types, tiny_model
-from transformers.models.auto import configuration_auto
 
 LIMIT = 20  # seconds of computing for one type; ten times as much by the clock, for the machine may be busy
 
@@ -53,7 +53,7 @@ def rows(names: list[str], workers: int, until: float) -> Iterator[dict[str, Any
     """The observations, each made in a process of its own, which is ended where it takes too long."""
     context = multiprocessing.get_context("fork")
     waiting, running = list(names), {}
-    while running or waiting and time.monotonic() < until:
+    while running or (waiting and time.monotonic() < until):
         while waiting and len(running) < workers and time.monotonic() < until:
             name = waiting.pop(0)
             receiver, sender = context.Pipe(duplex=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,10 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 _SOFTMAXES = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum, torch.baddbmm, Tensor.baddbmm}
+_PRODUCTS = {
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.bmm,
+    Tensor.bmm,
+    torch.einsum,
+    torch.baddbmm,
+    Tensor.baddbmm,
+}
 _SAME_NUMBERS = {
     "dropout", "to", "type", "type_as", "float", "half", "bfloat16", "double", "view", "reshape", "permute", "transpose",
     "contiguous", "unsqueeze", "squeeze", "expand", "expand_as", "flatten", "unflatten", "clone", "__getitem__", "narrow", "split", "chunk",
@@ -84,7 +93,7 @@ class Witness(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             self.sdpa.append(self._module())
             return
-        inputs = [t for t in _tensors([args, kwargs])]
+        inputs = list(_tensors([args, kwargs]))
         if func in _SOFTMAXES:
             self._softmax(args, kwargs, output)
             return
@@ -112,7 +121,7 @@ class Witness(TorchFunctionMode):
         follow = name in _SAME_NUMBERS or name in _POINTWISE
         if tracked:
             softmax, way = self._from_softmax[id(tracked[0][1])]
-            if follow and name not in ("__get__",) or name == "__get__" and outputs:
+            if (follow and name not in ("__get__",)) or (name == "__get__" and outputs):
                 others = [t for t in inputs if t is not tracked[0][1] and t.numel() > 1]
                 mark = name if name in _SAME_NUMBERS or not others else f"{name}:{list(others[0].shape)}"
                 for out in outputs:
@@ -169,7 +178,9 @@ class Witness(TorchFunctionMode):
                 owner.eager_attention_forward = function
 
     def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def eager_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def eager_attention_forward(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
             self.eager.append(
                 {
                     "module": self._names.get(module, ""), "file": function.__module__.rpartition(".")[2],

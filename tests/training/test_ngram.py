@@ -24,9 +24,9 @@ def test_trigrams_by_definition() -> None:
     bigrams = Counter(gram[1:] for gram in trigrams)
     unigrams = Counter(gram[1:] for gram in bigrams)
     tables: dict[int, Counter[tuple[int, ...]]] = {
-        3: Counter(dict(trigrams)),
-        2: Counter(dict(bigrams)),
-        1: Counter(dict(unigrams)),
+        3: Counter({gram: number for gram, number in trigrams.items()}),
+        2: Counter({gram: number for gram, number in bigrams.items()}),
+        1: Counter({gram: number for gram, number in unigrams.items()}),
     }
 
     def discount(table: Counter[tuple[int, ...]]) -> float:

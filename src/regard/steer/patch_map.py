@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from regard.runtime import AttentionCall, Column
-from regard.steer.add import with_own_keys
 from regard.steer._capture import capture, check_source
+from regard.steer.add import with_own_keys
 from regard.steer.edit import Edit, query_set
 from regard.tokens import Where
 

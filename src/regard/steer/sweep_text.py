@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from regard.steer.metrics import Metric, log_probability, logit_difference
 from regard.steer._sweep import Kind, sweep
+from regard.steer.metrics import Metric, log_probability, logit_difference
 from regard.steer.sweep_result import SweepResult
 from regard.tokens import Heads, Layers, encode
 from regard.tokens.encoding import max_positions

@@ -46,7 +46,24 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(f"{row['type']:32} {row.get('class') or row['errors'][-1][:90]:40} {row.get('regard', '')[:80]}")
+            for module in unseen(row):
+                print(f"    not seen: {module}")
     print(f"{time.monotonic() - started:.0f} s")
+
+
+def unseen(row: dict[str, Any]) -> list[str]:
+    """The modules whose softmax over keys the witness saw to enter a product with values, and regard did not see."""
+    layers = [layer.split("#")[0] for layer in row.get("layers", ())]
+    return sorted(
+        {
+            softmax["module"]
+            for softmax in row.get("softmaxes", ())
+            if softmax["consumer"] in ("matmul", "__matmul__", "bmm", "einsum")
+            and len(softmax["shape"]) >= 3
+            # The product is made by the module itself, or by the one whose nn.Softmax it is.
+            and not any(softmax["module"] == layer or softmax["module"].startswith(f"{layer}.") for layer in layers)
+        }
+    )
 
 
 def rows(names: list[str], workers: int, until: float) -> Iterator[dict[str, Any]]:

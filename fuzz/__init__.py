@@ -1,0 +1,1 @@
+"""What draws new cases for as long as told, beside the tests."""

@@ -1,6 +1,6 @@
 """Runs a small model of every type of transformers and says where each attends, and what regard sees of it.
 
-    python -m fuzz.architectures [--only NAME…] [--for SECONDS] [--out results.jsonl]
+python -m fuzz.architectures [--only NAME…] [--for SECONDS] [--out results.jsonl]
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto import configuration_auto
 
 import regard
 from fuzz.softmaxes import Witness
 from fuzz.tiny_models import inputs_of, model_classes, model_types, tiny_model
-from transformers.models.auto import configuration_auto
 
 LIMIT = 20  # seconds of computing for one type; ten times as much by the clock, for the machine may be busy
 
@@ -70,7 +70,7 @@ def rows(names: list[str], workers: int, until: float) -> Iterator[dict[str, Any
     """The observations, each made in a process of its own, which is ended where it takes too long."""
     context = multiprocessing.get_context("fork")
     waiting, running = list(names), {}
-    while running or waiting and time.monotonic() < until:
+    while running or (waiting and time.monotonic() < until):
         while waiting and len(running) < workers and time.monotonic() < until:
             name = waiting.pop(0)
             receiver, sender = context.Pipe(duplex=False)
@@ -118,7 +118,7 @@ def observe(model_type: str) -> dict[str, Any]:
         row = {
             "type": model_type, "class": type(model).__name__, "how": how, "attention": model.config._attn_implementation,
             "supports_sdpa": bool(getattr(model, "_supports_sdpa", False)),
-            "implementations": sorted({str(getattr(c, "_attn_implementation", None)) for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}),
+            "implementations": _implementations(model),
             "inputs": {name: list(value.shape) for name, value in inputs.items() if hasattr(value, "shape")},
             "sdpa": witness.sdpa, "sdpa_dispatched": counts["scaled_dot_product_attention"],
             "softmax_dispatched": counts["softmax.int"], "eager": witness.eager,
@@ -127,6 +127,11 @@ def observe(model_type: str) -> dict[str, Any]:
         }  # fmt: skip
         return row | _regard(model, inputs)
     return {"type": model_type, "errors": errors}
+
+
+def _implementations(model: nn.Module) -> list[str]:
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return sorted({str(getattr(config, "_attn_implementation", None)) for config in configs if config is not None})
 
 
 def _runs(model_type: str, errors: list[str]) -> Iterator[tuple[nn.Module, dict[str, Any], str]]:

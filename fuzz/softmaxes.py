@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,18 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 _SOFTMAXES = {functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum, torch.baddbmm, Tensor.baddbmm}
+_PRODUCTS = {
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.bmm,
+    Tensor.bmm,
+    torch.einsum,
+    torch.baddbmm,
+    Tensor.baddbmm,
+}
 _SAME_NUMBERS = {
     "dropout", "to", "type", "type_as", "float", "half", "bfloat16", "double", "view", "reshape", "permute", "transpose",
-    "contiguous", "unsqueeze", "squeeze", "expand", "expand_as", "flatten", "unflatten", "clone", "__getitem__", "narrow", "split", "chunk",
-    "movedim", "swapaxes", "view_as", "unbind", "t", "mT", "detach", "__get__", "cat", "stack", "repeat", "repeat_interleave", "index_select",
+    "contiguous", "unsqueeze", "squeeze", "expand", "expand_as", "flatten", "unflatten", "clone", "__getitem__",
+    "narrow", "split", "chunk",
+    "movedim", "swapaxes", "view_as", "unbind", "t", "mT", "detach", "__get__", "cat", "stack", "repeat",
+    "repeat_interleave", "index_select",
     "unfold", "pad", "roll", "expand_dims", "masked_fill", "masked_fill_", "nan_to_num", "where", "gather", "feature_dropout",
 }  # fmt: skip
 _POINTWISE = {
-    "add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "__isub__", "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_", "true_divide",
+    "add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "__isub__", "mul", "__mul__",
+    "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_", "true_divide",
     "tanh", "clamp", "clip", "maximum", "minimum", "sigmoid", "softplus", "exp", "log", "neg", "abs", "pow",
 }  # fmt: skip
 
@@ -84,7 +96,7 @@ class Witness(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             self.sdpa.append(self._module())
             return
-        inputs = [t for t in _tensors([args, kwargs])]
+        inputs = list(_tensors([args, kwargs]))
         if func in _SOFTMAXES:
             self._softmax(args, kwargs, output)
             return
@@ -112,7 +124,7 @@ class Witness(TorchFunctionMode):
         follow = name in _SAME_NUMBERS or name in _POINTWISE
         if tracked:
             softmax, way = self._from_softmax[id(tracked[0][1])]
-            if follow and name not in ("__get__",) or name == "__get__" and outputs:
+            if (follow and name not in ("__get__",)) or (name == "__get__" and outputs):
                 others = [t for t in inputs if t is not tracked[0][1] and t.numel() > 1]
                 mark = name if name in _SAME_NUMBERS or not others else f"{name}:{list(others[0].shape)}"
                 for out in outputs:
@@ -169,11 +181,14 @@ class Witness(TorchFunctionMode):
                 owner.eager_attention_forward = function
 
     def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def eager_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def eager_attention_forward(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
             self.eager.append(
                 {
                     "module": self._names.get(module, ""), "file": function.__module__.rpartition(".")[2],
-                    "kwargs": {n: _brief(v) for n, v in kwargs.items() if v is not None}, "none": [n for n, v in kwargs.items() if v is None],
+                    "kwargs": {n: _brief(v) for n, v in kwargs.items() if v is not None}, "none": [n for n,
+                    v in kwargs.items() if v is None],
                     "positional": [_brief(a) for a in args],
                     "shapes": [list(query.shape), list(key.shape), list(value.shape)],
                     "groups": getattr(module, "num_key_value_groups", None), "sinks": hasattr(module, "sinks"),

@@ -41,7 +41,14 @@ _NOT_WIDTHS = re.compile(
     r"prompt_size|mel_bins|in_channels|num_channels|input_channels|image_channels|mask_size)"
 )
 
-_NEEDED: dict[str, Any] = {"n_routed_experts": 4, "num_experts": 4, "prediction_length": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "vocab_size": WORDS}
+_NEEDED: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "prediction_length": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "vocab_size": WORDS,
+}
 _FIXED: dict[str, Any] = {"attention_types": [[["global", "local"], 1]]}
 
 
@@ -69,9 +76,16 @@ def tiny(config: PreTrainedConfig, narrow: bool = True, shallow: bool = True) ->
     kinds = changed.get("layer_types") or _value(config, "layer_types")
     if shallow and isinstance(kinds, list) and "layer_types" in _names(config):
         changed |= _one_layer_of_each(config, list(dict.fromkeys(kinds)))
-    if "mrope_section" in getattr(type(config), "ignore_keys_at_rope_validation", ()) or type(config).__name__.startswith("Qwen2VLText"):
-        changed["rope_parameters"] = _small_rope({"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]} | _partial(config) | dict(_value(config, "rope_parameters") or {}), narrow)
-    changed |= {name: token for name, token in _special_tokens(config).items()}
+    if "mrope_section" in getattr(type(config), "ignore_keys_at_rope_validation", ()) or type(
+        config
+    ).__name__.startswith("Qwen2VLText"):
+        changed["rope_parameters"] = _small_rope(
+            {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}
+            | _partial(config)
+            | dict(_value(config, "rope_parameters") or {}),
+            narrow,
+        )
+    changed |= dict(_special_tokens(config).items())
     return type(config)(**changed)
 
 
@@ -83,7 +97,9 @@ def _partial(config: PreTrainedConfig) -> dict[str, Any]:
 def _pyramid(config: PreTrainedConfig) -> bool:
     """Whether its stages have widths or heads of their own, which have to fit together."""
     return any(
-        isinstance(value, (list, tuple)) and len(value) > 1 and re.search(r"heads|hidden_sizes|embed_dims?$|^dims?$|widths|channels$", name)
+        isinstance(value, (list, tuple))
+        and len(value) > 1
+        and re.search(r"heads|hidden_sizes|embed_dims?$|^dims?$|widths|channels$", name)
         for name, value in vars(config).items()
     )  # fmt: skip
 
@@ -149,11 +165,15 @@ def _small_number(name: str, value: int, config: PreTrainedConfig, narrow: bool,
             return value
         patch = getattr(config, "patch_size", None)
         return min(value, patch * PATCHES) if isinstance(patch, int) and patch >= 8 else _IMAGE
-    if re.fullmatch(r"(num_|n_)?(\w+_)?heads?|num_(\w+_)?(key_value|kv)_(heads|groups)|n_head_kv", name) and "dim" not in name:
+    if (
+        re.fullmatch(r"(num_|n_)?(\w+_)?heads?|num_(\w+_)?(key_value|kv)_(heads|groups)|n_head_kv", name)
+        and "dim" not in name
+    ):
         if not narrow:
             return value
         queries = max(
-            getattr(config, other, 0) or 0 for other in ("num_attention_heads", "num_heads", "n_heads", "n_head")
+            getattr(config, other, 0) or 0
+            for other in ("num_attention_heads", "num_heads", "n_heads", "n_head")
             if not isinstance(getattr(config, other, 0), (list, tuple))
         )
         return min(value, 2 if value < queries else HEADS)
@@ -171,7 +191,10 @@ def _small_list(name: str, value: Any, narrow: bool, shallow: bool) -> Any:
     whole = all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
     if not whole:
         return value
-    if re.fullmatch(r"(\w+_)?(depths|num_layers|num_blocks|layers_per_stage|blocks_per_stage)|layers", name) and shallow:
+    if (
+        re.fullmatch(r"(\w+_)?(depths|num_layers|num_blocks|layers_per_stage|blocks_per_stage)|layers", name)
+        and shallow
+    ):
         return type(value)(min(entry, LAYERS) for entry in value)
     if name in ("image_size", "img_size", "spec_size"):
         return type(value)(min(entry, _IMAGE) for entry in value)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from fuzz.tiny_configs import _TOKENS, tiny
+from fuzz.tiny_configs import tiny
 
 TEXT = 12
 LARGEST = 120_000_000
@@ -56,11 +56,15 @@ def _modeling_of(config_class: type) -> Any:
         return None
 
 
-def tiny_model(kind: type[PreTrainedModel], config_class: type[PreTrainedConfig], narrow: bool, shallow: bool) -> PreTrainedModel:
+def tiny_model(
+    kind: type[PreTrainedModel], config_class: type[PreTrainedConfig], narrow: bool, shallow: bool
+) -> PreTrainedModel:
     """A random instance on the CPU, in evaluation."""
     config = tiny(config_class(), narrow, shallow)
     with torch.device("meta"):
-        numbers = sum(parameter.numel() for parameter in kind(_copy(config)).parameters()) if not (narrow and shallow) else 0
+        numbers = (
+            sum(parameter.numel() for parameter in kind(_copy(config)).parameters()) if not (narrow and shallow) else 0
+        )
     if numbers > LARGEST:
         raise ValueError(f"{numbers / 1e6:.0f} million parameters, even with {config.__class__.__name__} made small")
     torch.manual_seed(0)
@@ -157,7 +161,9 @@ def _count(model: PreTrainedModel, kind: str, made: dict[str, Any]) -> int:
     accepted = inspect.signature(function).parameters
     try:
         with torch.no_grad():
-            features = function(**{name: value for name, value in made.items() if name in accepted and name != "attention_mask"})
+            features = function(
+                **{name: value for name, value in made.items() if name in accepted and name != "attention_mask"}
+            )
     except Exception:
         return 0
     return _rows(features)
@@ -213,7 +219,10 @@ def _pixels(model: PreTrainedModel, variant: int) -> Tensor | None:
     height, width = (size[-2], size[-1]) if isinstance(size, (list, tuple)) and len(size) > 1 else (_first(size),) * 2
     channels = _first(_find(model, ("num_channels", "in_channels", "in_chans", "n_channels"), 3, "vision"))
     channels = channels if channels in (1, 2, 3, 4) else 3
-    if "image_grid_thw" in inspect.signature(model.forward).parameters or "grid_thw" in inspect.signature(model.forward).parameters:
+    if (
+        "image_grid_thw" in inspect.signature(model.forward).parameters
+        or "grid_thw" in inspect.signature(model.forward).parameters
+    ):
         return _patches(model, channels, torch.prod(_grid(model, 0)).item(), min(variant, 1))
     if variant == 1:
         frames = _first(_find(model, ("num_frames", "frames_per_clip", "video_length"), 2))
@@ -242,7 +251,26 @@ def _grid(model: PreTrainedModel, variant: int) -> Tensor:
 
 
 def _mels(model: PreTrainedModel) -> int:
-    return _first(_find(model, ("num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel", "input_dim", "n_mel_bins", "mel_dim", "num_mels", "input_feat_size", "feature_projection_input_dim", "input_size"), 80, "audio"))
+    return _first(
+        _find(
+            model,
+            (
+                "num_mel_bins",
+                "n_mels",
+                "feature_size",
+                "input_feat_per_channel",
+                "input_dim",
+                "n_mel_bins",
+                "mel_dim",
+                "num_mels",
+                "input_feat_size",
+                "feature_projection_input_dim",
+                "input_size",
+            ),
+            80,
+            "audio",
+        )
+    )
 
 
 def _features(model: PreTrainedModel, variant: int) -> Tensor:
@@ -287,29 +315,43 @@ _MAKERS: dict[str, Any] = {
     "token_type_ids": lambda model, variant: torch.zeros(1, TEXT, dtype=torch.long),
     "pixel_values": _pixels,
     "pixel_values_images": _pixels,
-    "pixel_values_videos": lambda model, variant: _pixels(model, 1) if "grid" not in str(inspect.signature(model.forward)) else None,
+    "pixel_values_videos": lambda model, variant: (
+        _pixels(model, 1) if "grid" not in str(inspect.signature(model.forward)) else None
+    ),
     "image_grid_thw": _grid,
     "grid_thw": _grid,
     "input_features": _features,
     "input_values": _sound,
     "audio_values": _sound,
     "inputs_embeds": _embeddings,
-    "hidden_states": lambda model, variant: _pixels(model, variant) if "grid_thw" in inspect.signature(model.forward).parameters else _embeddings(model, variant),
+    "hidden_states": lambda model, variant: (
+        _pixels(model, variant)
+        if "grid_thw" in inspect.signature(model.forward).parameters
+        else _embeddings(model, variant)
+    ),
     "encoder_hidden_states": _embeddings,
     "bbox": _boxes,
     "input_features_mask": lambda model, variant: torch.ones(1, _features(model, variant).shape[-1], dtype=torch.long),
-    "feature_attention_mask": lambda model, variant: torch.ones(1, _features(model, variant).shape[-1], dtype=torch.long),
+    "feature_attention_mask": lambda model, variant: torch.ones(
+        1, _features(model, variant).shape[-1], dtype=torch.long
+    ),
     "query_embeds": _embeddings,
     "image": _pixels,
     "past_values": lambda model, variant: torch.rand(1, _history(model)),
-    "past_time_features": lambda model, variant: torch.rand(1, _history(model), _find(model, ("num_time_features",), 0)),
+    "past_time_features": lambda model, variant: torch.rand(
+        1, _history(model), _find(model, ("num_time_features",), 0)
+    ),
     "past_observed_mask": lambda model, variant: torch.ones(1, _history(model)),
     "future_values": lambda model, variant: torch.rand(1, _find(model, ("prediction_length",), 4)),
-    "future_time_features": lambda model, variant: torch.rand(1, _find(model, ("prediction_length",), 4), _find(model, ("num_time_features",), 0)),
+    "future_time_features": lambda model, variant: torch.rand(
+        1, _find(model, ("prediction_length",), 4), _find(model, ("num_time_features",), 0)
+    ),
     "image_sizes": lambda model, variant: torch.tensor([list(_pixels(model, variant).shape[-2:])]),
     "qformer_input_ids": _ids,
     "visual_feats": lambda model, variant: torch.randn(1, 4, _find(model, ("visual_feat_dim",), 64)),
-    "pixel_position_ids": lambda model, variant: torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).reshape(1, 16, 2),
+    "pixel_position_ids": lambda model, variant: torch.stack(
+        torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1
+    ).reshape(1, 16, 2),
     "visual_pos": lambda model, variant: torch.rand(1, 4, 4),
     "spectrogram": lambda model, variant: torch.randn(1, 16, _find(model, ("model_in_dim", "num_mel_bins"), 80)),
     "audio_mel": lambda model, variant: torch.randn(1, 64, _mels(model)),
@@ -318,4 +360,22 @@ _MAKERS: dict[str, Any] = {
     "high_res_pixel_values": lambda model, variant: torch.randn(1, 3, 1024, 1024),
     "pixel_mask": lambda model, variant: None,
 }
-_WANTED = ("input_ids", "attention_mask", "decoder_input_ids", "pixel_values", "image_grid_thw", "input_features", "input_values", "audio_values", "bbox", "image_sizes", "visual_feats", "visual_pos", "high_res_pixel_values", "input_features_mask", "feature_attention_mask", "future_values", "future_time_features")
+_WANTED = (
+    "input_ids",
+    "attention_mask",
+    "decoder_input_ids",
+    "pixel_values",
+    "image_grid_thw",
+    "input_features",
+    "input_values",
+    "audio_values",
+    "bbox",
+    "image_sizes",
+    "visual_feats",
+    "visual_pos",
+    "high_res_pixel_values",
+    "input_features_mask",
+    "feature_attention_mask",
+    "future_values",
+    "future_time_features",
+)

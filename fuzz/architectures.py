@@ -46,7 +46,24 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(f"{row['type']:32} {row.get('class') or row['errors'][-1][:90]:40} {row.get('regard', '')[:80]}")
+            for module in unseen(row):
+                print(f"    not seen: {module}")
     print(f"{time.monotonic() - started:.0f} s")
+
+
+def unseen(row: dict[str, Any]) -> list[str]:
+    """The modules whose softmax over keys the witness saw to enter a product with values, and regard did not see."""
+    layers = [layer.split("#")[0] for layer in row.get("layers", ())]
+    return sorted(
+        {
+            softmax["module"]
+            for softmax in row.get("softmaxes", ())
+            if softmax["consumer"] in ("matmul", "__matmul__", "bmm", "einsum")
+            and len(softmax["shape"]) >= 3
+            # The product is made by the module itself, or by the one whose nn.Softmax it is.
+            and not any(softmax["module"] == layer or softmax["module"].startswith(f"{layer}.") for layer in layers)
+        }
+    )
 
 
 def rows(names: list[str], workers: int, until: float) -> Iterator[dict[str, Any]]:
@@ -101,7 +118,7 @@ def observe(model_type: str) -> dict[str, Any]:
         row = {
             "type": model_type, "class": type(model).__name__, "how": how, "attention": model.config._attn_implementation,
             "supports_sdpa": bool(getattr(model, "_supports_sdpa", False)),
-            "implementations": sorted({str(getattr(c, "_attn_implementation", None)) for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}),
+            "implementations": _implementations(model),
             "inputs": {name: list(value.shape) for name, value in inputs.items() if hasattr(value, "shape")},
             "sdpa": witness.sdpa, "sdpa_dispatched": counts["scaled_dot_product_attention"],
             "softmax_dispatched": counts["softmax.int"], "eager": witness.eager,
@@ -110,6 +127,11 @@ def observe(model_type: str) -> dict[str, Any]:
         }  # fmt: skip
         return row | _regard(model, inputs)
     return {"type": model_type, "errors": errors}
+
+
+def _implementations(model: nn.Module) -> list[str]:
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return sorted({str(getattr(config, "_attn_implementation", None)) for config in configs if config is not None})
 
 
 def _runs(model_type: str, errors: list[str]) -> Iterator[tuple[nn.Module, dict[str, Any], str]]:

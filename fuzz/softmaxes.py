@@ -28,12 +28,15 @@ _PRODUCTS = {
 }
 _SAME_NUMBERS = {
     "dropout", "to", "type", "type_as", "float", "half", "bfloat16", "double", "view", "reshape", "permute", "transpose",
-    "contiguous", "unsqueeze", "squeeze", "expand", "expand_as", "flatten", "unflatten", "clone", "__getitem__", "narrow", "split", "chunk",
-    "movedim", "swapaxes", "view_as", "unbind", "t", "mT", "detach", "__get__", "cat", "stack", "repeat", "repeat_interleave", "index_select",
+    "contiguous", "unsqueeze", "squeeze", "expand", "expand_as", "flatten", "unflatten", "clone", "__getitem__",
+    "narrow", "split", "chunk",
+    "movedim", "swapaxes", "view_as", "unbind", "t", "mT", "detach", "__get__", "cat", "stack", "repeat",
+    "repeat_interleave", "index_select",
     "unfold", "pad", "roll", "expand_dims", "masked_fill", "masked_fill_", "nan_to_num", "where", "gather", "feature_dropout",
 }  # fmt: skip
 _POINTWISE = {
-    "add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "__isub__", "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_", "true_divide",
+    "add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "__isub__", "mul", "__mul__",
+    "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_", "true_divide",
     "tanh", "clamp", "clip", "maximum", "minimum", "sigmoid", "softplus", "exp", "log", "neg", "abs", "pow",
 }  # fmt: skip
 
@@ -184,7 +187,8 @@ class Witness(TorchFunctionMode):
             self.eager.append(
                 {
                     "module": self._names.get(module, ""), "file": function.__module__.rpartition(".")[2],
-                    "kwargs": {n: _brief(v) for n, v in kwargs.items() if v is not None}, "none": [n for n, v in kwargs.items() if v is None],
+                    "kwargs": {n: _brief(v) for n, v in kwargs.items() if v is not None}, "none": [n for n,
+                    v in kwargs.items() if v is None],
                     "positional": [_brief(a) for a in args],
                     "shapes": [list(query.shape), list(key.shape), list(value.shape)],
                     "groups": getattr(module, "num_key_value_groups", None), "sinks": hasattr(module, "sinks"),

@@ -85,7 +85,7 @@ def tiny(config: PreTrainedConfig, narrow: bool = True, shallow: bool = True) ->
             | dict(_value(config, "rope_parameters") or {}),
             narrow,
         )
-    changed |= dict(_special_tokens(config))
+    changed |= dict(_special_tokens(config).items())
     return type(config)(**changed)
 
 
@@ -97,7 +97,9 @@ def _partial(config: PreTrainedConfig) -> dict[str, Any]:
 def _pyramid(config: PreTrainedConfig) -> bool:
     """Whether its stages have widths or heads of their own, which have to fit together."""
     return any(
-        isinstance(value, (list, tuple)) and len(value) > 1 and re.search(r"heads|hidden_sizes|embed_dims?$|^dims?$|widths|channels$", name)
+        isinstance(value, (list, tuple))
+        and len(value) > 1
+        and re.search(r"heads|hidden_sizes|embed_dims?$|^dims?$|widths|channels$", name)
         for name, value in vars(config).items()
     )  # fmt: skip
 

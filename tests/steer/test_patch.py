@@ -117,3 +117,51 @@ def test_what_does_not_fit() -> None:
     message = r"puts out \(1, 4, 5, 8\), \(batch, heads, queries, width\), the captured run \(1, 2, 5, 8\)"
     with pytest.raises(ValueError, match=message), regard.steer(None, regard.PatchOutput(source)):
         attention(*torch.randn(3, 1, 4, 5, 8))
+
+
+@pytest.mark.parametrize("edit", [{}, {"heads": [1, 2]}, {"queries": [4, 8]}], ids=["all", "heads", "queries"])
+def test_maps_of_another_run_in_a_model(llama: LlamaForCausalLM, texts: tuple[Tensor, Tensor], edit: dict) -> None:
+    """Where a head looks is the other run's, what it finds there is this one's."""
+    clean, corrupted = texts
+    with torch.no_grad():
+        with regard.capture(llama, maps=True, outputs=True) as source:
+            llama(clean)
+        with regard.capture(llama, maps=True, outputs=True) as own:
+            llama(corrupted)
+        patch = regard.PatchMap(source, layers=0, **edit)
+        watched, outer = regard.watch(llama, keep_maps=True), regard.capture(llama, outputs=True)
+        with watched as seen, outer, regard.steer(llama, patch):
+            llama(corrupted)
+    first = source.paths[0]
+    theirs, mine = (run.at(first).call.map().dense() for run in (source, own))
+    chosen = torch.zeros(1, 4, 9, 1, dtype=torch.bool)
+    chosen[:, edit.get("heads", slice(None))] = True
+    rows = torch.zeros(9, 1, dtype=torch.bool)
+    rows[edit.get("queries", slice(None))] = True
+    wanted = torch.where(chosen & rows, theirs, mine)
+    torch.testing.assert_close(seen.maps[first][0].dense(), wanted, atol=1e-5, rtol=1e-4)
+    value = own.at(first).value.repeat_interleave(2, 1)
+    torch.testing.assert_close(outer.at(first).output, (wanted @ value.to(wanted)).float(), atol=1e-5, rtol=1e-4)
+
+
+def test_maps_that_do_not_fit() -> None:
+    tensors = torch.randn(3, 1, 2, 5, 8)
+    with regard.capture(None) as bare:
+        attention(*tensors)
+    with pytest.raises(ValueError, match=r"capture\(model, maps=True\)"), regard.steer(None, regard.PatchMap(bare)):
+        attention(*tensors)
+    with regard.capture(None, maps=True) as source:
+        attention(*tensors, is_causal=True)
+    message = r"has \(batch, heads, queries, keys\) \(1, 2, 6, 6\), the captured run \(1, 2, 5, 5\)"
+    with pytest.raises(ValueError, match=message), regard.steer(None, regard.PatchMap(source)):
+        attention(*torch.randn(3, 1, 2, 6, 8))
+    with (
+        pytest.raises(ValueError, match=r"the masks of .* differ"),
+        regard.steer(None, regard.PatchMap(source, heads=0)),
+    ):
+        attention(*tensors)
+    with regard.steer(None, regard.PatchMap(source)):
+        patched = attention(*tensors)
+    torch.testing.assert_close(patched, attention(*tensors, is_causal=True))
+    with pytest.raises(TypeError, match=r"needs source to be a run that regard\.capture kept, in Python, got int"):
+        regard.PatchMap(3)

@@ -108,9 +108,9 @@ def _in_rows(columns: tuple[Column, ...], rows: Tensor) -> tuple[Column, ...]:
 
 
 def _check_shapes(call: AttentionCall, other: AttentionCall) -> None:
-    own, theirs = ((*c.query.shape, c.key.shape[2]) for c in (call, other))
+    own, theirs = ((*c.query.shape[:3], c.key.shape[2]) for c in (call, other))
     if own[1:] != theirs[1:] or theirs[0] not in (1, own[0]):
-        names = "(batch, heads, queries, width, keys)"
+        names = "(batch, heads, queries, keys)"
         raise ValueError(
             f"PatchMap: {call.place.path} has {names} {own}, the captured run {theirs}; both runs need as many tokens. "
             "Choose the pass with passes= where they differ"

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.maps import AttentionMap
-from regard.runtime import AttentionCall
+from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.steer.vision._prompt import Inputs, read_prompt
 from regard.steer.vision.emphasize import Emphasize
 from regard.tokens import Layers, decoder_layers
@@ -143,7 +143,7 @@ class _Gaze(Statistic):
     name = "gaze"
     dims = ("stream", "key")
 
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
+    def measure(self, attention: TokenMap, call: Call) -> Tensor:
         received = attention.received() / attention.shape[2]
         return torch.stack([attention.rows([0])[:, :, 0], received], dim=2)
 

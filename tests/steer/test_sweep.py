@@ -154,7 +154,7 @@ def test_multi_head_attention(weights: bool) -> None:
     def metric(output: tuple[Tensor, Tensor | None]) -> Tensor:
         return last_sum(output[0])
 
-    one_by_one(model, inputs, metric, regard.sweep(model, inputs, metric), 0.0)  # type: ignore[arg-type]
+    one_by_one(model, inputs, metric, regard.sweep(model, inputs, metric), 0.0)
 
 
 def by_hand(tiny: Tiny, x: Tensor, others: list[Tensor], found: regard.SweepResult) -> None:
@@ -316,7 +316,7 @@ class WithMixer(Module):
         self.mixer, self.layer = DeltaRule(12, heads=3), Layer()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(self.mixer(x)[0])  # type: ignore[no-any-return]
+        return self.layer(self.mixer(x)[0])
 
 
 def test_a_mixer_has_no_heads_to_change() -> None:
@@ -420,7 +420,7 @@ def test_log_probability() -> None:
         (regard.log_probability(1, position=-6), IndexError, "position -6 was named"),
         (regard.logit_difference(-1, 0), IndexError, "token -1 was named"),
         (regard.logit_difference([1, 2], 0), ValueError, "tokens of shape (2, 1) were given for a batch of 3"),
-        (regard.logit_difference(0.5, 0), ValueError, "tokens are whole numbers, got 0.5"),  # type: ignore[arg-type]
+        (regard.logit_difference(0.5, 0), ValueError, "tokens are whole numbers, got 0.5"),
     ],
 )
 def test_metrics_refuse(metric: Any, error: type[Exception], message: str) -> None:

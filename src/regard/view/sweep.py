@@ -52,7 +52,7 @@ def draw(change: xr.DataArray) -> go.Figure:
     paths, heads = choose.layers(dataset), choose.heads(dataset)
     most = float(np.nanmax(np.abs(change.values))) or 1.0
     picture = graph.Heatmap(
-        z=np.where(np.isfinite(change.values), change.values, None),
+        z=change.astype(object).where(change.notnull(), None).values,
         text=[[f"{escape(path)}, head {head}" for head in heads] for path in paths],
         hovertemplate="%{text}<br>%{z:+.3g}<extra></extra>",
         colorscale=[[step / (len(SCALE) - 1), colour] for step, colour in enumerate(SCALE)],

@@ -103,7 +103,11 @@ PROMPT = torch.randint(5, 50, (1, 12), generator=torch.Generator().manual_seed(0
 
 
 def written(model: hf.PreTrainedModel, kept: list[Tensor]) -> None:
-    kept.append(model.generate(PROMPT, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True).logits)
+    kept.append(
+        model.generate(
+            PROMPT, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+        ).logits
+    )
 
 
 @pytest.mark.parametrize("way", ["watch", "steer", "compress"])
@@ -135,7 +139,11 @@ def test_threads_that_were_there_before_are_left_alone(llama: hf.PreTrainedModel
     written(llama, plain)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
-        with torch.no_grad(), regard.steer(llama, regard.Block(keys=[2])), regard.watch(llama, regard.Entropy()) as seen:
+        with (
+            torch.no_grad(),
+            regard.steer(llama, regard.Block(keys=[2])),
+            regard.watch(llama, regard.Entropy()) as seen,
+        ):
             llama(PROMPT[:, :7])
             pool.submit(written, llama, during).result()
     assert all(torch.equal(a, b) for a, b in zip(plain[0], during[0], strict=True))

@@ -67,8 +67,8 @@ def _check(cache: Any, model: Module) -> None:
             what = "quantised" if "Quantized" in type(layer).__name__ else type(layer).__name__
             if "LinearAttention" in what:
                 raise ValueError(
-                    f"compress cannot drop entries of {type(model).__name__}, whose layers keep a recurrent state beside keys "
-                    f"and values ({what}); it works on decoders that keep keys and values alone"
+                    f"compress cannot drop entries of {type(model).__name__}, whose layers keep a recurrent state beside "
+                    f"keys and values ({what}); it works on decoders that keep keys and values alone"
                 )
             raise ValueError(
                 f"compress cannot drop entries of a cache whose layers are {what}; use a DynamicCache, "

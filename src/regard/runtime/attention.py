@@ -116,7 +116,9 @@ def _is_readable(call: AttentionCall) -> bool:
     if tensor.device.type != "meta" and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
         return True
     kind = "meta" if tensor.device.type == "meta" else type(tensor).__name__
-    warnings.warn(f"{call.place.path} was not read: of its tensors, {kind}, there is nothing to read here", stacklevel=2)
+    warnings.warn(
+        f"{call.place.path} was not read: of its tensors, {kind}, there is nothing to read here", stacklevel=2
+    )
     return False
 
 

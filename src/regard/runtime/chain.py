@@ -181,9 +181,7 @@ def some_open() -> bool:
 
 def looked_at() -> bool:
     """Whether a call made now goes through any block: what is made for `intercept` alone is made only then."""
-    return (
-        bool(_everywhere) and not (_busy() or torch.compiler.is_compiling() or recomputing()) and bool(_here_open())
-    )
+    return bool(_everywhere) and not (_busy() or torch.compiler.is_compiling() or recomputing()) and bool(_here_open())
 
 
 def edited() -> bool:

@@ -239,7 +239,9 @@ def _check(model: object, statistics: tuple[Statistic, ...], keep_maps: bool) ->
     dims = {"pass", "layer", "batch", "head"}.union(*(d for s in statistics for d in s.dimensions().values()))
     taken = sorted(set(names) & (dims | {f"{dim}_token" for dim in ("query", "key")}))
     if taken:
-        raise ValueError(f"{taken[0]!r} is a dimension of the dataset, and no name for a statistic; give it another name=")
+        raise ValueError(
+            f"{taken[0]!r} is a dimension of the dataset, and no name for a statistic; give it another name="
+        )
 
 
 def _check_mask(token_mask: Tensor) -> Tensor:

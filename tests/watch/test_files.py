@@ -25,7 +25,7 @@ def test_what_is_saved_is_loaded_and_is_netcdf(dataset: xarray.Dataset, tmp_path
     save(dataset, tmp_path / "seen.nc")
     assert load(tmp_path / "seen.nc").equals(dataset)
     np.testing.assert_array_equal(xarray.load_dataset(tmp_path / "seen.nc").entropy, dataset.entropy)
-    assert [path.name for path in tmp_path.iterdir()] == ["seen.nc"]
+    assert [file.name for file in tmp_path.iterdir()] == ["seen.nc"]
 
 
 def test_a_damaged_file_is_refused(dataset: xarray.Dataset, tmp_path: Path) -> None:
@@ -52,5 +52,5 @@ def test_a_disk_that_is_full_leaves_the_good_file(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save(dataset.isel(head=[0]), path)
-    assert [path.name for path in tmp_path.iterdir()] == ["seen.nc"]
+    assert [file.name for file in tmp_path.iterdir()] == ["seen.nc"]
     assert load(path).equals(dataset)

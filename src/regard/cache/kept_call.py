@@ -165,13 +165,13 @@ class KeptCall:
         """The call's mask in four dimensions.
 
         Raises:
-            NotImplementedError: one of fewer keys than the text has tokens, since the model makes it from the keys given.
+            NotImplementedError: one that the model makes from the keys at hand, of fewer than the text has tokens.
         """
         mask = self.call.attn_mask
         if mask is not None and self.layer.dropped and mask.shape[-1] != self.layer.seen:
             raise NotImplementedError(
-                f"compress cannot drop entries of {self.call.place.path}, which makes its mask from the keys at hand: it "
-                f"masks {mask.shape[-1]} where the text has {self.layer.seen} tokens"
+                f"compress cannot drop entries of {self.call.place.path}, which makes its mask from the keys at hand: "
+                f"it masks {mask.shape[-1]} where the text has {self.layer.seen} tokens"
             )
         return mask if mask is None or mask.ndim == 4 else mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
 

@@ -366,8 +366,11 @@ class _Forward:
         if self.mass is not None:
             masses = strip.of_queries(self.mass)
             for number, runs in enumerate(self.request.segments):
-                masses[..., number].zero_()  # a segment may have no key in this call
-                for run in runs:
+                if not runs:  # a segment of no keys
+                    masses[..., number] = 0
+                    continue
+                torch.sum(exps[..., runs[0]], dim=-1, out=masses[..., number])
+                for run in runs[1:]:
                     masses[..., number] += exps[..., run].sum(dim=-1)
         if self.forward is not None and self.values is not None:
             product(exps, strip.of_keys(self.values, self.per_query_head), strip.of_queries(self.forward))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.maps import TokenMap
+from regard.maps import AttentionMap, TokenMap
 from regard.runtime import AttentionCall, Call, HiddenCall, Place, Proceed, Reading, Site, entered
 from regard.tokens import Heads, Layers, Passes, Selection, check
 from regard.watch._sequence import Part, Sequence
@@ -39,7 +40,7 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
         passes: numbers of the model's passes in the block: of ``generate`` 0 is the prompt, in diffusion they are steps.
         token_mask: (batch, tokens), nonzero for real tokens, as a tokenizer's ``attention_mask``. Padded queries become
             NaN and count in no sum. Tokens that ``generate`` adds are real.
-        keep_maps: keep each call's `AttentionMap` (and with it its query and key) in ``seen.maps``.
+        keep_maps: keep each call's `AttentionMap` (and with it copies of its query and key) in ``seen.maps``.
         share: let the statistics of a float32 model ride in the model's own attention call, which is faster and changes
             its output by rounding (about 1e-6); False leaves each bit as it was. In half precision, or where gradients
             are wanted, it is left as it was in any case.
@@ -182,7 +183,9 @@ class _Block:
         every = list(range(number)) if heads is None else heads
         sequences[-1].parts.append(Part(place.query_start, place.key_start, queries, keys, every, measured))
         if self._options.keep_maps:
-            recording.maps.setdefault(place.path, []).append(attention)
+            # A model may write over its tensors later, as those do that keep a cache of fixed size.
+            kept = copy.deepcopy(attention) if isinstance(attention, AttentionMap) else attention
+            recording.maps.setdefault(place.path, []).append(kept)
 
     def _mask_of(self, call: AttentionCall | HiddenCall) -> Tensor | None:
         mask = self._options.token_mask
@@ -233,6 +236,12 @@ def _check(model: object, statistics: tuple[Statistic, ...], keep_maps: bool) ->
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"two statistics are named {', '.join(sorted(twice))}; give one another name=")
+    dims = {"pass", "layer", "batch", "head"}.union(*(d for s in statistics for d in s.dimensions().values()))
+    taken = sorted(set(names) & (dims | {f"{dim}_token" for dim in ("query", "key")}))
+    if taken:
+        raise ValueError(
+            f"{taken[0]!r} is a dimension of the dataset, and no name for a statistic; give it another name="
+        )
 
 
 def _check_mask(token_mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from regard.view import Plot
 
 _ENGINE: Literal["h5netcdf"] = "h5netcdf"
+_LARGE = 2**29  # bytes
 
 
 class Recording:
@@ -49,6 +51,9 @@ class Recording:
         """Everything measured: variables over (layer, batch, head, …), NaN where layers differ in length or heads.
 
         ``layer`` holds module paths. If the block held several independent passes, the first dimension is ``pass``.
+
+        Raises:
+            MemoryError: more than half a gigabyte for layers that differ so much in length or heads that most is gaps.
 
         Args:
             tokens: the text's tokens, or one list for each batch row; they become the coordinates ``query_token`` and
@@ -190,6 +195,7 @@ def _variable(
     batch, _, *sizes = [max(array.shape[axis] for array in arrays) for axis in range(arrays[0].ndim)]
     numbers = _numbered(measured)
     passes = 1 + max(number for own in numbers.values() for number in own)
+    _check_size(name, (passes, len(joined), batch, len(every_head), *sizes), arrays)
     full = numpy.full((passes, len(joined), batch, len(every_head), *sizes), numpy.nan, dtype=arrays[0].dtype)
     for number, (layer, sequences) in enumerate(joined.items()):
         columns = [every_head.index(head) for head in heads[layer]]
@@ -204,6 +210,16 @@ def _variable(
     return xarray.DataArray(
         full, labels, ("pass", "layer", "batch", "head", *dims), name, attrs=dict(statistic.attributes())
     )
+
+
+def _check_size(name: str, shape: tuple[int, ...], arrays: Items[numpy.ndarray]) -> None:
+    """Refuse to fill a block that is mostly gaps, where layers differ much in length or heads."""
+    size, measured = math.prod(shape) * arrays[0].itemsize, sum(array.nbytes for array in arrays)
+    if size > _LARGE and size > 4 * measured:
+        raise MemoryError(
+            f"the dataset would hold {name} as one block of shape {shape}, {size / 1e9:.1f} GB for {measured / 1e9:.3f} GB "
+            "measured, since layers differ in length or heads; watch them in blocks of their own, chosen with layers="
+        )
 
 
 def _numbered(measured: _Measured) -> dict[str, list[int]]:

@@ -1,7 +1,7 @@
 """Every form of positions, against a definition on Python's lists."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import pytest
@@ -218,7 +218,11 @@ def test_passages_and_functions_may_be_given_but_are_no_positions() -> None:
     check_form(lambda ids: ids == 1)
     check(lambda ids: ids == 1, 5)
     check(None, 5)
-    for ask in (lambda: resolve("a passage", 0, 5), lambda: check("a passage", 5), lambda: indices(cast(Any, "a passage"), 5)):
+    for ask in (
+        lambda: resolve("a passage", 0, 5),
+        lambda: check("a passage", 5),
+        lambda: indices(cast(Any, "a passage"), 5),
+    ):
         with pytest.raises(ValueError, match=r"'a passage' is a passage of a text; regard\.locate"):
             ask()
 

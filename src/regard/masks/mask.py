@@ -222,7 +222,7 @@ class And(_Pair):
     """Pairs that both masks show."""
 
     def visible(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Both rules."""
+        """A pair that both rules let see."""
         return self.left.visible(batch, head, query, key) & self.right.visible(batch, head, query, key)
 
     def tiles_of(self, tiling: Tiling) -> Tiles:
@@ -238,7 +238,7 @@ class Or(_Pair):
     """Pairs that either mask shows."""
 
     def visible(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Either rule."""
+        """A pair that either rule lets see."""
         return self.left.visible(batch, head, query, key) | self.right.visible(batch, head, query, key)
 
     def tiles_of(self, tiling: Tiling) -> Tiles:

@@ -41,7 +41,7 @@ class Strided(Mask):
 
     @property
     def is_relative(self) -> bool:
-        """It is."""
+        """True: the rule depends on how far query and key are apart."""
         return True
 
     def __repr__(self) -> str:

@@ -46,7 +46,7 @@ class Window(Mask):
 
     @property
     def is_relative(self) -> bool:
-        """It is."""
+        """True: the rule depends on how far query and key are apart."""
         return True
 
     def __repr__(self) -> str:

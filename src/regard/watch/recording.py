@@ -14,6 +14,7 @@ import xarray
 from torch import Tensor
 
 from regard.maps import TokenMap
+from regard.watch._seal import check, seal
 from regard.watch._sequence import Sequence
 from regard.watch.statistic import Statistic
 
@@ -78,13 +79,25 @@ def save(dataset: xarray.Dataset, path: str | Path) -> None:
 
     Words that netCDF cannot hold, with NUL or half of a surrogate pair in them, are written as ``\\x00`` and ``\\ud800``,
     backslashes among them twice, and the variable says so by its attribute ``escaped``; `load` reads them back as they were.
+    A line after the file's end holds its checksum, for netCDF has none of its own.
     """
     _changed(dataset, _escaped).to_netcdf(path, engine=_ENGINE)
+    seal(Path(path))
 
 
 def load(path: str | Path) -> xarray.Dataset:
-    """Read a dataset that ``Recording.save`` or ``regard look --save`` wrote."""
-    return _changed(xarray.load_dataset(path, engine=_ENGINE), _unescaped)
+    """Read a dataset that ``Recording.save`` or ``regard look --save`` wrote.
+
+    Raises:
+        ValueError: a file that was changed or cut off since, or is no recording.
+    """
+    check(Path(path))
+    try:
+        return _changed(xarray.load_dataset(path, engine=_ENGINE), _unescaped)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # what HDF5 makes of a broken file is of many kinds
+        raise ValueError(f"{path} is damaged, or no recording: {error}") from error
 
 
 _UNWRITABLE = re.compile(r"[\x00\ud800-\udfff]")

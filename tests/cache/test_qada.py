@@ -142,7 +142,9 @@ def test_a_step_is_that_of_the_whole_text_with_the_same_entries_hidden(
         hidden[step.layer, :, :, tokens - 1, :tokens] = step.hidden
 
     def hide(call: regard.AttentionCall, heads: Tensor) -> regard.AttentionCall:
-        return regard.AttentionCall(call.query, call.key, call.value, visible & ~hidden[call.place.layer], enable_gqa=True)
+        return regard.AttentionCall(
+            call.query, call.key, call.value, visible & ~hidden[call.place.layer], enable_gqa=True
+        )
 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad(), regard.steer(llama, regard.Custom(hide)):

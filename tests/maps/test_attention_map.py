@@ -465,6 +465,8 @@ def test_no_batch_no_queries_no_keys(kernel: Any, shape: tuple[int, ...]) -> Non
     assert A.dense().shape == shape
     assert A.at(torch.full((queries,), -1)).shape == (batch, heads, queries)
     assert A.mean_distance().shape == (batch, heads, queries)
+    if keys:
+        assert A.topk(2).keys.shape == (batch, heads, queries, 2)
     assert (A + A.scale_rows(torch.ones(queries))).received().shape == (batch, heads, keys)
 
 

@@ -25,7 +25,7 @@ def test_probabilities_and_their_entropy_are_those_of_the_parts() -> None:
 
 
 def test_gradients() -> None:
-    def side_by_side(query, key):  # type: ignore[no-untyped-def]
+    def side_by_side(query, key):
         return ConcatenatedHeads(AttentionMap(query, key, is_causal=True), AttentionMap(key, query).T)
 
     check_gradients(side_by_side, normal(1, 2, 4, 3), normal(1, 2, 5, 3, seed=2))

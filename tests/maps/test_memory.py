@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from regard import AttentionMap
-from regard.maps import ConcatenatedHeads, TokenMap, mixed_heads, token_map
+from regard.maps import ConcatenatedHeads, TokenMap, attention_map, mixed_heads, token_map
 from regard.mixers import HiddenMap
 
 TOKENS = 2048
@@ -35,6 +35,7 @@ class Largest(TorchDispatchMode):
 def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (token_map, mixed_heads):
         monkeypatch.setattr(module, "_NUMBERS_AT_ONCE", 2**18)
+    monkeypatch.setattr(attention_map, "_ENTRIES_AT_ONCE", 2**18)
 
 
 def maps(query: Tensor) -> dict[str, TokenMap]:

@@ -17,7 +17,7 @@ def test_mixtures() -> None:
 
 
 def test_gradients() -> None:
-    def talking(query, key, weights):  # type: ignore[no-untyped-def]
+    def talking(query, key, weights):
         return AttentionMap(query, key, is_causal=True).mix_heads(weights)
 
     check_gradients(talking, normal(1, 2, 4, 3), normal(1, 2, 5, 3, seed=2), normal(3, 2))

@@ -36,7 +36,7 @@ def test_residual_with_factors_of_heads() -> None:
 
 
 def test_gradients() -> None:
-    def rollout(query, key, alpha):  # type: ignore[no-untyped-def]
+    def rollout(query, key, alpha):
         A, B = AttentionMap(query, key, is_causal=True), AttentionMap(key, query)
         return A.residual(alpha) @ hidden(normal(1, 2, 4, 4)) @ B.T
 
@@ -48,6 +48,17 @@ def test_probabilities_of_products() -> None:
     assert (A @ B).has_probability_rows
     assert not (A @ B.T).has_probability_rows
     assert not (2.0 * A @ B).has_probability_rows
+
+
+def test_what_sinks_take_is_no_key_s() -> None:
+    query, key = normal(1, 2, 5, 4), normal(1, 2, 5, 4, seed=2)
+    logits = torch.cat([query @ key.mT / 2, torch.ones(1, 2, 5, 1)], -1)
+    A = AttentionMap(query, key, sinks=torch.ones(2))
+    matrix = logits.softmax(-1)[..., :5]
+    rollout = A.residual(0.5) @ A
+    assert A.has_probability_rows
+    assert rollout.has_probability_rows
+    check_answers(rollout, (matrix / 2 + torch.eye(5) / 2) @ matrix)
 
 
 def test_shapes_that_do_not_fit() -> None:

@@ -20,7 +20,7 @@ def test_factors() -> None:
 
 
 def test_gradients() -> None:
-    def gated(query, key, heads, rows, keys):  # type: ignore[no-untyped-def]
+    def gated(query, key, heads, rows, keys):
         return (AttentionMap(query, key, is_causal=True) * heads).scale_rows(rows).scale_keys(keys)
 
     inputs = normal(1, 2, 4, 3), normal(1, 2, 5, 3, seed=2), normal(2), normal(1, 2, 4, seed=3), normal(5)
@@ -36,4 +36,4 @@ def test_factors_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"scale_keys\(\) needs factors of shape \(6,\) or .*, got \(3, 6\)"):
         A.scale_keys(torch.ones(3, 6))
     with pytest.raises(TypeError, match="A @ B is the product"):
-        A * A  # type: ignore[operator]
+        A * A

@@ -20,7 +20,7 @@ def test_transposed_maps() -> None:
 
 
 def test_gradients() -> None:
-    def transposed(query, key):  # type: ignore[no-untyped-def]
+    def transposed(query, key):
         return AttentionMap(query, key, is_causal=True).T
 
     check_gradients(transposed, normal(1, 2, 4, 3), normal(1, 2, 5, 3, seed=2))

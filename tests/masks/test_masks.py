@@ -179,7 +179,11 @@ def test_tiles_are_exact(sizes: tuple[int, int], tile: tuple[int, int]) -> None:
 def test_what_structure_alone_says_of_tiles_is_never_wrong() -> None:
     """Before any pair is evaluated: what is called empty, full or certain is."""
     found = some_masks(40)
-    for mask in [*found, *(a & ~b for a, b in itertools.pairwise(found)), *(a | b for a, b in itertools.pairwise(found))]:
+    for mask in [
+        *found,
+        *(a & ~b for a, b in itertools.pairwise(found)),
+        *(a | b for a, b in itertools.pairwise(found)),
+    ]:
         positions = torch.arange(40)
         tiling = masks.Tiling.of_call(2, 3, positions, positions, (8, 4))
         said, exact = mask.tiles_of(tiling), mask.tiles(2, 3, 40, 40, (8, 4))
@@ -234,7 +238,9 @@ def test_mask_mods_and_block_masks_are_those_of_flex_attention() -> None:
         theirs, ours = create_block_mask(function, 2, 3, 300, 280, device="cpu"), mask.block_mask(2, 3, 300, 280)
         blocks = theirs.to_dense()
         assert torch.equal(ours.to_dense().expand_as(blocks), blocks), mask
-        assert torch.equal(ours.full_kv_num_blocks.expand_as(theirs.full_kv_num_blocks), theirs.full_kv_num_blocks), mask
+        assert torch.equal(ours.full_kv_num_blocks.expand_as(theirs.full_kv_num_blocks), theirs.full_kv_num_blocks), (
+            mask
+        )
         assert ours.shape[2:] == theirs.shape[2:]
         for block_mask in (theirs, ours):
             again = masks.from_block_mask(block_mask).dense(2, 3, 300, 280)
@@ -262,7 +268,10 @@ def test_masks_are_readable() -> None:
         ("chosen is boolean", lambda: masks.blocks(torch.ones(1, 1, 2, 2), 4)),
         ("positions count from 0", lambda: masks.causal().offset(-3)),
         ("takes 1024.0 GiB", lambda: masks.causal().dense(1, 1, 2**20, 2**20)),
-        (r"a grid of \(3, 3\) has 9 tokens, but the call reaches 10", lambda: masks.neighbourhood((3, 3), 3).dense(1, 1, 10, 9)),
+        (
+            r"a grid of \(3, 3\) has 9 tokens, but the call reaches 10",
+            lambda: masks.neighbourhood((3, 3), 3).dense(1, 1, 10, 9),
+        ),
         ("2 lengths, but a batch of 3", lambda: masks.prefix([1, 2]).dense(3, 1, 4, 4)),
         ("cover 8 queries and 8 keys", lambda: masks.blocks(torch.ones(1, 1, 2, 2).bool(), 4).dense(1, 1, 9, 8)),
     ],
@@ -273,5 +282,5 @@ def test_what_is_refused(message: str, make: Callable[[], object]) -> None:
 
 
 def test_a_mask_mod_that_is_not_boolean_is_refused() -> None:
-    with pytest.raises(TypeError, match="a mask_mod returns a boolean tensor.*returned torch.int64"):
+    with pytest.raises(TypeError, match=r"a mask_mod returns a boolean tensor.*returned torch\.int64"):
         masks.from_mask_mod(lambda b, h, q, k: q - k).dense(1, 1, 4, 4)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from regard.maps import _blocked, _columns, _dense, _tiled
-from regard.maps._causal import runs_on, triangle_rows
 from regard.maps._columns import Segments
 from regard.maps._pass import Pass, Question
 from regard.maps._precision import in_own_precision, refuse_forward_mode
@@ -17,7 +16,7 @@ from regard.maps._scores import Scores, make_scores
 from regard.maps._select import KernelName, check_kernel
 from regard.maps.restricted import Restricted
 from regard.maps.token_map import TokenMap, TopK
-from regard.masks import Mask
+from regard.masks import Mask, causal
 
 _ENTRIES_AT_ONCE = 2**24
 
@@ -156,24 +155,24 @@ class AttentionMap(TokenMap):
 
     def _rows_alone(self, rows: Tensor) -> TokenMap:
         scores, keys = self._scores, self.shape[3]
-        if scores.rule is not None or (scores.sinks is not None and scores.sinks.shape[2] > 1):
-            return Restricted(self, rows, None)
-        query, kernel = scores.query[:, :, rows], self._pass.kernel
-        mask = scores.mask if scores.mask is None or scores.mask.shape[2] == 1 else scores.mask[:, :, rows]
-        chosen = replace(scores, query=query, mask=mask, is_causal=False, bound=scores.limit)
-        if not scores.is_causal:
-            return self._of(chosen, kernel)
-        if runs_on(rows) and rows[0] == 0:
-            return self._of(replace(chosen, is_causal=True), kernel)
-        if runs_on(rows):
-            # The fused operators would store this mask.
-            kernel = "tiled" if kernel != "dense" else kernel
-            chosen = replace(chosen, query=query.flip(2), mask=triangle_rows(rows, keys))
-            return Restricted(self._of(chosen, kernel), torch.arange(len(rows), device=self.device).flip(0), None)
-        if len(rows) * keys > _ENTRIES_AT_ONCE:
+        first = int(rows[0])
+        neighbours = bool((rows.diff() == 1).all())
+        parts = [t if t is None or t.shape[2] == 1 else t[:, :, rows] for t in (scores.mask, scores.sinks)]
+        chosen = replace(
+            scores, query=scores.query[:, :, rows], mask=parts[0], sinks=parts[1], bound=scores.limit, is_causal=False
+        )
+        rule = causal() if scores.is_causal else scores.rule
+        if rule is None:
+            return self._of(chosen, self._pass.kernel)
+        if scores.is_causal and neighbours and first == 0:
+            return self._of(replace(chosen, is_causal=True), self._pass.kernel)
+        if neighbours and scores.softcap is None and scores.sinks is None:  # with which no rule goes
+            kernel: KernelName = "dense" if self._pass.kernel == "dense" else "auto"
+            return self._of(replace(chosen, rule=rule.offset(query_start=first)), kernel)
+        if scores.rule is not None or len(rows) * keys > _ENTRIES_AT_ONCE:
             return Restricted(self, rows, None)
         visible = torch.arange(keys, device=self.device) <= rows[:, None]
-        return self._of(replace(chosen, mask=visible[None, None]), kernel)
+        return self._of(replace(chosen, mask=visible[None, None]), self._pass.kernel)
 
     @property
     def has_logits(self) -> bool:
@@ -181,9 +180,7 @@ class AttentionMap(TokenMap):
         return True
 
     @property
-    def _row_totals(self) -> Tensor | None:
-        if self._scores.sinks is not None:  # which take a part of each row
-            return None
+    def _row_totals(self) -> Tensor:
         return torch.ones(1, 1, 1, dtype=self.dtype, device=self.device)
 
     # --- products -----------------------------------------------------------------------------------------------------
@@ -204,7 +201,6 @@ class AttentionMap(TokenMap):
 
     def entropy(self) -> Tensor:
         """``H_i = −Σ_j P_ij log P_ij``: (B, Hq, N), in nats, from 0 (one key) to log M (all alike)."""
-        self._check_probability_rows()
         self._ask_entropy()
         return self._pass.take("entropy").to(self.dtype)
 

@@ -79,8 +79,7 @@ class ConcatenatedHeads(Composed):
     def _transposed(self, weights: Tensor) -> Tensor:
         return self._of_each(lambda part, own: part._transposed(own), weights)
 
-    def mass(self, segments: Segments) -> Tensor:
-        """What each query gives to sets of keys: (B, H, N, S)."""
+    def _mass(self, segments: Segments) -> Tensor:
         return self._side_by_side(lambda part: part.mass(segments))
 
     def _expect(self, question: str, *arguments: object) -> None:

@@ -88,8 +88,7 @@ class MixedHeads(Composed):
     def _transposed(self, weights: Tensor) -> Tensor:
         return self._through(self.part._transposed, weights)
 
-    def mass(self, segments: Segments) -> Tensor:
-        """What each query gives to sets of keys: (B, H_out, N, S)."""
+    def _mass(self, segments: Segments) -> Tensor:
         return self._mix(self.part.mass(segments))
 
     def _expect(self, question: str, *arguments: object) -> None:

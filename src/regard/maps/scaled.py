@@ -64,12 +64,10 @@ class Scaled(Composed):
     def _transposed(self, weights: Tensor) -> Tensor:
         return self.part._transposed(self.factors[..., None] * weights)
 
-    def received(self, weights: Tensor | None = None) -> Tensor:
-        """What each key receives, ``Σ_i w_i P_ij``: (B, H, M), from weights (B|1, H|1, N), ones by default."""
-        return self.factors * self.part.received(weights) if self._of_heads else super().received(weights)
+    def _received(self, weights: Tensor | None) -> Tensor:
+        return self.factors * self.part.received(weights) if self._of_heads else super()._received(weights)
 
-    def mass(self, segments: Segments) -> Tensor:
-        """What each query gives to sets of keys: (B, H, N, S)."""
+    def _mass(self, segments: Segments) -> Tensor:
         return self.factors[..., None] * self.part.mass(segments)
 
     def _expect(self, question: str, *arguments: object) -> None:

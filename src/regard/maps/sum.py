@@ -64,12 +64,10 @@ class Sum(Composed):
     def _transposed(self, weights: Tensor) -> Tensor:
         return self._sum(lambda part: part._transposed(weights))
 
-    def received(self, weights: Tensor | None = None) -> Tensor:
-        """What each key receives, ``Σ_i w_i P_ij``: (B, H, M), from weights (B|1, H|1, N), ones by default."""
+    def _received(self, weights: Tensor | None) -> Tensor:
         return self._sum(lambda part: part.received(weights))
 
-    def mass(self, segments: Segments) -> Tensor:
-        """What each query gives to sets of keys: (B, H, N, S)."""
+    def _mass(self, segments: Segments) -> Tensor:
         return self._sum(lambda part: part.mass(segments))
 
     def _expect(self, question: str, *arguments: object) -> None:

@@ -93,7 +93,10 @@ class TokenMap(ABC):
 
     @property
     def has_probability_rows(self) -> bool:
-        """Whether no entry is negative and rows sum to 1, less what falls to rows that see no key: then it has an entropy."""
+        """Whether no entry is negative and rows sum to 1, less what falls to no key: then it has an entropy.
+
+        What falls to no key is all of a row that sees none, and what sinks take of a row.
+        """
         totals = self._row_totals
         return totals is not None and bool(((totals - 1).abs() <= _ROUNDING).all())
 
@@ -104,7 +107,7 @@ class TokenMap(ABC):
 
     @property
     def _row_totals(self) -> Tensor | None:
-        """What rows sum to, (B|1, H|1, N|1), where it is known that no entry is negative; else None."""
+        """What rows sum to, (B|1, H|1, N|1), with what falls to no key, where no entry can be negative; else None."""
         return None
 
     def _lacks(self, question: str, reason: str) -> NotImplementedError:
@@ -235,6 +238,9 @@ class TokenMap(ABC):
     @in_own_precision
     def received(self, weights: Tensor | None = None) -> Tensor:
         """What each key receives, ``Σ_i w_i P_ij``: (B, H, M), from weights (B|1, H|1, N), ones by default."""
+        return self._received(weights)
+
+    def _received(self, weights: Tensor | None) -> Tensor:
         batch, heads, queries, keys = self.shape
         if weights is None:
             weights = torch.ones(1, 1, queries, dtype=self.dtype, device=self.device)
@@ -247,6 +253,9 @@ class TokenMap(ABC):
 
         A segment is a position, several, a slice, or a boolean mask (M,) or (B, M).
         """
+        return self._mass(segments)
+
+    def _mass(self, segments: Segments) -> Tensor:
         batch, _, _, keys = self.shape
         columns = indicator_columns(segments, keys, batch, self.device)
         return self._product(columns.to(self.dtype)).to(self.dtype)
@@ -317,19 +326,27 @@ class TokenMap(ABC):
                 f"targets must be positions of shape ({queries},) or ({batch}, {queries}), "
                 f"got {targets.dtype} {tuple(targets.shape)}"
             )
-        targets = targets.to(self.device).reshape(-1, queries).expand(batch, queries)
+        targets = targets.to(self.device).expand(batch, queries)
         if bool((targets >= keys).any()) or bool((targets < -1).any()):
             raise IndexError(f"targets go from {int(targets.min())} to {int(targets.max())}; keys from 0 to {keys - 1}")
         return self._entries(targets)
 
     def _entries(self, targets: Tensor) -> Tensor:
         """The same, from targets (B, N) that there are."""
-        found = self._new(*self.shape[:3])
-        for rows, columns, entries in self._strips():
+
+        def pick(rows: slice, columns: slice) -> Tensor:
+            entries = self._read(rows, columns)
             place = targets[:, rows] - columns.start
             here = ((place >= 0) & (place < entries.shape[3]))[:, None]
             place = place.clamp(0, entries.shape[3] - 1)[:, None, :, None].expand(-1, entries.shape[1], -1, -1)
-            found[:, :, rows] += entries.gather(3, place).squeeze(3).masked_fill(~here, 0.0)
+            return entries.gather(3, place).squeeze(3).masked_fill(~here, 0.0)
+
+        found, differentiable = self._new(*self.shape[:3]), False
+        for strip in self._strips():
+            # Strips that a gradient goes through are computed again for it: all of them together are the matrix.
+            picked = checkpoint(pick, *strip, use_reentrant=False) if differentiable else pick(*strip)
+            differentiable = picked.requires_grad
+            found[:, :, strip[0]] += picked
         return found
 
     def rows(self, index: Segment) -> Tensor:
@@ -383,18 +400,18 @@ class TokenMap(ABC):
         """Whether the whole matrix is read sooner by its columns than by its rows."""
         return False
 
-    def _strips(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The whole matrix, some rows or columns at a time: which rows, which columns, and their entries."""
+    def _strips(self) -> Iterator[tuple[slice, slice]]:
+        """The rows and columns of strips that make up the whole matrix, of some complete rows or columns each."""
         *_, queries, keys = self.shape
-        length, read = (keys, self._some_columns) if self._by_columns else (queries, self._some_rows)
-        differentiable = False
+        length = keys if self._by_columns else queries
         for start in range(0, length, self._at_once):
-            part = slice(start, min(start + self._at_once, length))
-            index = torch.arange(part.start, part.stop, device=self.device)
-            # Strips that a gradient goes through are computed again for it: all of them together are the matrix.
-            entries: Tensor = checkpoint(read, index, use_reentrant=False) if differentiable else read(index)
-            differentiable = entries.requires_grad
-            yield (slice(0, queries), part, entries) if self._by_columns else (part, slice(0, keys), entries)
+            some = slice(start, min(start + self._at_once, length))
+            yield (slice(0, queries), some) if self._by_columns else (some, slice(0, keys))
+
+    def _read(self, rows: slice, columns: slice) -> Tensor:
+        """The entries of a strip, (B, H, rows, columns)."""
+        some, read = (columns, self._some_columns) if self._by_columns else (rows, self._some_rows)
+        return read(torch.arange(some.start, some.stop, device=self.device))
 
     def _new(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -410,6 +427,9 @@ class TokenMap(ABC):
         keys = self.shape[3]
         if not 1 <= k <= keys:
             raise ValueError(f"topk({k}) of {keys} keys: k must be from 1 to {keys}")
+        if 0 in self.shape:
+            empty = self._new(*self.shape[:3], k)
+            return TopK(empty, empty.long())
         return self._topk(k)
 
     @torch.no_grad()
@@ -418,7 +438,8 @@ class TokenMap(ABC):
         shares = self._new(*self.shape[:3], k).fill_(-math.inf)
         keys = torch.full(shares.shape, -1, device=self.device)
         every = torch.arange(self.shape[3], device=self.device)
-        for rows, columns, entries in self._strips():
+        for rows, columns in self._strips():
+            entries = self._read(rows, columns)
             both = torch.cat([shares[:, :, rows], entries], dim=3)
             names = torch.cat([keys[:, :, rows], every[columns].expand_as(entries)], dim=3)
             shares[:, :, rows], best = both.topk(k, dim=3)
@@ -437,6 +458,8 @@ class TokenMap(ABC):
         that see a part of it (a decode step has one query, at its end).
         """
         *_, queries, keys = self.shape
+        if 0 in self.shape:
+            return self._new(*self.shape[:3])
         return self._mean_distance(
             torch.arange(queries, device=self.device) + query_start, torch.arange(keys, device=self.device) + key_start
         )
@@ -445,9 +468,9 @@ class TokenMap(ABC):
     def _mean_distance(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """The same, from positions in the text, (N,) and (M,)."""
         total = self._new(*self.shape[:3])
-        for rows, columns, entries in self._strips():
+        for rows, columns in self._strips():
             distance = (query_positions[rows, None] - key_positions[columns]).abs()
-            total[:, :, rows] += (entries * distance).sum(dim=3)
+            total[:, :, rows] += (self._read(rows, columns) * distance).sum(dim=3)
         return total
 
     # --- what only some have an answer to -----------------------------------------------------------------------------
@@ -464,8 +487,8 @@ class TokenMap(ABC):
     @torch.no_grad()
     def _entropy(self) -> Tensor:
         total = self._new(*self.shape[:3])
-        for rows, _, entries in self._strips():
-            total[:, :, rows] += torch.special.entr(entries.clamp(min=0)).sum(dim=3)
+        for rows, columns in self._strips():
+            total[:, :, rows] += torch.special.entr(self._read(rows, columns).clamp(min=0)).sum(dim=3)
         return total
 
     def _check_probability_rows(self) -> None:

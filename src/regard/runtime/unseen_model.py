@@ -20,5 +20,6 @@ def explain(model: Module | None) -> str:
         )
     return (
         f"no attention call was seen in {name}: it was not run inside the block, or its attention is its own code, not "
-        f"{_SEEN}. Compute it there, or build regard.AttentionMap from its queries and keys; a mixer is seen where it has a map()"
+        f"{_SEEN}. Compute it there, or build regard.AttentionMap from its queries and keys; a mixer is seen where it "
+        "has a map()"
     )

@@ -20,7 +20,8 @@ def with_output(call: AttentionCall, heads: Tensor, output: Tensor) -> Attention
     if first < 0 or first + queries > keys:
         raise ValueError(
             f"outputs can be replaced where queries are among the keys; {call.place.path} has {queries} queries from "
-            f"position {call.place.query_start} on and {keys} keys from {call.place.key_start} on. Choose other layers with layers="
+            f"position {call.place.query_start} on and {keys} keys from {call.place.key_start} on. Choose "
+            "other layers with layers="
         )
     number = call.query.shape[1]
     key, value = (tensor.repeat_interleave(number // tensor.shape[1], dim=1) for tensor in (call.key, call.value))

@@ -1,6 +1,6 @@
 """Saved files that were damaged: they are refused, or hold what was saved; never something else without a word.
 
-    python -m fuzz.files [--minutes 5] [--seed SEED]
+python -m fuzz.files [--minutes 5] [--seed SEED]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import xarray as xr
 from torch.nn.functional import scaled_dot_product_attention
 
 import regard
-from fuzz.drawing import main
+from fuzz.drawing import Check, main
 
 
 @cache
@@ -86,7 +86,7 @@ def of_recipe(draw: random.Random) -> str:
             return f"refused: {error}"
 
 
-CHECKS = {"recordings": of_recording, "recipes": of_recipe}
+CHECKS: dict[str, Check] = {"recordings": of_recording, "recipes": of_recipe}
 
 if __name__ == "__main__":
     main("fuzz.files", __doc__, CHECKS)

@@ -1,6 +1,6 @@
 """KeyboardInterrupt at any line of a block: afterwards everything is as it was before.
 
-    python -m fuzz.interrupts [--minutes 5] [--seed SEED]
+python -m fuzz.interrupts [--minutes 5] [--seed SEED]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from fuzz.drawing import main
+from fuzz.drawing import Check, main
 
 PACKAGE = str(regard.__path__[0])
 
@@ -76,10 +76,7 @@ def state(of: nn.Module) -> dict[str, Any]:
         "grad": torch.is_grad_enabled(),
     }
     for name, module in of.named_modules():
-        hooks = [
-            len(table)
-            for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        ]
+        hooks = [len(table) for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)]
         found[name] = (hooks, sorted(vars(module)), module.__dict__.get("forward"))
     return found
 
@@ -123,7 +120,7 @@ def run(made: list[AbstractContextManager[Any]], ids: Tensor) -> None:
         run(made[1:], ids)
 
 
-CHECKS = {"nested": nested}
+CHECKS: dict[str, Check] = {"nested": nested}
 
 if __name__ == "__main__":
     main("fuzz.interrupts", __doc__, CHECKS)

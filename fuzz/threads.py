@@ -1,6 +1,6 @@
 """Threads that enter and leave blocks beside threads that only call: each sees its own, and the others nothing.
 
-    python -m fuzz.threads [--minutes 5] [--seed SEED]
+python -m fuzz.threads [--minutes 5] [--seed SEED]
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def together(draw: random.Random) -> str:
     """Some of each, for a fraction of a second; what is left behind is nothing."""
     before = torch.nn.functional.scaled_dot_product_attention
     stop, kinds = threading.Event(), (bystander, watcher, editor)
-    chosen: list[Callable[[random.Random, threading.Event], None]] = [draw.choice(kinds) for _ in range(draw.randint(2, 6))]
+    chosen: list[Callable[[random.Random, threading.Event], None]] = [
+        draw.choice(kinds) for _ in range(draw.randint(2, 6))
+    ]
     with ThreadPoolExecutor(len(chosen)) as pool:
         running = [pool.submit(kind, random.Random(draw.getrandbits(40)), stop) for kind in chosen]
         time.sleep(draw.uniform(0.05, 0.4))

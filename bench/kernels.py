@@ -1,6 +1,6 @@
 """What the statistics of one attention call cost beside plain SDPA, quiet or beside a busy process.
 
-    python bench/kernels.py [--busy] [--repeats 15] [--threads 2]
+    python -m bench.kernels [--busy] [--repeats 15] [--threads 2]
 
 Every line is one shape of call: the time of plain SDPA, and as medians of ratios within one run, that of the attention
 output together with each statistic (all from one pass). ``--busy`` keeps a core busy with another process meanwhile; SDPA
@@ -10,7 +10,6 @@ one thread, that is comparable on a machine that others use.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import multiprocessing
 import os
@@ -20,12 +19,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import regard
+from bench.results import Report, command_line
 
 QUESTIONS = {
     "+ mass": ("mass",),
@@ -124,7 +123,7 @@ def measure(shape: Shape, repeats: int, clock: Callable[[], float]) -> tuple[flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--busy", action="store_true", help="beside a process that keeps one core busy")
     parser.add_argument("--cpu-time", action="store_true", help="seconds computed, not seconds passed")
     parser.add_argument("--repeats", type=int, default=15)
@@ -141,7 +140,8 @@ def main() -> None:
         for shape in SHAPES:
             seconds, ratios = measure(shape, options.repeats, clock)
             table.add_row(str(shape), f"{1e6 * seconds:,.0f}", *(f"{ratio:.2f}×" for ratio in ratios))
-    Console(width=110).print(table)
+    with Report("kernels", options.save, width=110) as report:
+        report.show(table)
 
 
 if __name__ == "__main__":

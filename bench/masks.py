@@ -1,6 +1,6 @@
 """What attention under a rule costs, beside causal scaled_dot_product_attention: forward, and forward and backward.
 
-    python bench/masks.py [--quick]
+    python -m bench.masks [--quick]
 
 One head of width 64. Each ratio is the median over rounds of time by the rule to time by SDPA, measured side by side; "all"
 asks for entropy, received and a mass besides. The largest tensor, of a forward and backward pass, is given beside N² entries.
@@ -8,20 +8,19 @@ asks for entropy, received and a mass besides. The largest tensor, of a forward 
 
 from __future__ import annotations
 
-import argparse
 import math
 from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regard
-from measuring import Run, compare
+from bench.measuring import Run, compare
+from bench.results import Report, command_line
 from regard import masks
 
 WIDTH = 64
@@ -93,17 +92,18 @@ def add_rows(table: Table, tokens: int, device: str, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="8,192 tokens only")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = Table(title=f"one head of width {WIDTH}, {device}, {torch.get_num_threads()} threads")
     for column in ("tokens", "mask", "forward", "to SDPA", "and backward", "to SDPA", "largest tensor"):
         table.add_column(column, justify="left" if column == "mask" else "right")
-    add_rows(table, 8192, device, 5)
-    if not arguments.quick:
-        add_rows(table, 32768, device, 3)
-    Console(width=120).print(table)
+    with Report("masks", arguments.save) as report:
+        add_rows(table, 8192, device, 5)
+        if not arguments.quick:
+            add_rows(table, 32768, device, 3)
+        report.show(table)
 
 
 if __name__ == "__main__":

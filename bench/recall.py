@@ -98,7 +98,7 @@ def arguments_of(size: Size) -> dict[str, Any]:
 def lines_of(names: list[str]) -> dict[str, tuple[str, list[Size]]]:
     """Those of these mixers, and a point for each that has no line."""
     several = {mixer for mixer, _ in LINES.values()}
-    points = {name: (name, [{}]) for name in names if name not in several}
+    points: dict[str, tuple[str, list[Size]]] = {name: (name, [{}]) for name in names if name not in several}
     return {name: line for name, line in LINES.items() if line[0] in names} | points
 
 

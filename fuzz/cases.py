@@ -62,12 +62,13 @@ def place(draw: random.Random, length: int) -> Any:
         case "index":
             return draw.randrange(-length, length)
         case "list":
-            return [draw.randrange(-length, length) for _ in range(draw.randint(1, 4))]
+            chosen = draw.sample(range(length), draw.randint(1, min(4, length)))
+            return [position - draw.choice((0, length)) for position in chosen]
         case "slice":
             start = draw.randrange(length)
             return slice(start, draw.randint(start + 1, length))
-    chosen = [draw.random() < 0.5 for _ in range(length)]
-    return torch.tensor(chosen if any(chosen) else [True] * length)
+    marked = [draw.random() < 0.5 for _ in range(length)]
+    return torch.tensor(marked if any(marked) else [True] * length)
 
 
 def edit(draw: random.Random, heads: int, queries: int, keys: int) -> Edit:

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 TEXT = demo.text()[:1500]
 
 
-def test_statistics_of_trained_weights(minilm: tuple[torch.nn.Module, object]) -> None:
+def test_statistics_of_trained_weights(minilm: tuple[Any, Any]) -> None:
     model, tokenizer = minilm
     seen = look(model, tokenizer, TEXT)
     ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
@@ -43,7 +44,7 @@ def test_statistics_of_trained_weights(minilm: tuple[torch.nn.Module, object]) -
         np.testing.assert_allclose(data["at"][layer].sel(target="previous")[:, 1:], previous, atol=1e-5)
 
 
-def test_statistics_of_the_bundled_model(mini: tuple[torch.nn.Module, object]) -> None:
+def test_statistics_of_the_bundled_model(mini: tuple[Any, Any]) -> None:
     model, tokenizer = mini
     seen = look(model, tokenizer, demo.text())
     ids = torch.tensor([tokenizer(demo.text())["input_ids"]])
@@ -61,14 +62,12 @@ def test_statistics_of_the_bundled_model(mini: tuple[torch.nn.Module, object]) -
 
 
 @pytest.mark.parametrize(("text", "kind"), [("twice", "induction"), ("facts", "retrieval")])
-def test_what_the_bundled_model_was_trained_for_shows(
-    mini: tuple[torch.nn.Module, object], text: str, kind: str
-) -> None:
+def test_what_the_bundled_model_was_trained_for_shows(mini: tuple[Any, Any], text: str, kind: str) -> None:
     read = (DOCS / f"{text}.txt").read_text()
     assert kind in summarize(look(*mini, read).dataset)["kind"].values
 
 
-def test_windows_cover_the_whole_text(minilm: tuple[torch.nn.Module, object]) -> None:
+def test_windows_cover_the_whole_text(minilm: tuple[Any, Any]) -> None:
     model, tokenizer = minilm
     text = " ".join([demo.text()] * 2)
     seen = look(model, tokenizer, text, window=True)
@@ -79,7 +78,7 @@ def test_windows_cover_the_whole_text(minilm: tuple[torch.nn.Module, object]) ->
     assert seen.dataset.sizes["query"] == 512
 
 
-def test_a_causal_model_of_ones_own(tmp_path: Path, minilm: tuple[torch.nn.Module, object]) -> None:
+def test_a_causal_model_of_ones_own(tmp_path: Path, minilm: tuple[Any, Any]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     _, tokenizer = minilm

@@ -80,7 +80,12 @@ def test_what_cannot_be_read(text: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ('{"edit": "Gate"}', "is no recipe"), ('[{"edit": "Gate", "by": {"x": 1}}]', "got 'x'")],
+    [
+        ("{", "is not JSON"),
+        ('{"edit": "Gate"}', "is no recipe"),
+        ('[{"edit": 3}]', "is no recipe"),
+        ('[{"edit": "Gate", "by": {"x": 1}}]', "got 'x'"),
+    ],
 )
 def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "recipe.json"

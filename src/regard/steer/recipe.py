@@ -47,7 +47,7 @@ def load_recipe(path: str | Path) -> list[Edit]:
         read = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(read, list) or not all(isinstance(entry, dict) and "edit" in entry for entry in read):
+    if not isinstance(read, list) or not all(isinstance(e, dict) and isinstance(e.get("edit"), str) for e in read):
         raise ValueError(f'{path} is no recipe: expected a list of objects, each with an "edit" such as "Reweight"')
     _load_methods()
     return [

@@ -55,7 +55,8 @@ def test_forms_agree(case: str, length: int, chunk: int, cut: int) -> None:
         q: Tensor, k: Tensor, v: Tensor, step: Tensor, decay: Tensor, eta: Tensor, threshold: Tensor, gain: Tensor,
         *weights: Tensor, form: str,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        outputs, state = [], None
+        outputs: list[Tensor] = []
+        state: dict[str, Tensor] = {}
         for part in (slice(0, cut), slice(cut, None)):  # the state in the middle of a chunk; padding in the second part
             one = [tensor[:, :, part] for tensor in (q, k, v, step, decay, eta, threshold)]
             if not one[0].shape[2]:
@@ -63,8 +64,8 @@ def test_forms_agree(case: str, length: int, chunk: int, cut: int) -> None:
             real = torch.ones(2, one[0].shape[2], dtype=torch.bool)
             real[1, 1:4], real[0, 5:] = False, part.start == 0
             output, state = neural_memory(
-                *one[:4], weights, state, log_decay=one[4], log_momentum=one[5] if momentum else None, threshold=one[6],
-                gain=gain, bias=bias, retention=retention, mask=real, form=form, chunk=chunk,
+                *one[:4], weights, state or None, log_decay=one[4], log_momentum=one[5] if momentum else None,
+                threshold=one[6], gain=gain, bias=bias, retention=retention, mask=real, form=form, chunk=chunk,
             )  # fmt: skip
             outputs.append(output)
         return torch.cat(outputs, 2), state

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import xarray
-
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    import xarray
 
 
 class HeadChange(NamedTuple):

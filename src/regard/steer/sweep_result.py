@@ -29,6 +29,7 @@ class SweepResult:
             (batch), that of the model as it is; ``layer`` holds module paths, ``number`` (layer) their numbers in the model.
             Its attributes tell kind and metric.
 
+    >>> import xarray
     >>> import numpy
     >>> metric = (("layer", "head", "batch"), numpy.array([[[1.0], [3.0]]]))
     >>> coordinates = {"layer": ["encoder.0"], "head": [0, 5]}

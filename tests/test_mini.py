@@ -13,7 +13,7 @@ import torch
 
 import regard
 from regard import demo
-from regard.mini.mini import check
+from regard.mini._mini import check
 
 Loaded = tuple[Any, Any]
 
@@ -97,7 +97,7 @@ def test_left_padding_changes_nothing(mini: Loaded) -> None:
 @pytest.fixture
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(regard.mini.path(), tmp_path / "model")
-    monkeypatch.setattr(import_module("regard.mini.mini"), "_FOLDER", tmp_path / "model")
+    monkeypatch.setattr(import_module("regard.mini._mini"), "_FOLDER", tmp_path / "model")
     return tmp_path / "model"
 
 

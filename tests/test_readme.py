@@ -15,13 +15,14 @@ def test_examples_run_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     printed = capsys.readouterr().out
     assert "{'layer': 2, 'batch': 1, 'head': 2, 'query': 119, 'target': 2}" in printed
     assert "48213 → 70455" in printed.splitlines()
+    assert "[HeadChange(layer='model.layers.2.self_attn', head=2, metric=" in printed
     assert "SnapKV(budget=0.25, window=16, kernel=9): 25." in printed
     assert "48213" in printed.splitlines()
     assert "8193 tokens in 65536 bytes" in printed.splitlines()

@@ -1,28 +1,38 @@
 """Run attention, see it, steer it: attention matrices that are never stored, in any PyTorch model."""
 
-from regard import cache, masks, mixers, tokens
-from regard.cache import compress
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from regard import masks, tokens
 from regard.maps import AttentionMap, attention
-from regard.mini import mini
 from regard.runtime import AttentionCall
 from regard.steer import (
     AddToKey,
+    AddToOutput,
     AddToQuery,
+    AddToValue,
     Bias,
     Block,
     Custom,
     Edit,
     Gate,
     Mutual,
+    PatchMap,
+    PatchOutput,
     Redistribute,
     ReplaceMap,
     Reweight,
+    SweepResult,
     Temperature,
     capture,
     load_recipe,
+    log_probability,
+    logit_difference,
     parse_edit,
     save_recipe,
-    steer,
+    sweep,
 )
 from regard.tokens import Grid, locate
 from regard.watch import (
@@ -39,14 +49,24 @@ from regard.watch import (
     TopK,
     ValueNorm,
     load,
-    watch,
 )
+
+if TYPE_CHECKING:
+    from regard import cache, mixers
+    from regard.cache import compress
+    from regard.mini import mini
+    from regard.steer import steer
+    from regard.watch import watch
+else:
+    from regard import mini, steer, watch  # the packages, which are called
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AddToKey",
+    "AddToOutput",
     "AddToQuery",
+    "AddToValue",
     "At",
     "AttentionCall",
     "AttentionMap",
@@ -60,6 +80,8 @@ __all__ = [
     "Mass",
     "MeanDistance",
     "Mutual",
+    "PatchMap",
+    "PatchOutput",
     "Pooled",
     "Received",
     "Recording",
@@ -69,6 +91,7 @@ __all__ = [
     "Rows",
     "Sinks",
     "Statistic",
+    "SweepResult",
     "Temperature",
     "TopK",
     "ValueNorm",
@@ -79,12 +102,28 @@ __all__ = [
     "load",
     "load_recipe",
     "locate",
+    "log_probability",
+    "logit_difference",
     "masks",
     "mini",
     "mixers",
     "parse_edit",
     "save_recipe",
     "steer",
+    "sweep",
     "tokens",
     "watch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is loaded when it is first asked for: the methods of papers."""
+    if name in ("cache", "mixers"):
+        return importlib.import_module(f"regard.{name}")
+    if name == "compress":
+        return importlib.import_module("regard.cache").compress
+    raise AttributeError(f"module 'regard' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

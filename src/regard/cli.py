@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from regard.cache.trial import Trial
     from regard.mixers.linear import Mixer
+    from regard.steer import SweepResult
     from regard.steer.compare import Comparison
 
 console = Console(stderr=True)
@@ -113,6 +115,88 @@ def steer(
         with console.status("reading"):
             found = compare(loaded, tokenizer, content, edits, likeliest=likeliest, complete=complete)
         _show(found)
+
+
+@app.command()
+def sweep(
+    text: TextFile = None,
+    prompt: Prompt = None,
+    answer: Annotated[str | None, typer.Option(help="How the text may go on, such as ' Paris'.")] = None,
+    wrong: Annotated[str | None, typer.Option(help="How else it may; the answer is compared with it.")] = None,
+    kind: Annotated[str, typer.Option(help="zero, mean, gate, resample or patch.")] = "zero",
+    by: Annotated[float | None, typer.Option(help="The factor of --kind gate.")] = None,
+    source: Annotated[str | None, typer.Option(help="The other prompt, for mean, resample and patch.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or name of a language model; by default the bundled one.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Numbers, ranges or globs on module paths, with commas.")] = None,
+    strongest: Annotated[int, typer.Option(min=1, help="List this many heads.")] = 10,
+    out: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("sweep.html"),
+    save: Annotated[Path | None, typer.Option(help="Also write the numbers, as netCDF.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Read the first tokens only.")] = None,
+) -> None:
+    """Find the heads that matter for what a model says of a text, by changing one after the other."""
+    with _errors():
+        from regard import mini
+        from regard.models import load
+        from regard.steer.sweep_text import sweep_text
+        from regard.tokens import parse_layers
+
+        _quiet()
+        content, text_name = _read(text, prompt)
+        with console.status(f"loading {model or mini.name}"):
+            loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
+        with _bar() as advance:
+            found = sweep_text(
+                loaded,
+                tokenizer,
+                content,
+                answer=answer,
+                wrong=wrong,
+                kind=kind,  # type: ignore[arg-type]
+                by=by,
+                source=source,
+                layers=None if layers is None else parse_layers(layers),
+                max_tokens=max_tokens,
+                progress=advance,
+            )
+        out.write_text(found.html(Path(model).name if model else mini.name, text_name), encoding="utf-8")
+        if save:
+            found.save(save)
+            console.print(f"numbers: {save.resolve()}", soft_wrap=True, highlight=False)
+        _show_sweep(found, strongest)
+        console.print(f"report: {out.resolve().as_uri()}", soft_wrap=True, highlight=False)
+
+
+def _show_sweep(found: SweepResult, strongest: int) -> None:
+    """The change of every head as a small picture, then the strongest in order."""
+    out, change = Console(), found.change
+    heads, most = change["head"].values.tolist(), float(abs(change).max()) or 1.0
+    out.print(Text(f"{found.dataset.attrs['metric']}: {found.plain:.4g}\n"), soft_wrap=True)
+    out.print(Text("".join(f"{head:>3}" for head in heads) + "  head", "dim"), soft_wrap=True)
+    for path, row in zip(change["layer"].values.tolist(), change.values.tolist(), strict=True):
+        cells = (_cell(value / most) for value in row)
+        out.print(Text.assemble(*cells, ("  " + path, "dim")), soft_wrap=True)
+    out.print(f"\nlargest change {most:.3g}: + − from a tenth of it, ++ −− from half", style="dim", highlight=False)
+    table = Table("layer", "head", "metric", "change", box=box.SIMPLE)
+    for one in found.strongest(strongest):
+        table.add_row(
+            one.layer,
+            str(one.head),
+            f"{one.metric:.4g}",
+            Text(f"{one.change:+.4g}", "green" if one.change > 0 else "red"),
+        )
+    out.print(table)
+
+
+def _cell(share: float) -> tuple[str, str]:
+    """The change of one head, a share from −1 to 1 of the largest: a sign where it is a tenth, two where it is half."""
+    if math.isnan(share):
+        return "   ", ""
+    level = sum(abs(share) >= least for least in (0.1, 0.5))
+    return f"{('−' if share < 0 else '+') * level or '·':>3}", ("red" if share < 0 else "green") if level else "dim"
 
 
 @app.command()
@@ -237,6 +321,8 @@ def _show(found: Comparison) -> None:
     if found.plain.completion or found.steered.completion:
         for name, said in (("plain", found.plain), ("steered", found.steered)):
             out.print(Text.assemble((f"{name:>8} ", "bold"), said.completion), soft_wrap=True)
+        if found.shared and found.plain.completion != found.steered.completion:
+            out.print(f"both begin with {found.shared!r}: later tokens differ", highlight=False, markup=False)
 
 
 def _quiet() -> None:

@@ -234,10 +234,20 @@ def test_what_cannot_be_compressed_is_refused(llama: hf.PreTrainedModel) -> None
 
 
 def test_attention_that_is_not_seen_is_refused(llama: hf.PreTrainedModel) -> None:
-    llama.set_attn_implementation("eager")
+    llama.config._attn_implementation = "flash_attention_2"
     with pytest.raises(RuntimeError, match=r'set_attn_implementation\("sdpa"\)'), \
             regard.compress(llama, Knorm(budget=0.5)):  # fmt: skip
-        llama(**texts(12))
+        pass
+
+
+def test_eager_attention_is_compressed_alike(llama: hf.PreTrainedModel) -> None:
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    logits = []
+    for implementation in ("sdpa", "eager"):
+        llama.set_attn_implementation(implementation)
+        with regard.compress(llama, Knorm(budget=0.5)):
+            logits.append(torch.stack(llama.generate(**texts(12), **options).logits))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
 def test_misuse(llama: hf.PreTrainedModel) -> None:

@@ -26,7 +26,7 @@ class Recorded:
 def recorded(model: Any, inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     """Run the model, and take what passes through ``eager_attention_forward`` of its own file."""
     file, calls = sys.modules[type(model).__module__], []
-    own = file.eager_attention_forward  # type: ignore[attr-defined]
+    own = file.eager_attention_forward
 
     def eager(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **others: Any

@@ -347,7 +347,7 @@ def test_inputs_that_are_refused() -> None:
     refused(ValueError, r"attn_mask of shape \(3, 7\) does not broadcast to \(2, 4, 5, 7\)", attn_mask=normal(3, 7))
     refused(TypeError, "boolean .* or floating point", attn_mask=torch.ones(5, 7, dtype=torch.long))
     refused(ValueError, "exclude each other", attn_mask=normal(5, 7), is_causal=True)
-    refused(ValueError, "kernel must be one of auto, dense, tiled, fused, got 'flash'", kernel="flash")
+    refused(ValueError, "kernel must be one of auto, dense, tiled, fused, blocked, got 'flash'", kernel="flash")
     for softcap in (0.0, -2.0, math.inf, math.nan):
         refused(ValueError, "softcap must be a positive number", softcap=softcap)
     refused(ValueError, r"one logit for each head \(4,\), .* got shape \(5,\)", sinks=normal(5))

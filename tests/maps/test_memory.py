@@ -14,7 +14,7 @@ from regard import AttentionMap
 from regard.maps import ConcatenatedHeads, TokenMap, attention_map, mixed_heads, token_map
 from regard.mixers import HiddenMap
 
-TOKENS = 2048
+TOKENS = 1024
 MATRIX = TOKENS**2
 
 
@@ -34,8 +34,8 @@ class Largest(TorchDispatchMode):
 @pytest.fixture
 def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (token_map, mixed_heads):
-        monkeypatch.setattr(module, "_NUMBERS_AT_ONCE", 2**18)
-    monkeypatch.setattr(attention_map, "_ENTRIES_AT_ONCE", 2**18)
+        monkeypatch.setattr(module, "_NUMBERS_AT_ONCE", 2**16)
+    monkeypatch.setattr(attention_map, "_ENTRIES_AT_ONCE", 2**16)
 
 
 def maps(query: Tensor) -> dict[str, TokenMap]:
@@ -49,7 +49,7 @@ def maps(query: Tensor) -> dict[str, TokenMap]:
         "rollout": A.mean_heads().residual(0.5) @ B.mean_heads().residual(0.5),
         "talking": A.mix_heads(torch.randn(3, 2)) @ H.mix_heads(torch.randn(3, 2)),
         "transposed": A.T.scale_keys(gates),
-        "restricted": ConcatenatedHeads(A, H).restrict(slice(500, 2000), slice(100, 2000)),
+        "restricted": ConcatenatedHeads(A, H).restrict(slice(200, 1000), slice(100, 1000)),
     }
 
 
@@ -62,14 +62,14 @@ def test_no_answer_makes_a_matrix(name: str, small_strips: None) -> None:
     _, heads, queries, keys = A.shape
     with Largest() as largest:
         _ = A @ torch.randn(1, heads, keys, 4), A.T @ torch.randn(1, heads, queries, 4)
-        A.received(), A.mass({"first": [0]}), A.pool(4, 4), A.pool(4, 4, rows=slice(700, 1200), columns=slice(9, 90))
+        A.received(), A.mass({"first": [0]}), A.pool(4, 4), A.pool(4, 4, rows=slice(300, 600), columns=slice(9, 90))
         A.at(torch.zeros(queries, dtype=torch.long)), A.rows([5, 90]), A.tile(slice(None), [5, 90])
         A.topk(2), A.mean_distance()
         if A.has_probability_rows:
             A.entropy()
         if A.has_logits:
-            A.logsumexp(), A.viewers(), A.restrict(slice(9, 2000)).viewers()
-    assert largest.numbers < MATRIX / 2
+            A.logsumexp(), A.viewers(), A.restrict(slice(9, 1000)).viewers()
+    assert largest.numbers < MATRIX
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,6 +93,6 @@ def test_no_gradient_keeps_a_matrix(name: str, small_strips: None) -> None:
 
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             answer = ask()
-        assert sum(kept.values()) < MATRIX / 2
+        assert sum(kept.values()) < MATRIX
     (gradient,) = torch.autograd.grad(answer.sum(), query)
     assert bool(gradient.isfinite().all())

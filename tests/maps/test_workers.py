@@ -4,7 +4,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def in_new_thread(function: object) -> object:
+def in_new_thread(function: Callable[[], object]) -> object:
     found: list[object] = []
-    thread = threading.Thread(target=lambda: found.append(function()))  # type: ignore[operator]
+    thread = threading.Thread(target=lambda: found.append(function()))
     thread.start()
     thread.join()
     return found[0]

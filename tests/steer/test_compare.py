@@ -52,6 +52,8 @@ def test_command_line_shows_both(tmp_path: Path) -> None:
         (["--edit", "Reweight(keys=0, by=2, layers='*.9.*')"], "'*.9.*' matches no attention call"),
         (["--edit", "Reweight(keys=0, by=-1)"], "at least 0, got -1"),
         (["--edit", "Rewait(keys=0, by=1)"], "did you mean Reweight?"),
+        (["--edit", "Mutual(source=3)"], "needs source to be a run that regard.capture kept, in Python, got int"),
+        (["--edit", "PatchOutput(source='x')"], "needs source to be a run that regard.capture kept"),
         (["--recipe", "missing.json"], "missing.json"),
         (
             ["--edit", "Gate(1)", "--text", "missing.txt"],
@@ -69,6 +71,16 @@ def test_errors_are_one_line(arguments: list[str], message: str) -> None:
     assert result.exit_code == 1
     assert message in result.output.replace("\n", " ")
     assert "Traceback" not in result.output
+
+
+def test_command_line_says_where_completions_part() -> None:
+    """The next token may be as it was, and only later ones differ."""
+    text = "The code of Ada is 48213. It rained all day. The code of Tom is 70455. They slept. The code of Ada is"
+    edit = 'Redistribute(source="48213", target="70455")'
+    result = runner.invoke(cli.app, ["steer", "--prompt", text, "--edit", edit, "--complete", "6"])
+    assert "plain  48213" in result.output
+    assert "steered  70455" in result.output
+    assert "both begin with ' ': later tokens differ" in result.output
 
 
 def test_recipes_are_json(tmp_path: Path) -> None:

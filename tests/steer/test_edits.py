@@ -1,6 +1,7 @@
 """Every edit, alone and together, against the stored matrix in float64."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,42 +16,72 @@ from tests.steer.reference import dense
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 
-KINDS = ("reweight", "remove", "factor", "block", "bias", "temperature", "gate", "uniform", "redistribute")
+KINDS = (
+    "reweight", "remove", "factor", "block", "bias", "temperature", "gate", "uniform", "value", "output", "patch output",
+    "patch map", "redistribute",
+)  # fmt: skip
 
 
 def positions(length: int) -> st.SearchStrategy[object]:
     index = st.integers(-length, length - 1)
     return st.one_of(
         index,
-        st.lists(index, min_size=1, max_size=4),
+        st.lists(index, min_size=1, max_size=min(4, 2 * length), unique=True),
         st.slices(length).filter(lambda s: len(range(length)[s]) > 0),
         st.lists(st.booleans(), min_size=length, max_size=length).filter(any).map(torch.tensor),
     )
 
 
+def strengths(heads: int, numbers: st.SearchStrategy[float]) -> st.SearchStrategy[object]:
+    """A number, or several."""
+    one_each = st.lists(numbers, min_size=heads, max_size=heads)
+    return st.one_of(numbers, numbers, one_each, one_each.map(torch.tensor), numbers.map(torch.tensor))
+
+
 @st.composite
-def edits(draw: st.DrawFn, heads: int, queries: int, keys: int) -> Edit:
+def edits(
+    draw: st.DrawFn,
+    heads: int,
+    queries: int,
+    keys: int,
+    width: int,
+    source: regard.capture,
+    kinds: Sequence[str] = KINDS,
+) -> Edit:
     chosen = draw(st.none() | st.lists(st.integers(0, heads - 1), min_size=1, max_size=heads, unique=True))
     rows = draw(st.none() | positions(queries))
-    number = st.floats(0.05, 8)
-    match draw(st.sampled_from(KINDS if keys > 1 else KINDS[:-1])):
+    number = strengths(heads, st.floats(0.05, 8))
+    shape = draw(st.sampled_from([(width,), (heads, width)]))
+    direction = torch.randn(shape, generator=torch.Generator().manual_seed(heads))
+    match draw(st.sampled_from(kinds if keys > 1 else kinds[:-1])):
         case "reweight":
             return regard.Reweight(draw(positions(keys)), draw(number), rows, heads=chosen)
         case "remove":
             return regard.Reweight(draw(positions(keys)), 0, rows, heads=chosen)
         case "factor":
-            return regard.Reweight(draw(positions(keys)), draw(st.floats(0, 3)), rows, renormalize=False, heads=chosen)
+            return regard.Reweight(
+                draw(positions(keys)), draw(strengths(heads, st.floats(0, 3))), rows, renormalize=False, heads=chosen
+            )
         case "block":
             return regard.Block(draw(positions(keys)), rows, heads=chosen)
         case "bias":
-            return regard.Bias(draw(positions(keys)), draw(st.floats(-5, 5)), rows, heads=chosen)
+            return regard.Bias(draw(positions(keys)), draw(strengths(heads, st.floats(-5, 5))), rows, heads=chosen)
         case "temperature":
-            return regard.Temperature(draw(st.floats(0.5, 3)), rows, heads=chosen)
+            return regard.Temperature(draw(strengths(heads, st.floats(0.5, 3))), rows, heads=chosen)
         case "gate":
-            return regard.Gate(draw(st.floats(-2, 2)), rows, heads=chosen)
+            return regard.Gate(draw(strengths(heads, st.floats(-2, 2))), rows, heads=chosen)
         case "redistribute":
+            share = st.floats(0, 1) | strengths(heads, st.floats(0, 0.99))
             cut = draw(st.integers(1, keys - 1))
-            return regard.Redistribute(slice(0, cut), range(cut, keys), draw(st.floats(0, 1)), rows, heads=chosen)
+            return regard.Redistribute(slice(0, cut), range(cut, keys), draw(share), rows, heads=chosen)
+        case "value":
+            return regard.AddToValue(direction, draw(st.none() | positions(keys)), heads=chosen)
+        case "output":
+            return regard.AddToOutput(direction.tolist(), rows, heads=chosen)
+        case "patch output":
+            return regard.PatchOutput(source, rows, heads=chosen)
+        case "patch map":
+            return regard.PatchMap(source, rows, heads=chosen)
     return regard.ReplaceMap("uniform", rows, heads=chosen)
 
 
@@ -72,7 +103,18 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, object], list[Edit]]:
     if kind == "additive":
         tensors["attn_mask"] = torch.randn(batch, 1, queries, keys, generator=generator).to(dtype)
     tensors |= {"is_causal": kind == "causal", "enable_gqa": groups > 1}
-    return tensors, draw(st.lists(edits(heads, queries, keys), min_size=1, max_size=4))
+    other = {
+        name: torch.randn(tensor.shape, generator=generator).to(dtype)
+        for name, tensor in tensors.items()
+        if name in shapes
+    }
+    with regard.capture(None, outputs=True, maps=True) as source:
+        functional.scaled_dot_product_attention(**(tensors | other))
+    kinds = tuple(
+        name for name in KINDS if name != "patch map" or kind != "additive"
+    )  # a temperature changes such a mask
+    drawn = edits(heads, queries, keys, width, source, kinds)
+    return tensors, draw(st.lists(drawn, min_size=1, max_size=4))
 
 
 def reference(tensors: dict[str, object], made: list[Edit]) -> tuple[Tensor, Tensor]:
@@ -226,7 +268,11 @@ def test_bad_edits(make: object, error: type[Exception], message: str) -> None:
         (regard.Redistribute([1, 2], [2]), ValueError, r"source and target share 1 keys"),
         (regard.Reweight(lambda ids: ids == 1, 2), ValueError, r"the model was not given them as input_ids"),
         (regard.Custom(lambda call, heads: None), TypeError, r"must return an AttentionCall, got NoneType"),
-        (regard.Reweight(torch.zeros(3, 20, dtype=torch.bool), 2), ValueError, r"a mask for 3 texts does not fit"),
+        (
+            regard.Reweight(torch.zeros(3, 20, dtype=torch.bool), 2),
+            ValueError,
+            r"keys is a mask for 3 texts, .* but the batch is 2",
+        ),
     ],
 )
 def test_errors(tensors: tuple[Tensor, ...], made: Edit, error: type[Exception], message: str) -> None:

@@ -64,7 +64,7 @@ def test_edits_are_read_as_shown(edit: Edit) -> None:
     ("text", "message"),
     [
         ("Reweigh(keys=0, by=2)", r"there is no edit 'Reweigh'; did you mean Reweight\?"),
-        ("Reweight(keys=0, by=2, key=3)", r"Reweight has no argument 'key'; it takes layers, heads, keys"),
+        ("Reweight(keys=0, by=2, key=3)", r"Reweight has no argument 'key'; it takes layers, heads, passes, keys"),
         ("Reweight(keys=0)", r"Reweight cannot be made from keys: .*'by'"),
         ("Reweight(0, 2, None, True, 5)", r"takes at most 4 arguments without a name, got 5"),
         ("Reweight(keys=open('x'), by=2)", r"\"open\('x'\)\" in .* is no plain value"),

@@ -94,11 +94,13 @@ def test_masks(booleans: list[bool], place: tuple[int, int], form: str) -> None:
 @given(st.lists(some_numbers, min_size=1, max_size=4), places, st.integers(1, 3))
 def test_positions_of_each_text(rows: list[list[int]], place: tuple[int, int], beams: int) -> None:
     wanted = [of_numbers(numbers, *place) for numbers in rows for _ in range(beams if len(rows) > 1 else 1)]
-    for given_as in (rows, [torch.tensor(row) for row in rows], tuple(map(tuple, rows))):
+    every: tuple[Any, ...] = (rows, [torch.tensor(row) for row in rows], tuple(map(tuple, rows)))
+    for given_as in every:
         assert bits(resolve(given_as, *place, batch=len(rows) * beams)) == wanted
     masks = [[number in {n % 14 for n in row} for number in range(14)] for row in rows]
     wanted = [of_numbers([n for n in range(14) if mask[n]], *place) for mask in masks]
-    for mask in (masks, numpy.array(masks), torch.tensor(masks), [numpy.array(mask) for mask in masks]):
+    forms: tuple[Any, ...] = (masks, numpy.array(masks), torch.tensor(masks), [numpy.array(mask) for mask in masks])
+    for mask in forms:
         assert bits(resolve(mask, *place)) == wanted
 
 
@@ -216,7 +218,11 @@ def test_passages_and_functions_may_be_given_but_are_no_positions() -> None:
     check_form(lambda ids: ids == 1)
     check(lambda ids: ids == 1, 5)
     check(None, 5)
-    for ask in (lambda: resolve("a passage", 0, 5), lambda: check("a passage", 5), lambda: indices("a passage", 5)):
+    for ask in (
+        lambda: resolve("a passage", 0, 5),
+        lambda: check("a passage", 5),
+        lambda: indices("a passage", 5),  # type: ignore[arg-type]
+    ):
         with pytest.raises(ValueError, match=r"'a passage' is a passage of a text; regard\.locate"):
             ask()
 

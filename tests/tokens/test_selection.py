@@ -98,7 +98,7 @@ def test_heads(heads: Any, wanted: list[int] | None) -> None:
 
 
 def test_heads_by_layer_choose_the_layers_where_nothing_else_does() -> None:
-    by_layer = {1: [0], "*.4.*": 2}
+    by_layer: dict[Any, Any] = {1: [0], "*.4.*": 2}
     assert layers_of(Selection(heads=by_layer)) == [1, 4]
     both = Selection(layers=[0, 1], heads=by_layer)
     assert layers_of(both) == [0, 1]

@@ -1,6 +1,7 @@
 """The 5-gram baseline is a probability, and Kneser and Ney's."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 from training.ngram import KneserNey
@@ -23,11 +24,7 @@ def test_trigrams_by_definition() -> None:
     trigrams = Counter(zip(row, row[1:], row[2:], strict=False))
     bigrams = Counter(gram[1:] for gram in trigrams)
     unigrams = Counter(gram[1:] for gram in bigrams)
-    tables: dict[int, Counter[tuple[int, ...]]] = {
-        3: Counter(dict(trigrams)),
-        2: Counter(dict(bigrams)),
-        1: Counter(dict(unigrams)),
-    }
+    tables: dict[int, Counter[Any]] = {3: trigrams, 2: bigrams, 1: unigrams}
 
     def discount(table: Counter[tuple[int, ...]]) -> float:
         counts = Counter(table.values())

@@ -14,7 +14,7 @@ from regard.view import RunFacts, report
 
 FACTS = RunFacts("MiniLM", "The Awakening", 24, 2, 3, 1.25, 313_000_000, 1_300_000_000, "cpu", "float32", "1.0")
 
-MODULE = importlib.import_module("regard.view.report")
+MODULE = importlib.import_module("regard.view._report")
 
 
 class Page(HTMLParser):

@@ -1,6 +1,6 @@
 """Key–value cache policies, one file each, and `compress`, which has them work in ``generate``."""
 
-from regard.cache.compress import compress
+from regard.cache._compress import compress
 from regard.cache.controls import KeepAll, Random
 from regard.cache.flowcut import FlowCut
 from regard.cache.image_rank import ImageRank

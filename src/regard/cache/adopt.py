@@ -26,7 +26,7 @@ def adopt(cache: Any, number: int, model: Module, block: OpenBlock) -> KeptLayer
         ValueError: a cache, or a layer, that holds keys in a way of its own.
         RuntimeError: a layer that another block compresses.
     """
-    _check(cache)
+    _check(cache, model)
     if number >= len(cache.layers):
         raise ValueError(
             f"compress cannot drop entries of layer {number}, which attends to the keys and values of another: "
@@ -55,7 +55,7 @@ def adopt(cache: Any, number: int, model: Module, block: OpenBlock) -> KeptLayer
     return kept
 
 
-def _check(cache: Any) -> None:
+def _check(cache: Any, model: Module) -> None:
     """Refuse caches and layers that hold keys in a way of their own."""
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise ValueError(f"compress works on a decoder's DynamicCache, not on {type(cache).__name__}")
@@ -65,6 +65,11 @@ def _check(cache: Any) -> None:
     for layer in cache.layers:
         if isinstance(layer, CacheLayerMixin) and type(layer) not in known:
             what = "quantised" if "Quantized" in type(layer).__name__ else type(layer).__name__
+            if "LinearAttention" in what:
+                raise ValueError(
+                    f"compress cannot drop entries of {type(model).__name__}, whose layers keep a recurrent state beside "
+                    f"keys and values ({what}); it works on decoders that keep keys and values alone"
+                )
             raise ValueError(
                 f"compress cannot drop entries of a cache whose layers are {what}; use a DynamicCache, "
                 "generate's default, instead"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.maps import AttentionMap, TokenMap
+from regard.maps import TokenMap
 from regard.runtime import AttentionCall, run
 
 if TYPE_CHECKING:
@@ -102,19 +102,17 @@ class KeptCall:
     def _attend(self, group: HeadGroup) -> Tensor:
         query = self.call.query if len(self.layer.groups) == 1 else self.call.query[:, self._query_heads(group)]
         mask = self._mask_of(group, query.shape[1])
-        if self.observed and self.tokens == 1:
+        plain = self.call.softcap is None and self.call.sinks is None
+        if self.observed and self.tokens == 1 and plain:
             return self._step(group, query, mask)
-        shared = query.shape[1] > len(group.heads)
+        own = replace(
+            self.call, query=query, key=group.keys, value=group.values, attn_mask=mask, is_causal=False,
+            scale=self.call.factor, enable_gqa=query.shape[1] > len(group.heads), sinks=self._sinks_of(group),
+        )  # fmt: skip
         if self.observed:
             with torch.no_grad():
-                attention = AttentionMap(query, group.keys, mask, False, self.call.factor, shared)
-                group.receive(self._received(attention))
-        return run(
-            replace(
-                self.call, query=query, key=group.keys, value=group.values, attn_mask=mask, is_causal=False,
-                scale=self.call.factor, enable_gqa=shared,
-            )
-        )  # fmt: skip
+                group.receive(self._received(own.map()))
+        return run(own)
 
     def _step(self, group: HeadGroup, query: Tensor, mask: Tensor | None) -> Tensor:
         """One query, whose small matrix is at hand."""
@@ -156,9 +154,25 @@ class KeptCall:
         shared = self.call.query.shape[1] // self._key_heads
         return [head * shared + member for head in group.heads for member in range(shared)]
 
+    def _sinks_of(self, group: HeadGroup) -> Tensor | None:
+        """The sinks of a group's query heads."""
+        sinks = self.call.sinks
+        if sinks is None or len(self.layer.groups) == 1:
+            return sinks
+        return sinks[self._query_heads(group)] if sinks.ndim == 1 else sinks[:, self._query_heads(group)]
+
     def _mask(self) -> Tensor | None:
-        """The call's mask in four dimensions."""
+        """The call's mask in four dimensions.
+
+        Raises:
+            NotImplementedError: one that the model makes from the keys at hand, of fewer than the text has tokens.
+        """
         mask = self.call.attn_mask
+        if mask is not None and self.layer.dropped and mask.shape[-1] != self.layer.seen:
+            raise NotImplementedError(
+                f"compress cannot drop entries of {self.call.place.path}, which makes its mask from the keys at hand: "
+                f"it masks {mask.shape[-1]} where the text has {self.layer.seen} tokens"
+            )
         return mask if mask is None or mask.ndim == 4 else mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
 
     def _mask_of(self, group: HeadGroup, heads: int) -> Tensor | None:

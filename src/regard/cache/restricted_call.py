@@ -37,6 +37,11 @@ class RestrictedCall(KeptCall):
                 f"{type(policy).__name__} chooses among all entries, but another policy dropped some of this cache; "
                 "begin a new cache"
             )
+        if call.softcap is not None or call.sinks is not None:
+            raise ValueError(
+                f"{type(policy).__name__} chooses entries by their logits, and knows no soft cap or sinks, as "
+                f"{call.place.path} has; take another policy"
+            )
         self.keys, self.values = layer.groups[0].keys, layer.groups[0].values
         self.query = call.query.view(*self.keys.shape[:2], -1, call.query.shape[3])
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.cache.compress import compress
+from regard.cache._compress import compress
 from regard.cache.controls import KeepAll
 from regard.cache.policy import Entries
 from regard.cache.streaming_llm import StreamingLLM
-from regard.steer.language.example import next_logits
 from regard.watch import At, watch
 
 
@@ -118,7 +117,10 @@ def _scores(model: Module, samples: Sequence[Sequence[int] | Tensor], by: str) -
 def _attention_to_targets(model: Module, sample: Sequence[int] | Tensor, by: str) -> list[Tensor]:
     """(key heads, query heads of each, tokens that have a target) of each layer that can be compressed."""
     with torch.no_grad(), compress(model, KeepAll()) as cache, watch(model, At(by)) as seen:
-        next_logits(model, sample)
+        ids = torch.as_tensor(sample, device=next(model.parameters()).device)
+        if ids.ndim != 1 or ids.is_floating_point() or not len(ids):
+            raise ValueError(f"a sample must be ids of shape (tokens,), got {ids.dtype} {tuple(ids.shape)}")
+        model(input_ids=ids[None])
     of_layers = torch.as_tensor(seen.dataset()["at"].values)[:, 0, ..., 0]  # (layers, heads, queries)
     layers = zip(cache.report().layers, of_layers, strict=True)
     return [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from regard.cache.compress import compress
+from regard.cache._compress import compress
 from regard.cache.policy import Policy
 from regard.cache.report import Report
 from regard.models import complete as write

@@ -1,7 +1,7 @@
 """Maps: matrices that are never stored, what they are composed to, and the kernels that evaluate them."""
 
-from regard.maps._columns import Segment, Segments, indicator_columns, positions
-from regard.maps.attention import attention
+from regard.maps._attention import attention
+from regard.maps._columns import KeySets, Segment, Segments, indicator_columns, positions
 from regard.maps.attention_map import AttentionMap
 from regard.maps.concatenated_heads import ConcatenatedHeads
 from regard.maps.identity import Identity
@@ -17,6 +17,7 @@ __all__ = [
     "AttentionMap",
     "ConcatenatedHeads",
     "Identity",
+    "KeySets",
     "MixedHeads",
     "Product",
     "Restricted",

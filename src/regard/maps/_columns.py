@@ -18,8 +18,24 @@ Segments = Mapping[str, Segment]
 _RUNS_AT_MOST = 16
 
 
+class KeySets(dict[str, Segment]):
+    """Segments that many maps are asked for: what they come down to is found once."""
+
+    def __init__(self, segments: Segments) -> None:
+        super().__init__(segments)
+        self.found: dict[int, tuple[tuple[slice, ...], ...] | None] = {}
+
+
 def runs(segments: Segments, keys: int) -> tuple[tuple[slice, ...], ...] | None:
     """Each segment as a few runs of neighbouring keys; None where a batch's rows differ or the runs are many."""
+    if not isinstance(segments, KeySets):
+        return _find_runs(segments, keys)
+    if keys not in segments.found:
+        segments.found[keys] = _find_runs(segments, keys)
+    return segments.found[keys]
+
+
+def _find_runs(segments: Segments, keys: int) -> tuple[tuple[slice, ...], ...] | None:
     _check(segments)
     masks = [among(segment, keys, f"segment {name!r}", unit="keys") for name, segment in segments.items()]
     if any(len(mask) > 1 for mask in masks):

@@ -366,6 +366,9 @@ class _Forward:
         if self.mass is not None:
             masses = strip.of_queries(self.mass)
             for number, runs in enumerate(self.request.segments):
+                if not runs:  # a segment of no keys
+                    masses[..., number] = 0
+                    continue
                 torch.sum(exps[..., runs[0]], dim=-1, out=masses[..., number])
                 for run in runs[1:]:
                     masses[..., number] += exps[..., run].sum(dim=-1)

@@ -180,6 +180,14 @@ class AttentionMap(TokenMap):
         return True
 
     @property
+    def has_probability_rows(self) -> bool:
+        """Unless sinks take a part of each row; the entropy is that of the keys in any case."""
+        return self._scores.sinks is None
+
+    def _check_probability_rows(self) -> None:
+        """Rows of one softmax have an entropy, less a sink's part too."""
+
+    @property
     def _row_totals(self) -> Tensor:
         return torch.ones(1, 1, 1, dtype=self.dtype, device=self.device)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.masks.blocks import blocks
+from regard.masks._blocks import blocks
 from regard.masks.mask import Mask, MaskMod
 from regard.masks.tiles import Tiles, Tiling
 

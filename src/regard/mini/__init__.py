@@ -1,5 +1,8 @@
 """The trained language model that ships with the package."""
 
-from regard.mini.mini import Mini, mini
+from regard._callable import make_callable
+from regard.mini._mini import mini, name, path
 
-__all__ = ["Mini", "mini"]
+__all__ = ["mini", "name", "path"]
+
+make_callable(__name__, mini)

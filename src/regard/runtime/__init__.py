@@ -1,6 +1,6 @@
 """How calls of attention are found in a model, where they stand, and the chain of blocks that they go through."""
 
-from regard.runtime.attention import attend, edited_map, read, run
+from regard.runtime.attention import attend, edited_map, read, run, stored
 from regard.runtime.call import AttentionCall, Call, Column, Factor, HiddenCall, Place, unpacked
 from regard.runtime.chain import Block, Proceed, intercept, interceptors, looked_at, unseen
 from regard.runtime.reading import Reading
@@ -31,6 +31,7 @@ __all__ = [
     "looked_at",
     "read",
     "run",
+    "stored",
     "unpacked",
     "unseen",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from regard.maps import AttentionMap
-from regard.runtime.call import AttentionCall, Column, HiddenCall
+from regard.runtime.call import AttentionCall, Column, Factor, HiddenCall
 
 _WIDTH = 8  # the fused operators want widths that are multiples of it
 _FEW_QUERIES = 8  # up to here a bias of (queries, keys) is smaller than a copy of the keys
@@ -35,23 +36,24 @@ plain: Callable[..., Tensor] = functools.partial(
 """PyTorch's own ``scaled_dot_product_attention``, past any interception."""
 
 
-def attend(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCall) -> Tensor:
+def attend(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCall, share: bool = True) -> Tensor:
     """The output of a call at the end of its chain, once what it carries to be read was read.
 
     Args:
         make: the output as the model's own call makes it.
         last: the call as it came through the chain.
         normal: as it went in, in four dimensions.
+        share: whether the output may come from the pass that answers what is read.
     """
-    if not last.readings:
+    if not last.readings or not _is_readable(last):
         return _output(make, last, normal)
-    may_share = all(reading.shares for reading in last.readings) and not (last.edited or last.dropout_p)
+    may_share = share and all(reading.shares for reading in last.readings) and not (last.edited or last.dropout_p)
     may_share = may_share and not last.requires_grad
     with torch.no_grad():
         attention = edited_map(last.detached())
         takes = [reading.ask(attention, last) for reading in last.readings]
         shared = _share(last, attention) if may_share else None
-    output = _output(make, last, normal) if shared is None else _laid_out(shared, last)
+    output = _output(make, last, normal) if shared is None else _laid_out(shared, normal)
     with torch.no_grad():
         for take in takes:
             take()
@@ -76,7 +78,7 @@ def _output(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCa
         output = make()
         shape = (*normal.query.shape[:3], output.shape[-1])
         return output if output.shape == shape else output.reshape(shape)
-    return _laid_out(run(last).to(normal.value.dtype), last)
+    return _laid_out(run(last).to(normal.value.dtype), normal)
 
 
 def _share(call: AttentionCall, attention: AttentionMap) -> Tensor | None:
@@ -89,11 +91,38 @@ def _share(call: AttentionCall, attention: AttentionMap) -> Tensor | None:
 
 def _laid_out(output: Tensor, call: AttentionCall) -> Tensor:
     """The output in memory as PyTorch's operator would have left it, for models take views of it."""
+    if call.is_stored or call.softcap is not None or call.sinks is not None:  # which it does not know
+        return output
     choice = torch._fused_sdp_choice(
         call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal,
         scale=call.scale, enable_gqa=call.enable_gqa,
     )  # fmt: skip
-    return output.contiguous() if choice == 0 else output.transpose(1, 2).contiguous().transpose(1, 2)
+    if choice == 0:
+        return output.contiguous()
+    strides = torch.empty_like(call.query, device="meta").stride()
+    order = sorted(range(4), key=lambda dim: -strides[dim])
+    if not _follows_query(call.query.device, call.query.dtype):
+        order = [0, 2, 1, 3]
+    return output.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
+
+
+@functools.cache
+def _follows_query(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused operators of this PyTorch lay their output out as the query is, or as (batch, tokens, heads, …)."""
+    query = torch.zeros(1, 2, 16, 64, device=device, dtype=dtype)
+    return plain(query, query, query).is_contiguous()
+
+
+def _is_readable(call: AttentionCall) -> bool:
+    """Whether its tensors hold numbers of their own here; meta tensors hold none, those of subclasses elsewhere."""
+    tensor = call.query
+    if tensor.device.type != "meta" and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return True
+    kind = "meta" if tensor.device.type == "meta" else type(tensor).__name__
+    warnings.warn(
+        f"{call.place.path} was not read: of its tensors, {kind}, there is nothing to read here", stacklevel=2
+    )
+    return False
 
 
 def run(call: AttentionCall) -> Tensor:
@@ -115,11 +144,25 @@ def edited_map(call: AttentionCall) -> AttentionMap:
     bare = call.map()
     if not call.columns:
         return bare
+    if call.softcap is not None:  # columns of queries and keys would be capped too; a mask is added after the cap
+        return replace(call, attn_mask=_terms(call), is_causal=False, columns=()).map()
     query, key = _widen(call)
     with torch.no_grad():
         added = sum(_largest(column) for column in call.columns if not column.hides)
         blind = _blind(call)
     return bare.with_columns(query, key, call.factor, added, blind)
+
+
+def stored(call: AttentionCall) -> AttentionCall:
+    """The call with its logits as its mask, for what is to be done to some of them alone; its columns stay apart."""
+    bare = replace(
+        call, query=call.query.detach()[..., :1] * 0, key=call.key.detach()[..., :1] * 0, scale=1.0, softcap=None
+    )
+    scores = (call.query * call.factor) @ call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1).mT
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    mask = scores + _terms(replace(call, columns=()))
+    return replace(bare, attn_mask=mask, is_causal=False)
 
 
 def _largest(column: Column) -> float:
@@ -131,7 +174,7 @@ def edited_dense(call: AttentionCall) -> Tensor:
     matrix = edited_map(call).dense(force=True)
     for factor in call.factors:
         both = factor.query[..., None] & factor.key[:, None, None, :]
-        matrix = torch.where(both, matrix * factor.by, matrix)
+        matrix = torch.where(both, matrix * _factor_by_head(factor), matrix)
     if call.own is not None:
         start = call.place.query_start - call.place.key_start
         identity = torch.eye(call.query.shape[2], call.key.shape[2] - start, dtype=matrix.dtype, device=matrix.device)
@@ -141,6 +184,8 @@ def edited_dense(call: AttentionCall) -> Tensor:
 
 def _softmax_product(call: AttentionCall, value: Tensor) -> Tensor:
     """``P V`` for one V; rows whose keys are all hidden are zero."""
+    if call.softcap is not None or call.sinks is not None:
+        return _without_operator(call, value)
     if not call.columns:
         return _attend(call, call.query, call.key, value, call.attn_mask, call.is_causal, call.scale)
     if call.query.shape[2] <= _FEW_QUERIES:
@@ -161,6 +206,15 @@ def _softmax_product(call: AttentionCall, value: Tensor) -> Tensor:
     return output[..., :values]
 
 
+def _without_operator(call: AttentionCall, value: Tensor) -> Tensor:
+    """The same with a soft cap or sinks, which PyTorch's operator knows neither of."""
+    attention = edited_map(call)
+    if not call.dropout_p:
+        return attention @ value
+    matrix = functional.dropout(attention.dense(force=True).to(value.dtype), call.dropout_p)
+    return matrix @ value.repeat_interleave(matrix.shape[1] // value.shape[1], dim=1)
+
+
 def _with_bias(call: AttentionCall, value: Tensor) -> Tensor:
     """The same for a few queries, as in a decoding step: a bias of (queries, keys) instead of wider keys."""
     key = ("bias", *map(id, call.columns), id(call.attn_mask), call.is_causal)
@@ -171,6 +225,15 @@ def _with_bias(call: AttentionCall, value: Tensor) -> Tensor:
 
 def _bias(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Mask, triangle and columns as one additive mask; which rows (B, H, N, 1) see nothing, None where nothing is hidden."""
+    bias = _terms(call)
+    if not (call.is_causal or call.attn_mask is not None or any(column.hides for column in call.columns)):
+        return bias, None
+    blind = bias.isneginf().all(dim=-1, keepdim=True)
+    return bias.masked_fill(blind, 0.0), blind
+
+
+def _terms(call: AttentionCall) -> Tensor:
+    """All that is added to the logits, (B|1, H|1, N, M): mask, triangle and columns."""
     queries, keys = call.query.shape[2], call.key.shape[2]
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     bias = torch.zeros(1, 1, queries, keys, device=call.query.device, dtype=dtype)
@@ -183,10 +246,7 @@ def _bias(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     for column in call.columns:
         term = column.query[..., None] * column.key[:, None, None, :]
         bias = bias.masked_fill(term > 0, -math.inf) if column.hides else bias + term
-    if not (call.is_causal or call.attn_mask is not None or any(column.hides for column in call.columns)):
-        return bias, None
-    blind = bias.isneginf().all(dim=-1, keepdim=True)
-    return bias.masked_fill(blind, 0.0), blind
+    return bias
 
 
 def _blind(call: AttentionCall) -> Tensor | None:
@@ -196,6 +256,7 @@ def _blind(call: AttentionCall) -> Tensor | None:
         return None
     shape = (*call.query.shape[:3], 1)
     zeros = replace(call, query=call.query.new_zeros(*call.query.shape[:3], _WIDTH), columns=tuple(hidden), scale=1.0)
+    zeros = replace(zeros, softcap=None, sinks=None, dropout_p=0.0)
     zeros = replace(zeros, key=call.key.new_zeros(*call.key.shape[:3], _WIDTH))
     seen = _softmax_product(zeros, call.key.new_ones(*call.key.shape[:3], 1))
     return (seen == 0).expand(shape)[..., 0]
@@ -233,7 +294,7 @@ def _split(term: Tensor, dtype: torch.dtype) -> list[Tensor]:
 def _expand_heads(call: AttentionCall) -> AttentionCall:
     """Keys and values of each query head's own, where the factors differ between heads that share them."""
     groups = call.query.shape[1] // call.key.shape[1]
-    if groups == 1 or all(factor.query.shape[1] == 1 for factor in call.factors):
+    if groups == 1 or not any(_differs_by_head(factor) for factor in call.factors):
         return call
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (call.key, call.value))
     return replace(call, key=key, value=value, enable_gqa=False)
@@ -245,7 +306,9 @@ def _values(call: AttentionCall) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     for factor in call.factors:
         every_row = factor.query.shape[2] == 1
         keys = factor.key[:, None, :, None]
-        scaled = functools.partial(_scaled, chosen=factor.query[..., None] & keys if every_row else keys, by=factor.by)
+        scaled = functools.partial(
+            _scaled, chosen=factor.query[..., None] & keys if every_row else keys, by=_factor_by_head(factor)
+        )
         if every_row:
             value, others = scaled(value), [(rows, scaled(other)) for rows, other in others]
         else:
@@ -253,8 +316,17 @@ def _values(call: AttentionCall) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     return value, others
 
 
-def _scaled(value: Tensor, chosen: Tensor, by: float) -> Tensor:
-    return torch.where(chosen, value * by, value)
+def _differs_by_head(factor: Factor) -> bool:
+    return factor.query.shape[1] > 1 or (isinstance(factor.by, Tensor) and factor.by.shape[1] > 1)
+
+
+def _factor_by_head(factor: Factor) -> float | Tensor:
+    """The number, or (1, H|1, 1, 1)."""
+    return factor.by[..., None] if isinstance(factor.by, Tensor) else factor.by
+
+
+def _scaled(value: Tensor, chosen: Tensor, by: float | Tensor) -> Tensor:
+    return torch.where(chosen, (value * by).to(value.dtype), value)
 
 
 def _own_values(call: AttentionCall) -> Tensor:

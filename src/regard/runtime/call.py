@@ -90,7 +90,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Factor:
-    """A factor of an edited call's probabilities, after the softmax: ``by`` where ``query`` and ``key`` (booleans) hold."""
+    """A factor of an edited call's probabilities, after the softmax: ``by``, a number or (1, H|1, 1), where ``query``
+    (B|1, H|1, N|1) and ``key`` (B|1, M), booleans, hold.
+    """
 
     query: Tensor
     key: Tensor
@@ -102,8 +104,9 @@ class AttentionCall:
     """The arguments of one call of attention, and what edits made of it.
 
     Tensors are (batch, heads, tokens, head_dim). The first eight arguments are those of scaled_dot_product_attention;
-    ``softcap`` c makes of each logit s ``c·tanh(s/c)`` before the mask, ``sinks`` (Hq,) is one more logit of each row, whose
-    probability goes nowhere.
+    ``softcap`` c makes of each logit s ``c·tanh(s/c)`` before the mask, ``sinks`` (Hq,) or (B, Hq, N) are one more logit of
+    each row, whose probability goes nowhere. Of a call that ``is_stored`` only the logits are known: they are its
+    ``attn_mask``, its queries and keys are zeros.
 
     Edits change the tensors, or add to what follows: ``columns`` of the logits, ``factors`` of the probabilities, rows that
     are their ``own`` value (B|1, H, N) instead, a ``gate`` (B|1, H|1, N|1) of the output, and what is ``added`` to it
@@ -120,6 +123,7 @@ class AttentionCall:
     enable_gqa: bool = False
     softcap: float | None = None
     sinks: Tensor | None = None
+    is_stored: bool = False
     place: Place = field(default_factory=Place)
     columns: tuple[Column, ...] = ()
     factors: tuple[Factor, ...] = ()
@@ -168,6 +172,7 @@ class AttentionCall:
         return replace(
             self, query=self.query.detach(), key=self.key.detach(), value=self.value.detach(),
             attn_mask=None if mask is None else mask.detach(), sinks=None if sinks is None else sinks.detach(),
+            columns=tuple(replace(column, query=column.query.detach()) for column in self.columns),
         )  # fmt: skip
 
     def to(self, dtype: torch.dtype) -> AttentionCall:
@@ -194,7 +199,7 @@ class AttentionCall:
             key=self.key[:, key_heads],
             value=self.value[:, [head * self.value.shape[1] // self.query.shape[1] for head in index]],
             attn_mask=mask,
-            sinks=None if self.sinks is None else self.sinks[index],
+            sinks=_of_heads(self.sinks, index),
             enable_gqa=False,
         )
 
@@ -204,7 +209,46 @@ class AttentionCall:
         if torch.is_autocast_enabled(query.device.type):  # what the operator itself would do to its inputs
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key = query.to(dtype), key.to(dtype)
-        return AttentionMap(query, key, self.attn_mask, self.is_causal, self.scale, self.enable_gqa)
+        return AttentionMap(
+            query,
+            key,
+            self.attn_mask,
+            self.is_causal,
+            self.scale,
+            self.enable_gqa,
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )
+
+    def require_queries(self, asker: str) -> None:
+        """Refuse what would change queries or keys, where they are not known."""
+        if self.is_stored:
+            raise ValueError(
+                f"{asker}: {self.place.path} computes its softmax itself, so its queries and keys are not seen; "
+                "edit its logits, as Reweight, Bias and Block do, or choose other layers with layers="
+            )
+
+
+def _of_heads(sinks: Tensor | None, index: list[int]) -> Tensor | None:
+    return sinks if sinks is None else sinks[index] if sinks.ndim == 1 else sinks[:, index]
+
+
+def stored_call(logits: Tensor, value: Tensor, sinks: Tensor | None = None, dropout_p: float = 0.0) -> AttentionCall:
+    """The call of logits (B, H, N, M) that are stored, beside values (B, H, M, D): whoever made them, they are its mask."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    batch, heads, queries, keys = logits.shape
+    zero = torch.zeros((), dtype=dtype, device=logits.device)
+    return AttentionCall(
+        zero.expand(batch, heads, queries, 1), zero.expand(batch, heads, keys, 1), value.to(dtype),
+        without_hidden(logits.to(dtype), torch.finfo(logits.dtype).min),
+        dropout_p=dropout_p, scale=1.0, sinks=sinks, is_stored=True,
+    )  # fmt: skip
+
+
+def without_hidden(mask: Tensor, least: float | None = None) -> Tensor:
+    """An additive mask with −∞ for the least numbers of its dtype, by which models hide; not in rows that hide all."""
+    hidden = mask < (torch.finfo(mask.dtype).min if least is None else least) / 2
+    return mask.masked_fill(hidden & ~hidden.all(dim=-1, keepdim=True), -math.inf)
 
 
 @dataclass(frozen=True)
@@ -241,7 +285,9 @@ def normalize(call: AttentionCall, module: Module | None, tokens: int | None) ->
         module: that made it.
         tokens: that the module was given, where it is known.
     """
-    call = _unpack_grouped_heads(call, module, tokens)
+    if call.is_stored:
+        return call
+    call = _unpack_grouped_heads(_broadcast(call), module, tokens)
     if call.query.ndim == 4:
         return call
     mask, lead = call.attn_mask, call.query.shape[:-3]
@@ -249,6 +295,27 @@ def normalize(call: AttentionCall, module: Module | None, tokens: int | None) ->
         mask = _to_four(mask, lead)
     query, key, value = (_to_four(tensor, lead) for tensor in (call.query, call.key, call.value))
     return replace(call, query=query, key=key, value=value, attn_mask=mask)
+
+
+def _broadcast(call: AttentionCall) -> AttentionCall:
+    """Queries for every batch row and head that keys and values have, and keys and values for every batch row."""
+    tensors = (call.query, call.key, call.value)
+    batch, heads = tensors[0].shape[:-3], tensors[0].shape[-3:-2]
+    if all(t.shape[:-3] == batch and (call.enable_gqa or t.shape[-3:-2] in (heads, (1,))) for t in tensors):
+        return call
+    front = output_shape(call)[:-2]
+    query, key, value = (t.reshape(*[1] * (len(front) + 2 - t.ndim), *t.shape) for t in tensors)
+    query = query.expand(*front, *query.shape[-2:])
+    key, value = (t.expand(*front[:-1], *t.shape[-3:]) for t in (key, value))
+    return replace(call, query=query, key=key, value=value)
+
+
+def output_shape(call: AttentionCall) -> tuple[int, ...]:
+    """Of what the operator returns for it: queries, keys and values may differ in front as broadcasting lets them."""
+    own = 3 if call.enable_gqa else 2
+    tensors = (call.query, call.key, call.value)
+    front = torch.broadcast_shapes(*(tensor.shape[:-own] for tensor in tensors))
+    return (*front, *call.query.shape[-own:-1], call.value.shape[-1])
 
 
 def _to_four(tensor: Tensor, lead: torch.Size) -> Tensor:

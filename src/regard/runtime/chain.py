@@ -1,25 +1,25 @@
 """The chain that every call goes through: blocks nest in the order in which they were entered, as middleware does.
 
-A block belongs to where it was entered: to that thread, to the asyncio tasks begun in it, and, if it names a model, to the
-threads that begin while it is open, such as one that runs ``generate`` for a streamer. Others are never touched.
+A block belongs to where it was entered: to that thread or asyncio task, and to the threads and tasks begun in it, such as
+one that runs ``generate`` for a streamer. Others are never touched.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, Protocol
-from weakref import ReferenceType, WeakSet, ref
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from regard.runtime import unseen_model
-from regard.runtime.call import AttentionCall, HiddenCall, Place, normalize
+from regard.runtime.call import AttentionCall, HiddenCall, Place, normalize, output_shape
 from regard.runtime.stack import Stack
 from regard.runtime.tracker import Site, Tracker
 from regard.tokens import Selection
@@ -56,15 +56,15 @@ class Block:
     """An interceptor while it is entered. Who enters it holds it: one that is lost to an interrupt is closed."""
 
     def __init__(self, interceptor: Interceptor, model: Module | None) -> None:
+        model = getattr(model, "_orig_mod", model)  # inside what torch.compile returns, whose generate passes it by
         shared = (block.tracker for block in _here_open() if block.tracker.model is model)
         self.interceptor = interceptor
         self.tracker = next(shared, None) or Tracker(model)
         self.first_pass = self.tracker.passes
         self.seen: dict[int, str] = {}  # paths of the calls that the model made, by number
         self.mixers: set[int] = set()  # numbers of those that have no queries and keys
+        self.softmaxes: dict[tuple[Module, str], None] = {}  # taken, and in no product with values: module and line
         self.is_open = False
-        self._elsewhere = WeakSet(threading.enumerate())
-        self._elsewhere.discard(threading.current_thread())
 
     def open(self) -> None:
         """Have the calls made from here on intercepted."""
@@ -82,10 +82,6 @@ class Block:
             if reference() is self:
                 _forget(reference)
 
-    def adopts(self, thread: threading.Thread) -> bool:
-        """Whether a thread without blocks of its own is one that began in this one."""
-        return self.tracker.model is not None and thread not in self._elsewhere
-
     @property
     def passes(self) -> int:
         """How many passes the model has made in it."""
@@ -100,18 +96,29 @@ class Block:
         return selection.wants_pass(site.pass_index) and selection.wants(site.path, site.layer, self.layers(selection))
 
     def check(self) -> None:
-        """Refuse a block in which no call was seen, with what to do about it."""
+        """Refuse a block in which no call was seen, with what to do about it; say what else was not seen."""
+        model = self.tracker.model
+        softmaxes = unseen_model.name_softmaxes(model, self.softmaxes)
         if not self.seen:
-            raise RuntimeError(unseen_model.explain(self.tracker.model))
+            raise RuntimeError(unseen_model.explain(model, softmaxes))
+        unseen_model.warn(model, self.seen.values(), softmaxes)
 
 
-_here: ContextVar[tuple[ReferenceType[Block], ...] | None] = ContextVar("regard", default=None)
+_here: ContextVar[tuple[ReferenceType[Block], ...]] = ContextVar("regard", default=())
 _everywhere: list[ReferenceType[Block]] = []
+PLAIN_START = threading.Thread.start
+"""Python's own ``Thread.start``."""
+
+
+class _Calls(list[AttentionCall]):
+    """A list that can be referred to weakly."""
 
 
 class _Local(threading.local):
-    busy = False  # with a call: what is computed for it is not looked at
-    finished: list[AttentionCall] | None = None
+    """What a thread is at. Weak: what an interrupt kept from being put back ends with the frame that holds it."""
+
+    unseen: ReferenceType[_Calls] | None = None
+    finished: ReferenceType[_Calls] | None = None
 
 
 _local = _Local()
@@ -124,34 +131,63 @@ def _forget(reference: ReferenceType[Block]) -> None:
 
 def _here_open() -> list[Block]:
     """The blocks that calls made here go through."""
+    references: Iterable[ReferenceType[Block]] = _here.get()
+    if not references and recomputing() and isinstance(threading.current_thread(), threading._DummyThread):
+        references = list(_everywhere)  # a thread of autograd's own, which recomputes for who knows whom
+    return [block for reference in references if (block := reference()) is not None and block.is_open]
+
+
+def start(thread: threading.Thread) -> None:
+    """``threading.Thread.start``, for a thread that goes on in the blocks of the one that begins it."""
     here = _here.get()
-    if here is not None:
-        return [block for reference in here if (block := reference()) is not None and block.is_open]
-    if not _everywhere:
-        return []
-    thread = threading.current_thread()
-    every = [block for reference in list(_everywhere) if (block := reference()) is not None]
-    return [block for block in every if block.is_open and block.adopts(thread)]
+    run = thread.run
+
+    def run_here() -> None:
+        _here.set(here)
+        run()
+
+    if here:
+        thread.run = run_here  # type: ignore[method-assign]
+    PLAIN_START(thread)
+
+
+def _busy() -> bool:
+    """Whether this thread is with a call: what is computed for it is not looked at."""
+    return _local.unseen is not None and _local.unseen() is not None
 
 
 @contextmanager
 def unseen() -> Iterator[None]:
     """Let this thread's calls run as they are, past everybody: they are parts of one that was seen, or read it."""
-    before, _local.busy = _local.busy, True
+    before, held = _local.unseen, _Calls()
     try:
+        _local.unseen = ref(held)
         yield
     finally:
-        _local.busy = before
+        _local.unseen = before
 
 
 @contextmanager
 def finished() -> Iterator[list[AttentionCall]]:
     """The calls that this thread makes in the block, as they are at the end of their chains."""
-    before, _local.finished = _local.finished, []
+    before, calls = _local.finished, _Calls()
     try:
-        yield _local.finished
+        _local.finished = ref(calls)
+        yield calls
     finally:
         _local.finished = before
+
+
+def note_softmax(module: Module, line: str) -> None:
+    """A module takes a softmax, which is not known to be one over keys before it enters a product with values."""
+    for block in _here_open():
+        block.softmaxes[module, line] = None
+
+
+def forget_softmax(module: Module, line: str) -> None:
+    """It has entered one."""
+    for block in _here_open():
+        block.softmaxes.pop((module, line), None)
 
 
 def some_open() -> bool:
@@ -161,9 +197,7 @@ def some_open() -> bool:
 
 def looked_at() -> bool:
     """Whether a call made now goes through any block: what is made for `intercept` alone is made only then."""
-    return (
-        bool(_everywhere) and not (_local.busy or torch.compiler.is_compiling() or recomputing()) and bool(_here_open())
-    )
+    return bool(_everywhere) and not (_busy() or torch.compiler.is_compiling() or recomputing()) and bool(_here_open())
 
 
 def edited() -> bool:
@@ -190,24 +224,30 @@ def intercept(call: Any, finish: Callable[[Any, Any], Tensor], *, label: str = "
         label: for the call's path, beside that of the module that runs.
         past: the number of tokens before the call's own, where its maker knows.
     """
-    blocks = [] if _local.busy or torch.compiler.is_compiling() else _here_open()
+    blocks = [] if _busy() or torch.compiler.is_compiling() else _here_open()
     links = _links(blocks, label, isinstance(call, HiddenCall)) if blocks else []
-    if not links:
+    if not links or _is_empty(call):
         return _finish(call, call, finish)
     normal = normalize(call, *links[0][1].maker) if isinstance(call, AttentionCall) else call
     with unseen():
         output = _Passage(links, lambda last: _finish(last, normal, finish), past).enter(normal)
     if isinstance(call, HiddenCall) or output.shape[:-1] == call.query.shape[:-1]:
         return output
-    return output.reshape(*call.query.shape[:-1], output.shape[-1])
+    return output.reshape(*output_shape(call)[:-1], output.shape[-1])
 
 
 Link = tuple[Block, Site]
 
 
+def _is_empty(call: AttentionCall | HiddenCall) -> bool:
+    """Whether there is nothing in it to be read or changed."""
+    return isinstance(call, AttentionCall) and not (call.query.numel() and call.key.numel() and call.value.numel())
+
+
 def _finish(last: Any, normal: Any, finish: Callable[[Any, Any], Tensor]) -> Tensor:
-    if _local.finished is not None:
-        _local.finished.append(last)
+    calls = None if _local.finished is None else _local.finished()
+    if calls is not None:
+        calls.append(last)
     return finish(last, normal)
 
 

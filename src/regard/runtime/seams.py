@@ -3,7 +3,8 @@
 ``scaled_dot_product_attention`` is replaced in PyTorch's dispatcher, below every name that it was imported under, once for
 the process: to register kernels and take them away again under calls of other threads crashes PyTorch. While some block
 is open, what would go around it is led back: the fast path of PyTorch's transformer layers, the kernels that a `CausalBias`
-picks by itself, ``need_weights=True`` of `nn.MultiheadAttention`, and compiled code.
+picks by itself, ``need_weights=True`` of `nn.MultiheadAttention`, compiled code, and threads that begin there; and the eager
+attention of the model's own files goes through the chain too.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, functional
 
-from regard.runtime import attention, beams, chain, multi_head
+from regard.runtime import attention, beams, chain, eager, multi_head, softmax
 from regard.runtime.call import AttentionCall
 from regard.runtime.chain import Block, Interceptor
 
@@ -30,7 +31,8 @@ _KERNELS = ("CompositeExplicitAutograd", "Autograd")  # every device, without an
 _MULTI_HEAD = "multi_head_attention_forward"
 _lock = threading.RLock()
 _library: list[Any] = []
-_put_back: ExitStack | None = None
+_put_back: list[Callable[[], object]] = []  # the steps that undo, in the order of what they undo
+_led_back = False
 
 
 @contextmanager
@@ -40,25 +42,49 @@ def entered(interceptor: Interceptor, model: Module | None) -> Iterator[Block]:
     try:
         block.open()
         _arrange()
+        _lead_eager(model)
         yield block
     finally:
-        block.close()
-        _arrange()
+        try:
+            _surely(block.close)
+        finally:
+            softmax.release()
+            _surely(_arrange)
+
+
+def _surely(step: Callable[[], None]) -> None:
+    """Run a step that may be run twice to its end, also where an interrupt comes into it."""
+    try:
+        step()
+    except BaseException:
+        step()
+        raise
 
 
 def _arrange() -> None:
     """Lead calls to the chain while some block is open, and put everything back when none is."""
-    global _put_back
+    global _led_back
     with _lock:
         if chain.some_open():
             _register()
             beams.install()
-            if _put_back is None:
-                _put_back = ExitStack()
-                _lead_back(_put_back)
-        elif _put_back is not None:
-            _put_back.close()
-            _put_back = None
+            if not _led_back:
+                _lead_back()
+                _led_back = True
+        else:
+            for undo in reversed(_put_back):
+                undo()
+            _led_back = False
+            _put_back.clear()
+
+
+def _lead_eager(model: Module | None) -> None:
+    """Have the eager attention of a model's files go through the chain too; those that do already are not taken twice."""
+    with _lock:
+        for holder in eager.holders(model):
+            function = eager.wrapper(vars(holder)[eager.NAME])
+            if function is not None:
+                _replace(holder, eager.NAME, function)
 
 
 def _register() -> None:
@@ -68,35 +94,40 @@ def _register() -> None:
     _library.append(library)
     for kernel in _KERNELS:
         library.impl("scaled_dot_product_attention", _attention, kernel)
+        library.impl("softmax.int", softmax.kernel, kernel)
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
     """What runs in place of PyTorch's attention, in every thread."""
     if not chain.some_open():
+        if _put_back:  # a block was lost to an interrupt
+            _arrange()
         return attention.plain(*args, **kwargs)
     make = functools.partial(attention.plain, *args, **kwargs)
     return chain.intercept(AttentionCall(*args, **kwargs), functools.partial(attention.attend, make))
 
 
-def _lead_back(put_back: ExitStack) -> None:
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    put_back.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+def _lead_back() -> None:
+    mha = torch.backends.mha
+    _put_back.append(functools.partial(mha.set_fastpath_enabled, mha.get_fastpath_enabled()))
+    mha.set_fastpath_enabled(False)
+    _replace(threading.Thread, "start", chain.start)
     for owner in _holders():
-        _replace(owner, _MULTI_HEAD, multi_head.forward, put_back)
+        _replace(owner, _MULTI_HEAD, multi_head.forward)
     bias = sys.modules.get("torch.nn.attention.bias")
     if bias is not None:
-        _replace(bias.CausalBias, "_dispatch", staticmethod(_with_plain_mask), put_back)
+        _replace(bias.CausalBias, "_dispatch", staticmethod(_with_plain_mask))
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:  # or nothing was compiled yet
-        put_back.enter_context(torch.compiler.set_stance("force_eager"))
+        stance = torch.compiler.set_stance("force_eager")
+        _put_back.append(functools.partial(stance.__exit__, None, None, None))
 
 
 @functools.lru_cache(maxsize=1)
 def _holders_among(number: int) -> list[Any]:
-    function = multi_head.PLAIN
+    functions = (multi_head.PLAIN, multi_head.forward)
     every = list(sys.modules.values())
-    return [module for module in every if getattr(module, "__dict__", {}).get(_MULTI_HEAD) is function]
+    return [module for module in every if getattr(module, "__dict__", {}).get(_MULTI_HEAD) in functions]
 
 
 def _holders() -> list[Any]:
@@ -104,8 +135,8 @@ def _holders() -> list[Any]:
     return _holders_among(len(sys.modules))
 
 
-def _replace(owner: Any, name: str, function: Any, put_back: ExitStack) -> None:
-    put_back.callback(setattr, owner, name, vars(owner)[name])
+def _replace(owner: Any, name: str, function: Any) -> None:
+    _put_back.append(functools.partial(setattr, owner, name, vars(owner)[name]))
     setattr(owner, name, function)
 
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
 from torch.nn import Module
 
 _CALL = Module._call_impl.__code__
+_TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,19 @@ class Stack:
         if self._direct is None:  # a forward that was called by itself has no frame of a call
             self._direct = list(_forwarded(self._start))
         return _up_to(model, self._direct)
+
+
+def caller() -> tuple[Module | None, str]:
+    """The innermost module that runs, and the line of its own code, or of what it calls, that is run."""
+    frame: FrameType | None = sys._getframe(2)
+    line = ""
+    while frame is not None:
+        if frame.f_code is _CALL:
+            return frame.f_locals["self"], line
+        if not line and not frame.f_code.co_filename.startswith(_TORCH):
+            line = f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}"
+        frame = frame.f_back
+    return None, line
 
 
 def _up_to(model: Module, frames: list[Frame]) -> list[Frame] | None:

@@ -107,7 +107,7 @@ class Tracker:
             past = _tokens_before(cache, cache_layer, queries)
         continues, query_start, key_start = text.place(value, queries, past)
         if not continues:
-            text = Text()
+            text = Text(_cut(text.token_ids, past, value.shape[0]))
         texts[site.path] = text
         text.extend(value, queries, query_start, self._longer_ids(site, text.token_ids, queries, cache))
         return Place(
@@ -176,6 +176,13 @@ class Tracker:
         if token_ids is None or order is None or len(order) != len(token_ids):
             return token_ids
         return token_ids[order.to(token_ids.device)]
+
+
+def _cut(token_ids: Tensor | None, past: int | None, batch: int) -> Tensor | None:
+    """The ids of a text whose last tokens were taken back, as by a cache that is cropped to the candidates accepted."""
+    if token_ids is None or not past or token_ids.shape[1] < past or token_ids.shape[0] != batch:
+        return None
+    return token_ids[:, :past]
 
 
 def _token_ids(site: Site, queries: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Add directions to queries and keys."""
+"""Add directions to queries, keys, values and outputs of heads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regard.runtime import AttentionCall
 from regard.steer.edit import Edit, key_set, query_set
 from regard.tokens import Where
 
-Direction = Sequence[float] | Tensor
+Direction = Sequence[float] | Sequence[Sequence[float]] | Tensor
 
 
 @dataclass(frozen=True, repr=False)
@@ -20,7 +20,7 @@ class AddToQuery(Edit):
     """``q'_i = q_i + direction``, as the call sees queries: after rotary positions.
 
     Args:
-        direction: (head_dim,) for all chosen heads, or (heads, head_dim) for each of the layer's.
+        direction: (head_dim,) for all chosen heads, or (heads, head_dim) for each of the layer's; a tensor may be learned.
         queries: only these; all by default.
 
     Raises:
@@ -40,15 +40,20 @@ class AddToQuery(Edit):
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """Longer queries."""
         rows = query_set(self.queries, call, heads)[..., None]
-        return replace(call, query=torch.where(rows, call.query + _direction(self, call), call.query))
+        direction = _direction(self, call, call.query.shape[3])
+        return replace(call, query=torch.where(rows, call.query + direction, call.query))
 
 
 @dataclass(frozen=True, repr=False)
 class AddToKey(Edit):
     """``k'_j = k_j + direction``, as the chosen heads see keys: after rotary positions.
 
+    Added to every key a direction moves all logits of a query alike, which no softmax notices but one with a sink's logit or
+    a soft cap: it is the choice of ``keys`` that counts.
+
     Args:
-        direction: (head_dim,) for all chosen heads, or (heads, head_dim) for each of the layer's query heads.
+        direction: (head_dim,) for all chosen heads, or (heads, head_dim) for each of the layer's query heads; a tensor may
+            be learned.
         keys: only these; all by default.
 
     Raises:
@@ -67,22 +72,101 @@ class AddToKey(Edit):
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """Longer keys; keys of their own for every query head, where those that share them differ."""
-        direction = _direction(self, call)
-        chosen = heads[None, :, None, None]
-        if self.keys is not None:
-            chosen = chosen & key_set(self.keys, call)[:, None, :, None]
+        direction = _direction(self, call, call.key.shape[3])
         if len(heads) == len(direction) == 1:
-            return replace(call, key=torch.where(chosen, call.key + direction, call.key))
-        groups = call.query.shape[1] // call.key.shape[1]
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (call.key, call.value))
-        key = torch.where(chosen, key + direction, key)
-        return replace(call, key=key, value=value, enable_gqa=False)
+            return replace(call, key=torch.where(_keys(self.keys, call, heads), call.key + direction, call.key))
+        call = with_own_keys(call)
+        return replace(call, key=torch.where(_keys(self.keys, call, heads), call.key + direction, call.key))
 
 
-def _direction(edit: AddToQuery | AddToKey, call: AttentionCall) -> Tensor:
-    """(H|1, 1, D)."""
+@dataclass(frozen=True, repr=False)
+class AddToValue(Edit):
+    """``v'_j = v_j + direction``, as the chosen heads find values: each output moves by its attention to these keys.
+
+    Args:
+        direction: (width,) for all chosen heads, or (heads, width) for each of the layer's query heads; a tensor may be
+            learned.
+        keys: only these; all by default, which moves each output by the direction, as `AddToOutput` does.
+
+    Raises:
+        ValueError: a direction of another shape.
+
+    >>> import torch, regard
+    >>> from torch.nn.functional import scaled_dot_product_attention as attention
+    >>> q, k, v = torch.zeros(3, 1, 1, 4, 2)
+    >>> with regard.steer(None, regard.AddToValue([8.0, 4.0], keys=[0])):
+    ...     attention(q, k, v)[0, 0, 0]
+    tensor([2., 1.])
+    """
+
+    direction: Direction
+    keys: Where | None = None
+
+    def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
+        """Other values; values of their own for every query head, where those that share them differ."""
+        direction = _direction(self, call, call.value.shape[3])
+        if not len(heads) == len(direction) == 1:
+            call = with_own_keys(call)
+        return replace(call, value=torch.where(_keys(self.keys, call, heads), call.value + direction, call.value))
+
+
+@dataclass(frozen=True, repr=False)
+class AddToOutput(Edit):
+    """``O'_i = O_i + direction``: to what heads put out, before the heads are mixed.
+
+    Gates before it do not scale the direction, gates after it do.
+
+    Args:
+        direction: (width,) for all chosen heads, or (heads, width) for each of the layer's; a tensor may be learned. In the
+            paper it is α σ θ: a strength, the deviation of outputs along the direction, and a direction of length 1.
+        queries: only these; all by default.
+
+    Raises:
+        ValueError: a direction of another shape.
+
+    K. Li, O. Patel, F. Viégas, H. Pfister, M. Wattenberg (2023), Inference-Time Intervention: Eliciting Truthful Answers from
+    a Language Model.
+
+    >>> import torch, regard
+    >>> from torch.nn.functional import scaled_dot_product_attention as attention
+    >>> q, k, v = torch.zeros(3, 1, 2, 3, 2)
+    >>> with regard.steer(None, regard.AddToOutput([3.0, 1.0], queries=-1, heads=1)):
+    ...     attention(q, k, v)[0, 1]
+    tensor([[0., 0.],
+            [0., 0.],
+            [3., 1.]])
+    """
+
+    direction: Direction
+    queries: Where | None = None
+
+    def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
+        """More to add."""
+        direction = _direction(self, call, call.value.shape[3])
+        rows = query_set(self.queries, call, heads)[..., None]
+        more = torch.where(rows, direction, direction.new_zeros(()))
+        return replace(call, added=more if call.added is None else call.added + more)
+
+
+def _keys(where: Where | None, call: AttentionCall, heads: Tensor) -> Tensor:
+    """(B|1, H|1, M|1, 1) boolean: these keys of the chosen heads."""
+    chosen = heads[None, :, None, None]
+    return chosen if where is None else chosen & key_set(where, call)[:, None, :, None]
+
+
+def with_own_keys(call: AttentionCall) -> AttentionCall:
+    """The call with a key and a value head for each query head."""
+    number = call.query.shape[1]
+    key, value = (tensor.repeat_interleave(number // tensor.shape[1], dim=1) for tensor in (call.key, call.value))
+    return replace(call, key=key, value=value, enable_gqa=False)
+
+
+def _direction(edit: AddToQuery | AddToKey | AddToValue | AddToOutput, call: AttentionCall, width: int) -> Tensor:
+    """(H|1, 1, width)."""
+    if isinstance(edit, AddToQuery | AddToKey):
+        call.require_queries(type(edit).__name__)
     direction = torch.as_tensor(edit.direction, dtype=call.query.dtype, device=call.query.device)
-    heads, width = call.query.shape[1], call.query.shape[3]
+    heads = call.query.shape[1]
     if direction.shape not in ((width,), (heads, width)):
         raise ValueError(
             f"{type(edit).__name__} needs a direction of shape ({width},) or ({heads}, {width}) for {call.place.path}, "

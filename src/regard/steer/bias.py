@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from regard.runtime import AttentionCall, Column
-from regard.steer.edit import Edit, check_number, column, key_set, query_set, with_column
+from regard.steer.edit import Edit, Strength, check_strength, column, key_set, query_set, strength, with_column
 from regard.tokens import Where
 
 
@@ -17,7 +17,8 @@ class Bias(Edit):
 
     Args:
         keys: as for `Reweight`.
-        by: any finite number; log α does what ``Reweight(keys, α)`` does.
+        by: any finite number, or a tensor of one or of one for each head of the layer, which may be learned;
+            log α does what ``Reweight(keys, α)`` does.
         queries: only these queries; all by default.
 
     Raises:
@@ -32,16 +33,17 @@ class Bias(Edit):
     """
 
     keys: Where
-    by: float
+    by: Strength
     queries: Where | None = None
 
     def __post_init__(self) -> None:
-        check_number(self, "by")
+        check_strength(self, "by")
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """One more column."""
+        by = strength(self, "by", call)
 
         def make() -> Column:
-            return column(query_set(self.queries, call, heads), float(self.by), key_set(self.keys, call), call)
+            return column(query_set(self.queries, call, heads), by, key_set(self.keys, call), call)
 
-        return with_column(self, call, heads, make)
+        return call.with_column(make()) if isinstance(by, Tensor) else with_column(self, call, heads, make)

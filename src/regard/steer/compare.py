@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -30,6 +31,12 @@ class Comparison:
     edits: tuple[Edit, ...]
     plain: Said
     steered: Said
+
+    @property
+    def shared(self) -> str:
+        """How both completions begin."""
+        pairs = zip(self.plain.completion, self.steered.completion, strict=False)
+        return "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def compare(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from regard.runtime import AttentionCall, Column
 from regard.tokens import Heads, Layers, Passes, Where, resolve
@@ -74,6 +75,59 @@ def query_set(where: Where | None, call: AttentionCall, heads: Tensor) -> Tensor
     return chosen & _resolved(where, call, call.place.query_start, call.query.shape[2], "queries")[:, None]
 
 
+def _filled(call: AttentionCall, start: int, length: int) -> int:
+    """How many of these tokens the text has: the keys of a static cache go on beyond it, up to the cache's length."""
+    layers, number = getattr(call.place.cache, "layers", ()), call.place.cache_layer
+    layer = layers[number] if number is not None and number < len(layers) else None
+    if getattr(layer, "max_cache_len", None) != call.key.shape[2]:
+        return length
+    return max(min(length, call.place.query_start + call.query.shape[2] - start), 0)
+
+
+Strength = float | Sequence[float] | Tensor
+"""How much: a number, or a tensor of one, or of one for each head of a layer; a tensor may be learned."""
+
+
+def check_strength(edit: Edit, name: str, low: float = -math.inf, high: float = math.inf) -> None:
+    """Refuse a strength that is NaN, infinite, out of range, or of more dimensions than one."""
+    value = getattr(edit, name)
+    if not isinstance(value, Tensor | list | tuple):
+        check_number(edit, name, low, high)
+        return
+    try:
+        tensor = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{type(edit).__name__} needs {name} to hold numbers, got {value!r}") from error
+    if tensor.ndim > 1 or not tensor.numel() or tensor.dtype == torch.bool or tensor.is_complex():
+        raise ValueError(
+            f"{type(edit).__name__} needs {name} to be a number, or a tensor of shape () or (heads,), got {tensor.dtype} of "
+            f"shape {tuple(tensor.shape)}"
+        )
+    wrong = ~(tensor.isfinite() & (tensor >= low) & (tensor <= high))
+    if bool(wrong.any()):
+        between = _between(low, high)
+        raise ValueError(f"{type(edit).__name__} needs each of {name} to be a {between}, got {tensor[wrong].tolist()}")
+
+
+def strength(
+    edit: Edit, name: str, call: AttentionCall, low: float = -math.inf, high: float = math.inf
+) -> float | Tensor:
+    """The number, or a tensor (1, H|1, 1) on the call's device, in float32 at least, through which gradients go."""
+    value = getattr(edit, name)
+    if not isinstance(value, Tensor | list | tuple):
+        return float(value)
+    check_strength(edit, name, low, high)  # again, for an optimizer may have moved it
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    tensor = torch.as_tensor(value, dtype=dtype, device=call.query.device)
+    heads = call.query.shape[1]
+    if tensor.ndim and len(tensor) != heads:
+        raise ValueError(
+            f"{type(edit).__name__}: {name} is of {len(tensor)} heads, but {call.place.path} has {heads}; give one for each "
+            "head of the layer, chosen or not, and choose layers that have as many with layers="
+        )
+    return tensor.reshape(1, -1, 1)
+
+
 def with_column(edit: Edit, call: AttentionCall, heads: Tensor, make: Callable[[], Column]) -> AttentionCall:
     """The call with one more column, made once for the layers of a pass for which it is the same."""
     shape = (call.query.shape[0], call.query.shape[2], call.key.shape[2], call.place.query_start, call.place.key_start)
@@ -102,8 +156,10 @@ def _resolved(where: Where, call: AttentionCall, start: int, length: int, what: 
 
     def make() -> tuple[Tensor, Where]:
         ids = call.place.token_ids
+        filled = _filled(call, start, length) if callable(where) else length
         try:
-            return resolve(where, start, length, batch=batch, token_ids=ids, device=device, what=what), where
+            mask = resolve(where, start, filled, batch=batch, token_ids=ids, device=device, what=what)
+            return pad(mask, (0, length - filled)), where
         except ValueError as error:
             raise ValueError(f"{call.place.path}: {error}") from error
 
@@ -119,9 +175,10 @@ def check_number(edit: Edit, name: str, low: float = -math.inf, high: float = ma
         or not math.isfinite(value)
         or not low <= value <= high
     ):
-        between = "a finite number"
-        if math.isfinite(low):
-            between = (
-                f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a finite number of at least {low:g}"
-            )
-        raise ValueError(f"{type(edit).__name__} needs {name} to be {between}, got {value!r}")
+        raise ValueError(f"{type(edit).__name__} needs {name} to be a {_between(low, high)}, got {value!r}")
+
+
+def _between(low: float, high: float) -> str:
+    if not math.isfinite(low):
+        return "finite number"
+    return f"number from {low:g} to {high:g}" if math.isfinite(high) else f"finite number of at least {low:g}"

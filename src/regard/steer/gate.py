@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.runtime import AttentionCall
-from regard.steer.edit import Edit, check_number, query_set
+from regard.steer.edit import Edit, Strength, check_strength, query_set, strength
 from regard.tokens import Where
 
 
@@ -17,7 +17,7 @@ class Gate(Edit):
     """``O' = by · P V``: the output of heads, scaled; 0 prunes them.
 
     Args:
-        by: any finite number.
+        by: any finite number, or a tensor of one or of one for each head of the layer, which may be learned.
         queries: only these queries' outputs; all by default.
 
     Raises:
@@ -33,14 +33,15 @@ class Gate(Edit):
     tensor([1., 0.])
     """
 
-    by: float
+    by: Strength
     queries: Where | None = None
 
     def __post_init__(self) -> None:
-        check_number(self, "by")
+        check_strength(self, "by")
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
-        """A factor of the output."""
+        """A factor of the output, with what edits before this one added to it."""
         one = torch.ones((), dtype=torch.promote_types(call.query.dtype, torch.float32), device=call.query.device)
-        gate = torch.where(query_set(self.queries, call, heads), one * self.by, one)
-        return replace(call, gate=gate if call.gate is None else call.gate * gate)
+        gate = torch.where(query_set(self.queries, call, heads), one * strength(self, "by", call), one)
+        added = None if call.added is None else call.added * gate[..., None]
+        return replace(call, gate=gate if call.gate is None else call.gate * gate, added=added)

@@ -3,79 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import TracebackType
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from torch.nn.functional import pad
 
-from regard.runtime import AttentionCall, HiddenCall, Proceed, Site, entered
+from regard.runtime import AttentionCall
+from regard.steer._capture import capture, check_source
 from regard.steer.edit import Edit, hiding
-
-
-class capture:  # noqa: N801 - a context manager, named as what one writes
-    """Keep the keys and values of every attention call that a model makes in the block, for `Mutual`.
-
-    Args:
-        model: as for `regard.steer`.
-
-    Raises:
-        RuntimeError: at the end of a block in which no attention call was seen.
-
-    >>> import torch, regard
-    >>> layer = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
-    >>> x = torch.randn(1, 5, 8)
-    >>> with torch.no_grad(), regard.capture(layer) as source:
-    ...     _ = layer(x, x, x)
-    >>> source
-    capture of MultiheadAttention
-    """
-
-    edits = outermost = False
-
-    def __init__(self, model: Module | None) -> None:
-        self._model = model
-        self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
-
-    def __enter__(self) -> capture:
-        self._kept.clear()
-        self._entered = entered(self, self._model)
-        self._block = self._entered.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._entered.__exit__(None, None, None)
-        if kind is None:
-            self._block.check()
-
-    def __repr__(self) -> str:
-        return f"capture of {', '.join(self._kept) or 'nothing yet'}"
-
-    def wants(self, site: Site) -> bool:
-        """Every call."""
-        return True
-
-    def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
-        """Keep what the call, edited by blocks around this one, looks at; a mixer has no keys to keep."""
-        if isinstance(call, AttentionCall):
-            self._kept.setdefault(call.place.path, []).append((call.key.detach(), call.value.detach()))
-        return proceed(call)
-
-    def of(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """The keys and values for a call: those of the same layer and pass, or of the one pass that was captured."""
-        kept = self._kept.get(call.place.path)
-        if not kept:
-            raise ValueError(
-                f"nothing was captured of {call.place.path}; captured were {', '.join(self._kept) or 'no calls'}"
-            )
-        if len(kept) > 1 and call.place.pass_index >= len(kept):
-            raise ValueError(
-                f"{len(kept)} passes of {call.place.path} were captured, but this is pass {call.place.pass_index + 1}"
-            )
-        return kept[call.place.pass_index if len(kept) > 1 else 0]
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,6 +23,7 @@ class Mutual(Edit):
         beside: keep one's own keys too; those of the other run come after them.
 
     Raises:
+        TypeError: a source that is no captured run.
         ValueError: another batch or width; other numbers of keys, where heads are chosen or a mask or triangle has their
             number; a triangle, where both runs' keys stand side by side.
 
@@ -107,9 +43,14 @@ class Mutual(Edit):
     source: capture
     beside: bool = False
 
+    def __post_init__(self) -> None:
+        check_source(self, self.source)
+
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """Other keys and values, or more of them."""
-        key, value = (tensor.to(call.key) for tensor in self.source.of(call))
+        call.require_queries("Mutual")
+        kept = self.source.at(call.place.path, call.place.pass_index)
+        key, value = (tensor.to(call.key) for tensor in (kept.key, kept.value))
         own, other = tuple(call.key.shape), tuple(key.shape)
         if own[1::2] != other[1::2] or other[0] not in (1, own[0]):
             raise ValueError(f"Mutual: {call.place.path} has keys of shape {own}, the captured run {other}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from regard.steer.edit import Edit
 def save_recipe(path: str | Path, edits: Sequence[Edit]) -> None:
     """Write edits to a JSON file that `load_recipe` reads.
 
+    Of strengths that are tensors it holds the values.
+
     Raises:
-        TypeError: an edit that holds a function, or another thing that JSON cannot hold.
+        TypeError: an edit that holds a function, a captured run, or another thing that JSON cannot hold.
 
     >>> import regard, tempfile
     >>> path = Path(tempfile.mkdtemp()) / "recipe.json"
@@ -46,6 +49,7 @@ def load_recipe(path: str | Path) -> list[Edit]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(read, list) or not all(isinstance(e, dict) and isinstance(e.get("edit"), str) for e in read):
         raise ValueError(f'{path} is no recipe: expected a list of objects, each with an "edit" such as "Reweight"')
+    _load_methods()
     return [
         notation.make(
             notation.kind_named(entry["edit"], Edit, "edit"),
@@ -64,6 +68,7 @@ def parse_edit(text: str) -> Edit:
     >>> parse_edit('Block(keys=slice(0, 3), queries=[-1])')
     Block(keys=slice(0, 3, None), queries=[-1])
     """
+    _load_methods()
     edit: Edit = notation.parse(text, Edit, "edit", "Reweight(keys=[0], by=0.5)")
     return edit
 
@@ -82,7 +87,8 @@ def _to_json(value: Any, edit: Edit, name: str) -> Any:
         return [_to_json(item, edit, name) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{edit}: {name} is a {type(value).__name__}, which a recipe cannot hold; give positions")
+    instead = "give positions" if name in edit.places else "keep it beside the recipe, and make the edit from it"
+    raise TypeError(f"{edit}: {name} is a {type(value).__name__}, which a recipe cannot hold; {instead}")
 
 
 def _from_json(value: Any) -> Any:
@@ -99,3 +105,9 @@ def _from_json(value: Any) -> Any:
             return {layer: _from_json(heads) for layer, heads in content}
         raise ValueError(f'a recipe\'s objects are "slice", "mask" or "by layer", got {kind!r}')
     return value
+
+
+def _load_methods() -> None:
+    """Have the edits of papers known by their names, too; importing regard loads none of them."""
+    importlib.import_module("regard.steer.language")
+    importlib.import_module("regard.steer.vision")

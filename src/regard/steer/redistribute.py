@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.runtime import AttentionCall, edited_map
-from regard.steer.edit import Edit, check_number, column, hiding, key_set, query_set
+from regard.steer.edit import Edit, Strength, check_strength, column, hiding, key_set, query_set, strength
 from regard.tokens import Where
 
 
@@ -24,7 +24,7 @@ class Redistribute(Edit):
     Args:
         source: positions, as the keys of `Reweight`.
         target: positions; none of them in the source.
-        share: from 0 to 1.
+        share: from 0 to 1, or a tensor of one or of one for each head of the layer, less than 1, which may be learned.
         queries: only these queries; all by default.
 
     Raises:
@@ -42,11 +42,11 @@ class Redistribute(Edit):
 
     source: Where
     target: Where
-    share: float = 1.0
+    share: Strength = 1.0
     queries: Where | None = None
 
     def __post_init__(self) -> None:
-        check_number(self, "share", 0, 1)
+        check_strength(self, "share", 0, 1)
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """Two columns, from the masses that the edits before this one leave."""
@@ -56,15 +56,24 @@ class Redistribute(Edit):
                 f"Redistribute: source and target share {int((source & target).sum())} keys of {call.place.path}"
             )
         indicators = torch.stack(torch.broadcast_tensors(source, target), dim=-1)[:, None]
-        with torch.no_grad():
-            attention = edited_map(call)
-            from_source, to_target = (attention @ indicators.to(attention.dtype)).unbind(-1)
-        rows = query_set(self.queries, call, heads)
-        return move(call, rows, source, target, self.share, (from_source, to_target))
+        attention = edited_map(call)
+        from_source, to_target = (attention @ indicators.to(attention.dtype)).unbind(-1)
+        rows, share = query_set(self.queries, call, heads), strength(self, "share", call, 0, 1)
+        if isinstance(share, Tensor) and bool((share == 1).any()):
+            raise ValueError(
+                "Redistribute needs each of several shares, or of a tensor, to be less than 1: log(1 − share) has no "
+                "gradient there"
+            )
+        return move(call, rows, source, target, share, (from_source, to_target))
 
 
 def move(
-    call: AttentionCall, rows: Tensor, source: Tensor, target: Tensor, share: float, mass: tuple[Tensor, Tensor]
+    call: AttentionCall,
+    rows: Tensor,
+    source: Tensor,
+    target: Tensor,
+    share: float | Tensor,
+    mass: tuple[Tensor, Tensor],
 ) -> AttentionCall:
     """Take a share of what these rows give to the source and give it to the target, in proportion to what each key has.
 
@@ -73,5 +82,8 @@ def move(
     from_source, to_target = mass
     rows = rows & (to_target > 0)
     gain = torch.log1p(share * from_source / to_target.where(rows, 1.0)).where(rows, 0.0)
-    taken = hiding(rows, source, call) if share == 1 else column(rows, math.log1p(-share), source, call)
+    if isinstance(share, Tensor):
+        taken = column(rows, torch.log1p(-share), source, call)
+    else:
+        taken = hiding(rows, source, call) if share == 1 else column(rows, math.log1p(-share), source, call)
     return replace(call, columns=(*call.columns, taken, column(rows, gain, target, call)))

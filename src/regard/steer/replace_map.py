@@ -55,9 +55,12 @@ class ReplaceMap(Edit):
         if mask is not None and is_bias(mask):
             least = torch.finfo(mask.dtype).min / 2
             mask = torch.where(rows[..., None] & (mask > least), 0.0, mask)
+        sinks = call.sinks
+        if sinks is not None:
+            sinks = (sinks if sinks.ndim == 3 else sinks[None, :, None]).masked_fill(rows, -torch.inf)
         query = call.query.masked_fill(rows[..., None], 0.0)
         own = None if call.own is None else call.own & ~rows
-        return replace(call, query=query, columns=columns, attn_mask=mask, own=own)
+        return replace(call, query=query, columns=columns, attn_mask=mask, sinks=sinks, own=own)
 
 
 def _check_self_attention(call: AttentionCall) -> None:

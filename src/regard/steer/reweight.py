@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from regard.runtime import AttentionCall, Column, Factor
-from regard.steer.edit import Edit, check_number, column, hiding, key_set, query_set, with_column
+from regard.steer.edit import Edit, Strength, check_strength, column, hiding, key_set, query_set, strength, with_column
 from regard.tokens import Where
 
 
@@ -22,7 +22,8 @@ class Reweight(Edit):
     Args:
         keys: positions (one, several, a slice, a boolean mask (tokens,) or (batch, tokens)), or a function of the token ids
             that returns such a mask; in ``generate`` they are those of the whole text.
-        by: α, at least 0.
+        by: α, at least 0, or a tensor of one or of one for each head of the layer, which may be learned; renormalised it
+            has to be greater than 0.
         queries: only these queries; all by default.
         renormalize: divide each row by its new sum.
 
@@ -38,21 +39,32 @@ class Reweight(Edit):
     """
 
     keys: Where
-    by: float
+    by: Strength
     queries: Where | None = None
     renormalize: bool = True
 
     def __post_init__(self) -> None:
-        check_number(self, "by", low=0)
+        check_strength(self, "by", low=0)
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """One more column, or factor."""
+        by = strength(self, "by", call, low=0)
+        if not self.renormalize:
+            keys, queries = key_set(self.keys, call), query_set(self.queries, call, heads)
+            return replace(call, factors=(*call.factors, Factor(queries, keys, by)))
+        if isinstance(by, Tensor):
+            return call.with_column(self._learned(by, call, heads))
 
         def make() -> Column:
             keys, queries = key_set(self.keys, call), query_set(self.queries, call, heads)
-            return column(queries, math.log(self.by), keys, call) if self.by else hiding(queries, keys, call)
+            return column(queries, math.log(by), keys, call) if by else hiding(queries, keys, call)
 
-        if not self.renormalize:
-            keys, queries = key_set(self.keys, call), query_set(self.queries, call, heads)
-            return replace(call, factors=(*call.factors, Factor(queries, keys, float(self.by))))
         return with_column(self, call, heads, make)
+
+    def _learned(self, by: Tensor, call: AttentionCall, heads: Tensor) -> Column:
+        if bool((by == 0).any()):
+            raise ValueError(
+                "Reweight needs each of several by, or of a tensor, to be greater than 0, where it has a logarithm; "
+                "Block hides keys"
+            )
+        return column(query_set(self.queries, call, heads), by.log(), key_set(self.keys, call), call)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from regard.runtime import AttentionCall
-from regard.steer.edit import Edit, check_number, query_set
+from regard.runtime import AttentionCall, stored
+from regard.steer.edit import Edit, Strength, check_strength, query_set, strength
 from regard.tokens import Where
 
 
@@ -19,7 +19,7 @@ class Temperature(Edit):
     All of the logits are divided, with the model's additive bias and the edits before this one.
 
     Args:
-        by: τ, greater than 0.
+        by: τ, greater than 0, or a tensor of one or of one for each head of the layer, which may be learned.
         queries: only these queries; all by default.
 
     Raises:
@@ -33,30 +33,42 @@ class Temperature(Edit):
     tensor([0.9990, 0.0010])
     """
 
-    by: float
+    by: Strength
     queries: Where | None = None
 
     def __post_init__(self) -> None:
-        check_number(self, "by", low=0)
-        if self.by == 0:
+        check_strength(self, "by", low=0)
+        if bool((torch.as_tensor(self.by) == 0).any()):
             raise ValueError("Temperature needs by to be greater than 0; to attend to one key only, Block the others")
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """The scale, or queries, columns and an additive mask, over τ."""
-        rows = query_set(self.queries, call, heads)
+        by, rows = strength(self, "by", call, low=1e-30), query_set(self.queries, call, heads)
         columns = tuple(
-            c if c.hides else replace(c, query=torch.where(rows, c.query / self.by, c.query)) for c in call.columns
+            c if c.hides else replace(c, query=torch.where(rows, c.query / by, c.query)) for c in call.columns
         )
         biased = call.attn_mask is not None and is_bias(call.attn_mask)
-        if self.queries is None and rows.numel() == 1 and not biased:
-            return replace(call, scale=call.factor / self.by, columns=columns)
+        sinks = call.sinks
+        if sinks is not None:
+            sinks = _by_row(sinks)
+            sinks = torch.where(rows, sinks / by, sinks)
+        if self.queries is None and rows.numel() == 1 and not biased and not isinstance(by, Tensor):
+            cap = None if call.softcap is None else call.softcap / by
+            return replace(call, scale=call.factor / by, softcap=cap, sinks=sinks, columns=columns)
+        if call.softcap is not None:  # which is one for all rows
+            return self.apply(stored(call), heads)
         if call.query.dtype in (torch.float16, torch.bfloat16):  # there the division would round
             call = call.to(torch.float32)
-        mask = call.attn_mask
+        mask, by = call.attn_mask, by[..., None] if isinstance(by, Tensor) else by
         if mask is not None and biased:
-            mask = torch.where(rows[..., None], mask / self.by, mask)
-        query = torch.where(rows[..., None], call.query / self.by, call.query)
-        return replace(call, query=query, columns=columns, attn_mask=mask)
+            mask = torch.where(rows[..., None], mask / by, mask)
+        query = torch.where(rows[..., None], call.query / by, call.query)
+        return replace(call, query=query, columns=columns, attn_mask=mask, sinks=sinks)
+
+
+def _by_row(sinks: Tensor) -> Tensor:
+    """(B|1, Hq, N|1)."""
+    return sinks if sinks.ndim == 3 else sinks[None, :, None]
 
 
 def is_bias(mask: Tensor) -> bool:

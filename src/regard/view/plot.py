@@ -72,7 +72,7 @@ class Plot:
             >>> Plot(dataset).heads("broad").layout.title.text
             'Broad'
         """
-        graph = _plotly()
+        graph = graph_objects()
         known = [str(name) for name in self.summary.data_vars if name != "kind"]
         about = STATISTICS[choose.name(statistic, known, "statistic")]
         paths, numbers = choose.layers(self.dataset), choose.heads(self.dataset)
@@ -84,7 +84,7 @@ class Plot:
             colorscale=SCALE,
             colorbar={"title": about.unit},
         )
-        figure = graph.Figure(picture, _layout(about.title))
+        figure = figure_of(picture, about.title)
         figure.update_xaxes(title="head", tickvals=[*range(len(numbers))], ticktext=numbers)
         figure.update_yaxes(title="layer", autorange="reversed", tickformat="d")
         return figure
@@ -109,7 +109,7 @@ class Plot:
             >>> Plot(dataset).tokens(layer=0, head=0).data[0].y
             array([2. , 0.5, 0.5])
         """
-        graph = _plotly()
+        graph = graph_objects()
         received = choose.variable(self._windows, "received", "tokens()")
         chosen = self._batch(received, batch)
         title = "Attention received"
@@ -132,7 +132,7 @@ class Plot:
             marker={"color": SCALE[3], "line": {"width": 0}},
             hovertemplate="%{text}<br>position %{x}<br>receives %{y:.3g}<extra></extra>",
         )
-        figure = graph.Figure(bars, _layout(escape(title, quote=False)))
+        figure = figure_of(bars, escape(title, quote=False))
         figure.update_layout(bargap=0.1)
         figure.update_yaxes(type="log", title="attention received", exponentformat="none")
         figure.update_xaxes(title="position")
@@ -161,7 +161,7 @@ class Plot:
             array([[1.  , 0.  ],
                    [0.25, 0.75]])
         """
-        graph = _plotly()
+        graph = graph_objects()
         pooled = choose.variable(self._windows, "pooled", "map()")
         number = choose.layer(self.dataset, layer)
         chosen = self._batch(pooled, batch).isel(layer=number, head=choose.head(self.dataset, head))
@@ -181,7 +181,7 @@ class Plot:
             colorbar={"title": "share", "tickvals": ticks, "ticktext": [f"{10**tick:.4g}" for tick in ticks]},
         )
         path = escape(choose.layers(self.dataset)[number], quote=False)
-        figure = graph.Figure(picture, _layout(f"{path}, head {head}"))
+        figure = figure_of(picture, f"{path}, head {head}")
         figure.update_xaxes(title="key", constrain="domain")
         figure.update_yaxes(title="query", autorange="reversed", scaleanchor="x", constrain="domain")
         return figure
@@ -196,7 +196,12 @@ class Plot:
         return join([str(token) for token in self._windows["key_token"].isel(batch=batch).values])
 
 
-def _plotly() -> ModuleType:
+def graph_objects() -> ModuleType:
+    """What plotly draws with.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import plotly.graph_objects
     except ImportError as error:
@@ -205,5 +210,7 @@ def _plotly() -> ModuleType:
     return graph
 
 
-def _layout(title: str) -> dict[str, object]:
-    return {"title": {"text": title}, "template": "plotly_white", "margin": {"t": 56, "r": 16}}
+def figure_of(picture: object, title: str) -> go.Figure:
+    """A figure of one picture, under its title."""
+    layout = {"title": {"text": title}, "template": "plotly_white", "margin": {"t": 56, "r": 16}}
+    return graph_objects().Figure(picture, layout)

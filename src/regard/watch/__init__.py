@@ -1,5 +1,7 @@
 """Statistics, one file each, and the recording that they fill."""
 
+from regard._callable import make_callable
+from regard.watch._watch import watch
 from regard.watch.at import At
 from regard.watch.entropy import Entropy
 from regard.watch.mass import Mass
@@ -12,7 +14,6 @@ from regard.watch.sinks import Sinks
 from regard.watch.statistic import Statistic
 from regard.watch.topk import TopK
 from regard.watch.value_norm import ValueNorm
-from regard.watch.watch import watch
 
 __all__ = [
     "At",
@@ -32,3 +33,5 @@ __all__ = [
     "watch",
     "with_tokens",
 ]
+
+make_callable(__name__, watch)

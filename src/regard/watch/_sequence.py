@@ -25,9 +25,10 @@ class Part:
 
 @dataclass
 class Sequence:
-    """The parts of one text, in order. ``generate`` adds one for the prompt and one for each step."""
+    """The parts of one text, in order, from the pass that began it. ``generate`` adds one for the prompt and one a step."""
 
     text: Text
+    first_pass: int
     parts: list[Part] = field(default_factory=list)
 
     def join(self, variable: str, dims: tuple[str, ...], rows: list[Tensor | None]) -> numpy.ndarray:

@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import Tensor
 
-from regard.maps import TokenMap
-from regard.runtime import Call
+from regard.maps import KeySets, TokenMap
+from regard.runtime import Call, Place
 from regard.tokens import Where, check_form, resolve
 from regard.watch.statistic import Statistic
 
@@ -48,20 +48,20 @@ class Mass(Statistic):
         """Have it computed in the shared pass: (B, H, N, S)."""
         batch, _, _, keys = attention.shape
         place = call.place
-        segments = {
-            name: _one_row(
-                resolve(where, place.key_start, keys, batch=batch, token_ids=place.token_ids, what=f"segment {name!r}")
-            )
-            for name, where in self.segments.items()
-        }
+
+        def make() -> tuple[KeySets, Mass]:
+            return KeySets({name: self._of_call(name, place, keys, batch) for name in self.segments}), self
+
+        segments, _ = place.remember(("mass", id(self), place.key_start, keys, batch), make)
         attention.expect("mass", segments)
         return partial(attention.mass, segments)
+
+    def _of_call(self, name: str, place: Place, keys: int, batch: int) -> Tensor:
+        """A segment as a mask over the keys that the call has: (M,) or (B, M)."""
+        where, ids = self.segments[name], place.token_ids
+        mask = resolve(where, place.key_start, keys, batch=batch, token_ids=ids, what=f"segment {name!r}")
+        return mask[0] if len(mask) == 1 else mask
 
     def coordinates(self) -> Mapping[str, Sequence[object]]:
         """The segments' names."""
         return {"segment": list(self.segments)}
-
-
-def _one_row(mask: Tensor) -> Tensor:
-    """(M,) where all texts have the same keys."""
-    return mask[0] if len(mask) == 1 else mask

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
@@ -10,18 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy
-import xarray
 from torch import Tensor
 
 from regard.maps import TokenMap
-from regard.watch._seal import check, seal
 from regard.watch._sequence import Sequence
 from regard.watch.statistic import Statistic
 
 if TYPE_CHECKING:
+    import xarray
+
     from regard.view import Plot
 
 _ENGINE: Literal["h5netcdf"] = "h5netcdf"
+_LARGE = 2**29  # bytes
 
 
 class Recording:
@@ -47,12 +52,17 @@ class Recording:
 
         ``layer`` holds module paths. If the block held several independent passes, the first dimension is ``pass``.
 
+        Raises:
+            MemoryError: more than half a gigabyte for layers that differ so much in length or heads that most is gaps.
+
         Args:
             tokens: the text's tokens, or one list for each batch row; they become the coordinates ``query_token`` and
                 ``key_token``.
             beam_indices: what ``generate`` returns of that name under beam search. Without it a batch row is a beam's
                 slot, which changes hands between steps; with it, one of the sequences returned.
         """
+        import xarray
+
         measured = {layer: [s for s in sequences if s.parts] for layer, sequences in self._sequences.items()}
         measured = {layer: sequences for layer, sequences in measured.items() if sequences}
         every = self._statistics if measured else ()
@@ -75,29 +85,48 @@ class Recording:
 
 
 def save(dataset: xarray.Dataset, path: str | Path) -> None:
-    """Write a dataset to one netCDF file.
+    """Write a dataset to one netCDF file, with a checksum at its end, which readers of netCDF pass over.
 
-    Words that netCDF cannot hold, with NUL or half of a surrogate pair in them, are written as ``\\x00`` and ``\\ud800``,
-    backslashes among them twice, and the variable says so by its attribute ``escaped``; `load` reads them back as they were.
-    A line after the file's end holds its checksum, for netCDF has none of its own.
+    What stands at ``path`` is replaced once everything is written. Words that netCDF cannot hold, with NUL or half of a
+    surrogate pair in them, are written as ``\\x00`` and ``\\ud800``, backslashes among them twice, and the variable says so
+    by its attribute ``escaped``; `load` reads them back as they were.
     """
-    _changed(dataset, _escaped).to_netcdf(path, engine=_ENGINE)
-    seal(Path(path))
+    written = io.BytesIO()
+    _changed(dataset, _escaped).to_netcdf(written, engine=_ENGINE)
+    content = written.getvalue()
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content + _checksum(content))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> xarray.Dataset:
     """Read a dataset that ``Recording.save`` or ``regard look --save`` wrote.
 
     Raises:
-        ValueError: a file that was changed or cut off since, or is no recording.
+        ValueError: a file that is not as it was written, or was not written by them.
     """
-    check(Path(path))
-    try:
-        return _changed(xarray.load_dataset(path, engine=_ENGINE), _unescaped)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # what HDF5 makes of a broken file is of many kinds
-        raise ValueError(f"{path} is damaged, or no recording: {error}") from error
+    import xarray
+
+    whole = Path(path).read_bytes()
+    size = len(_checksum(b""))
+    content, checksum = whole[:-size], whole[-size:]
+    if checksum != _checksum(content):
+        raise ValueError(
+            f"{path} is not as regard saved it: its checksum does not match, so that it is damaged or cut off, or was "
+            "written by something else; xarray.load_dataset reads any netCDF file as it is"
+        )
+    return _changed(xarray.load_dataset(io.BytesIO(content), engine=_ENGINE), _unescaped)
+
+
+def _checksum(content: bytes) -> bytes:
+    return b"\nsha256 " + hashlib.sha256(content).hexdigest().encode()
 
 
 _UNWRITABLE = re.compile(r"[\x00\ud800-\udfff]")
@@ -133,6 +162,8 @@ def _unescape(found: re.Match[str]) -> str:
 
 
 def _each(words: xarray.Variable, change: Callable[[str], str], attributes: Mapping[str, object]) -> xarray.Variable:
+    import xarray
+
     changed = numpy.array([change(str(word)) for word in words.values.flat], dtype=object).reshape(words.shape)
     return xarray.Variable(words.dims, changed, attributes)
 
@@ -141,6 +172,8 @@ _Measured = dict[str, list[Sequence]]
 
 
 def _variables(statistic: Statistic, measured: _Measured, beam_indices: Tensor | None) -> xarray.Dataset:
+    import xarray
+
     dimensions = statistic.dimensions().items()
     return xarray.Dataset({name: _variable(name, dims, statistic, measured, beam_indices) for name, dims in dimensions})
 
@@ -149,6 +182,8 @@ def _variable(
     name: str, dims: tuple[str, ...], statistic: Statistic, measured: _Measured, beam_indices: Tensor | None
 ) -> xarray.DataArray:
     """One variable of all layers and passes, (pass, layer, batch, head, *dims), NaN where some are shorter."""
+    import xarray
+
     slots = max(part.measured[name].shape[0] for sequences in measured.values() for s in sequences for part in s.parts)
     joined = {
         layer: [s.join(name, dims, _rows(s, name, beam_indices, slots)) for s in sequences]
@@ -158,11 +193,13 @@ def _variable(
     every_head = sorted({head for index in heads.values() for head in index})
     arrays = [array for sequences in joined.values() for array in sequences]
     batch, _, *sizes = [max(array.shape[axis] for array in arrays) for axis in range(arrays[0].ndim)]
-    passes = max(len(sequences) for sequences in joined.values())
+    numbers = _numbered(measured)
+    passes = 1 + max(number for own in numbers.values() for number in own)
+    _check_size(name, (passes, len(joined), batch, len(every_head), *sizes), arrays)
     full = numpy.full((passes, len(joined), batch, len(every_head), *sizes), numpy.nan, dtype=arrays[0].dtype)
     for number, (layer, sequences) in enumerate(joined.items()):
         columns = [every_head.index(head) for head in heads[layer]]
-        for index, array in enumerate(sequences):
+        for index, array in zip(numbers[layer], sequences, strict=True):
             inner: tuple[Any, ...] = tuple(slice(size) for size in array.shape[2:])
             for column, values in zip(columns, array.swapaxes(0, 1), strict=True):
                 full[(index, number, slice(array.shape[0]), column, *inner)] = values
@@ -173,6 +210,28 @@ def _variable(
     return xarray.DataArray(
         full, labels, ("pass", "layer", "batch", "head", *dims), name, attrs=dict(statistic.attributes())
     )
+
+
+def _check_size(name: str, shape: tuple[int, ...], arrays: Items[numpy.ndarray]) -> None:
+    """Refuse to fill a block that is mostly gaps, where layers differ much in length or heads."""
+    size, measured = math.prod(shape) * arrays[0].itemsize, sum(array.nbytes for array in arrays)
+    if size > _LARGE and size > 4 * measured:
+        raise MemoryError(
+            f"the dataset would hold {name} as one block of shape {shape}, {size / 1e9:.1f} GB for {measured / 1e9:.3f} GB "
+            "measured, since layers differ in length or heads; watch them in blocks of their own, chosen with layers="
+        )
+
+
+def _numbered(measured: _Measured) -> dict[str, list[int]]:
+    """The place of each layer's texts along the dimension "pass".
+
+    The n-th text of each layer is the same one, unless layers saw different numbers of them, as after an interrupt: then
+    those are the same that the same pass began.
+    """
+    if len({len(sequences) for sequences in measured.values()}) == 1:
+        return {layer: list(range(len(sequences))) for layer, sequences in measured.items()}
+    begun = sorted({sequence.first_pass for sequences in measured.values() for sequence in sequences})
+    return {layer: [begun.index(sequence.first_pass) for sequence in own] for layer, own in measured.items()}
 
 
 def _rows(sequence: Sequence, name: str, beam_indices: Tensor | None, slots: int) -> list[Tensor | None]:

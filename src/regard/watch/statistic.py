@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import xarray
 from torch import Tensor
 
 from regard.maps import TokenMap
 from regard.runtime import Call
 from regard.tokens import Where
+
+if TYPE_CHECKING:
+    import xarray
+
 
 Measured = Tensor | Mapping[str, Tensor]
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
-import xarray
 from torch import Tensor
 
 from regard.maps import TokenMap
 from regard.runtime import Call
 from regard.watch.received import query_weights
 from regard.watch.statistic import Statistic
+
+if TYPE_CHECKING:
+    import xarray
 
 
 class ValueNorm(Statistic):

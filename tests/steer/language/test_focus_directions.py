@@ -91,3 +91,11 @@ def test_errors() -> None:
         FocusDirections({0: torch.zeros(1, 2)}, {0: torch.zeros(1, 2)}).edits(heads=[(2, 0)])
     with pytest.raises(ValueError, match="one of 2 tokens has none"):
         learn_focus_directions(Toy(torch.zeros(1, 2, 2)), [Example([0, 1])])
+
+
+def test_a_key_direction_for_all_keys_is_not_added() -> None:
+    """No softmax notices it, and a decoding step would pay for longer keys."""
+    directions = FocusDirections({0: torch.ones(2, 4)}, {0: torch.ones(2, 4)})
+    assert [type(edit) for edit in directions.edits()] == [regard.AddToQuery]
+    some = FocusDirections({0: torch.ones(2, 4)}, {0: torch.ones(2, 4)}, keys=slice(1, None))
+    assert [type(edit) for edit in some.edits()] == [regard.AddToQuery, regard.AddToKey]

@@ -5,7 +5,7 @@ import torch
 
 import regard
 from regard.steer.vision import dual_stream, visual_streams
-from regard.steer.vision.dual_stream import largest, outliers
+from regard.steer.vision._dual_stream import largest, outliers
 from regard.tokens import decoder_layers
 from tests.steer.vision.conftest import Seer
 

@@ -29,7 +29,7 @@ def matrix(seer: Seer, layer: int, *edits: regard.Edit) -> torch.Tensor:
 def test_the_rules(seer: Seer, monkeypatch: pytest.MonkeyPatch) -> None:
     inactive = torch.zeros(22, dtype=torch.bool)
     inactive[[3, 5]] = True
-    monkeypatch.setattr(import_module("regard.steer.vision.vif"), "inactive_tokens", lambda received, image: inactive)
+    monkeypatch.setattr(import_module("regard.steer.vision._vif"), "inactive_tokens", lambda received, image: inactive)
     every = decoder_layers(seer.model)
     edits = vif(seer.model, seer.inputs, middle=[every[1]], deep=[every[2]])
     active = torch.zeros(22, dtype=torch.bool)

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import Linear, functional
 
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear._linear_attention import CHUNK, linear_attention
 from regard.mixers.linear.dynamical_system import DynamicalSystem, of_features
 from regard.mixers.linear.forms import Form, check_form, check_heads
-from regard.mixers.linear.linear_attention import CHUNK, linear_attention
 from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
 from regard.mixers.linear.sliding_window import SlidingWindow, check_window
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter, functional
 
-from regard.mixers.linear.delta_rule import DeltaRule
+from regard.mixers.linear._delta_rule import DeltaRule
 from regard.mixers.linear.mixer import Facts, join_heads
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import Linear, Parameter, ParameterList, RMSNorm, Sequential, functional
 
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear._neural_memory import CHUNK, neural_memory
 from regard.mixers.linear.dynamical_system import DynamicalSystem
 from regard.mixers.linear.memory_choices import KL, Decay, Design, DotProduct, Huber, Lp, Lq, Memory
 from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
-from regard.mixers.linear.neural_memory import CHUNK, neural_memory
 from regard.mixers.linear.short_convolution import ShortConvolution
 
 _PAPER = (

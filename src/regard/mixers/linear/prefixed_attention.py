@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Module
 
-from regard.mixers.linear.linear_attention import cut
+from regard.mixers.linear._linear_attention import cut
 from regard.mixers.linear.mixer import join_heads, split_heads
 from regard.mixers.linear.rotary import rotary_rates, rotate
 from regard.mixers.linear.sliding_window import distances, join, windows

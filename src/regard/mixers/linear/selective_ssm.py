@@ -12,9 +12,9 @@ from torch.nn import Linear, Parameter, functional
 from torch.utils.checkpoint import checkpoint
 
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear._linear_attention import cut, linear_attention
 from regard.mixers.linear.dynamical_system import DynamicalSystem
 from regard.mixers.linear.forms import Form, check_form
-from regard.mixers.linear.linear_attention import cut, linear_attention
 from regard.mixers.linear.mixer import Facts, Mixer, State
 from regard.mixers.linear.short_convolution import ShortConvolution
 

@@ -1,11 +1,7 @@
 """Published methods for language models, each a few lines on the edits; one file for each."""
 
-from regard.steer.language.act import CalibrateSinks, act, find_act_heads, find_sinks
-from regard.steer.language.context_heads import context_share, steer_to_context
-from regard.steer.language.example import Example, accuracy, answer_probability, confidence
-from regard.steer.language.focus_directions import FocusDirections, learn_focus_directions
-from regard.steer.language.heads import best_heads
-from regard.steer.language.juice import (
+from regard.steer.language._act import CalibrateSinks, act, find_act_heads, find_sinks
+from regard.steer.language._juice import (
     JuiceHeads,
     JustRunTwice,
     calibrate_juice,
@@ -14,16 +10,20 @@ from regard.steer.language.juice import (
     juice,
     run_twice,
 )
-from regard.steer.language.opera import OverTrustPenalty, generate_with_rollback
-from regard.steer.language.pasta import pasta, score_pasta_heads
-from regard.steer.language.soft_injection import InjectTask, SoftInjection, learn_soft_injection, task_embedding
-from regard.steer.language.zero_tuning import (
+from regard.steer.language._pasta import pasta, score_pasta_heads
+from regard.steer.language._zero_tuning import (
     ZeroTuning,
     ZeroTuningProfile,
     calibrate_zero_tuning,
     profile_zero_tuning,
     zero_tuning,
 )
+from regard.steer.language.context_heads import context_share, steer_to_context
+from regard.steer.language.example import Example, accuracy, answer_probability, confidence
+from regard.steer.language.focus_directions import FocusDirections, learn_focus_directions
+from regard.steer.language.heads import best_heads
+from regard.steer.language.opera import OverTrustPenalty, generate_with_rollback
+from regard.steer.language.soft_injection import InjectTask, SoftInjection, learn_soft_injection, task_embedding
 
 __all__ = [
     "CalibrateSinks",

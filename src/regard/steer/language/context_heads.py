@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn import Module
 
+from regard.steer.language._pasta import pasta
 from regard.steer.language.example import Example, Progress, highlighted, next_logits
 from regard.steer.language.heads import Head
-from regard.steer.language.pasta import pasta
 from regard.steer.reweight import Reweight
 from regard.tokens import Positions, resolve
 from regard.watch import Mass, watch

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from regard.steer import steer
 from regard.steer.edit import Edit
-from regard.steer.steer import steer
 from regard.tokens import Positions
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.runtime import AttentionCall
+from regard.steer import steer
 from regard.steer.custom import Custom
 from regard.steer.edit import Edit
 from regard.steer.language.example import Example, Measure, Progress, mean_measure, next_logits
-from regard.steer.steer import steer
 
 Head = tuple[int, int]
 

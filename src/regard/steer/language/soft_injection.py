@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.runtime import AttentionCall, run
+from regard.steer import steer
 from regard.steer.custom import Custom
 from regard.steer.edit import Edit, query_set
 from regard.steer.language._outputs import with_output
 from regard.steer.language.example import Example, Progress, answer_log_probability, next_logits
-from regard.steer.steer import steer
 from regard.tokens import Where
 
 _VALIDATE_EVERY = 50

@@ -63,11 +63,12 @@ def last_query(call: AttentionCall) -> AttentionCall:
         query=call.query[:, :, -1:],
         attn_mask=mask,
         is_causal=False,
-        query_start=call.place.query_start + queries - 1,
+        place=replace(call.place, query_start=call.place.query_start + queries - 1),
         columns=tuple(replace(c, query=c.query[..., -1:]) for c in call.columns),
         factors=(),
         own=None,
         gate=None,
+        added=None,
     )
 
 
@@ -79,10 +80,9 @@ def last_row(call: AttentionCall, heads: Tensor) -> Tensor:
 
 def masses(call: AttentionCall, *weights: Tensor) -> tuple[Tensor, ...]:
     """``Σ_j P_ij w_j`` for each of some weights (B|1, M) of the keys: (B, H, N) each."""
-    with torch.no_grad():
-        attention = edited_map(call)
-        columns = torch.stack(torch.broadcast_tensors(*weights), dim=-1)[:, None].to(attention.device, attention.dtype)
-        return (attention @ columns).unbind(-1)
+    attention = edited_map(call)
+    columns = torch.stack(torch.broadcast_tensors(*weights), dim=-1)[:, None].to(attention.device, attention.dtype)
+    return (attention @ columns).unbind(-1)
 
 
 def add_to_last(call: AttentionCall, heads: Tensor, by: Tensor) -> AttentionCall:

@@ -58,6 +58,9 @@ class AGLA:
 def keep_relevant(pixels: Tensor, relevance: Tensor, similarity: float) -> Tensor:
     """Zero all but the most relevant part ``1 − similarity / 2`` of an image: the better the prompt fits, the less is kept.
 
+    A zero is what the pixels mean by it. The authors mask the raw image, whose zeros are black: to have that, mask it before
+    the processor. In pixels that a processor has normalised a zero is the mean colour, grey.
+
     Args:
         pixels: (batch, channels, height, width), or (patches, values) as Qwen2-VL's processor returns them.
         relevance: (batch, rows, columns), brought to the image's size, or (patches,).

@@ -27,9 +27,10 @@ class AttentionBottleneck(Module):
     R. Liu, L. Mai, A. T. Nguyen (2024), TAB: Transformer Attention Bottlenecks enable User Intervention and Debugging in
     Vision-Language Models.
 
-    To be trained with its model, in the place of an encoder's last layer; for changes between two images, each looks at the
-    other, with ``context``. Only the class token goes on, as in the authors' code, so that ``output`` is of length 1. Left
-    out: the encoder, the captioner, and the loss that teaches the map where changes are.
+    To be trained with its model, in the place of an encoder's last layer; for changes between two images, each looks at
+    the other, with ``context``. Only the class token goes on, as in the authors' code, so that ``output`` is of length
+    1. Their MLP has CLIP's QuickGELU, x·σ(1.702 x), this one GELU: their weights do not carry over exactly. Left out:
+    the encoder, the captioner, and the loss that teaches the map where changes are.
 
     Args:
         dim: of the tokens.

@@ -6,8 +6,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import Module
 
+from regard.steer import steer
 from regard.steer.block import Block
-from regard.steer.steer import steer
 from regard.steer.vision._branch import Branch, check_beta, last_gaze, plausible
 from regard.steer.vision._prompt import Inputs, read_prompt
 from regard.tokens import decoder_layers

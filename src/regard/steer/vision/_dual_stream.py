@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.maps import AttentionMap
-from regard.runtime import AttentionCall
+from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.steer.vision._prompt import Inputs, read_prompt
 from regard.steer.vision.emphasize import Emphasize
 from regard.tokens import Layers, decoder_layers
@@ -34,9 +34,9 @@ def dual_stream(
     S. A. Dip, K. Hussain, L. Zhang, C. Thomas (2025), Fixing Imbalanced Attention to Mitigate In-Context Hallucination of
     Large Vision-Language Model.
 
-    Left out: the guidance by a run without the image that the authors' code can add. That code knows no modulation of heads
-    and the abstract gives no formula for it: measuring it as the head's attention to the image, relative to the layer's most
-    visual head, is this library's reading; ``by_head=False`` leaves it out.
+    The authors' code takes 0.3 for β. Left out: the guidance by a run without the image that it can add. That code
+    knows no modulation of heads and the abstract gives no formula for it: measuring it as the head's attention to the
+    image, relative to the layer's most visual head, is this library's reading; ``by_head=False`` leaves it out.
 
     Args:
         model: a transformers vision–language model.
@@ -143,7 +143,7 @@ class _Gaze(Statistic):
     name = "gaze"
     dims = ("stream", "key")
 
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
+    def measure(self, attention: TokenMap, call: Call) -> Tensor:
         received = attention.received() / attention.shape[2]
         return torch.stack([attention.rows([0])[:, :, 0], received], dim=2)
 

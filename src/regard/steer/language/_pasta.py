@@ -10,8 +10,8 @@ Steering for LLMs. Heads are profiled as there: each is steered alone, heads are
 task, and those among the best k of every task are kept.
 
 Several spans are one highlighted set, as in the paper's formula. Left out: the authors' code multiplies α once for every span
-that a key is not in, so that two spans take α from each other; and its option to multiply the highlighted keys instead, which
-is ``Reweight(keys=spans, by=…)``.
+that a key is not in, so that two spans take α from each other; and its option "include" to multiply the highlighted keys
+instead: that is ``Reweight(keys=spans, by=…)`` in the prompt, and another thing once tokens are generated.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.maps import AttentionMap
-from regard.runtime import AttentionCall
+from regard.maps import TokenMap
+from regard.runtime import AttentionCall, Call
 from regard.steer.edit import Edit, check_number, column, key_set
 from regard.steer.vision._prompt import Inputs, last_query, last_row, masses, per_key, read_prompt
 from regard.tokens import Layers, Where, decoder_layers
@@ -198,7 +198,7 @@ class _Shifts(Statistic):
     def __init__(self, words: Tensor) -> None:
         self.words = words
 
-    def measure(self, attention: AttentionMap, call: AttentionCall) -> Tensor:
+    def measure(self, attention: TokenMap, call: Call) -> Tensor:
         anywhere = self.words.any(dim=0)
         anywhere[0] = False  # has no token before it
         total = torch.zeros(*attention.shape[:2], attention.shape[3], dtype=attention.dtype, device=attention.device)

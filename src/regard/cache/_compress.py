@@ -66,8 +66,11 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
 
     def __enter__(self) -> compress:
         name = type(self.model).__name__
-        if any(isinstance(other, compress) and other.model is self.model for other in interceptors()):
-            raise RuntimeError(f"{name} is being compressed already; leave that block first")
+        for other in interceptors():
+            if isinstance(other, compress) and _overlap(self.model, other.model):
+                raise RuntimeError(
+                    f"{name} is being compressed already, by a block on {type(other.model).__name__}; leave that block first"
+                )
         with ExitStack() as entering:
             self._beside = entering.enter_context(self.policy.beside(self.model))
             self._block = OpenBlock()
@@ -82,6 +85,8 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         self._exit.close()
         if kind is None and self._cache is None:
             raise RuntimeError(_explain_no_cache(self.model, bool(self._entered.seen)))
+        if kind is None:
+            self._entered.check()
 
     def report(self) -> Report:
         """What is kept in the last cache, by layer and head."""
@@ -100,6 +105,12 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         cache, number = call.place.cache, call.place.cache_layer
         if isinstance(call, HiddenCall) or cache is None or number is None:
             return proceed(call)
+        if call.is_stored:
+            raise RuntimeError(
+                f"{call.place.path} computes its softmax itself, over all keys that its cache returns: entries of it cannot "
+                "be dropped. compress works with attention that goes through scaled_dot_product_attention, or through "
+                "transformers' eager attention"
+            )
         layer = self._layer(cache, number, call)
         if layer is None:
             return proceed(call)
@@ -151,6 +162,11 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         layer.keep(scores, counts, policy.pools)
         if not policy.accumulates:
             layer.forget()
+
+
+def _overlap(one: Module, other: Module) -> bool:
+    """Whether one of them is the other, or a part of it."""
+    return any(module is one for module in other.modules()) or any(module is other for module in one.modules())
 
 
 def _explain_no_cache(model: Module, seen: bool) -> str:

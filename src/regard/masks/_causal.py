@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regard.masks.window import Window
+from regard.masks._window import Window
 
 
 def causal() -> Window:

@@ -87,7 +87,8 @@ def var(
 
     The edits act on the text after the image, and belong to this prompt and what is generated from it. Left out: the
     paper's lists of D for its models; without ``dimensions`` they are read off the first token, as those lists were. The
-    authors' code takes ``1 − share`` for the share, which the text does not.
+    authors' code takes ``1 − share`` for the share and ``1 − ratio`` for the ratio, which the text does not: to have what
+    it does, give both so.
 
     Args:
         model: a transformers vision–language model.

@@ -77,15 +77,15 @@ class CalibrateSinks(Edit):
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """One column for each head that has sinks: heads differ in their sinks."""
         chosen = heads.expand(call.query.shape[1]).nonzero().flatten().tolist()
-        with torch.no_grad():
-            attention = edited_map(call).heads(chosen)
-            if self.sinks is None:
+        attention = edited_map(call).heads(chosen)
+        if self.sinks is None:
+            with torch.no_grad():
                 share = attention.received() / attention.viewers().clamp(min=1)
-                sinks = (share > self.threshold) & ~key_set(self.first, call)[:, None]
-            else:
-                sinks = _given(self.sinks, call)[:, chosen]
-            both = torch.stack([sinks, ~sinks], dim=-1).to(attention.dtype)
-            to_sinks, to_others = (attention @ both).unbind(-1)
+            sinks = (share > self.threshold) & ~key_set(self.first, call)[:, None]
+        else:
+            sinks = _given(self.sinks, call)[:, chosen]
+        both = torch.stack([sinks, ~sinks], dim=-1).to(attention.dtype)
+        to_sinks, to_others = (attention @ both).unbind(-1)
         term = math.log(self.by or 1) - torch.log1p((1 - self.by) * to_sinks / to_others.where(to_others > 0, 1.0))
         columns = []
         for place, head in enumerate(chosen):

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.runtime import AttentionCall, run
+from regard.steer import steer
 from regard.steer.edit import Edit
 from regard.steer.gate import Gate
-from regard.steer.steer import steer
 from regard.steer.vision._prompt import Inputs, Prompt, last_query, read_prompt
 from regard.tokens import Layers, decoder_layers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.maps import TokenMap
+from regard.maps import AttentionMap, TokenMap
 from regard.runtime import AttentionCall, Call, HiddenCall, Place, Proceed, Reading, Site, entered
 from regard.tokens import Heads, Layers, Passes, Selection, check
 from regard.watch._sequence import Part, Sequence
@@ -29,9 +30,9 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
     autocast and inference mode work; a compiled model runs uncompiled inside the block.
 
     Args:
-        model: an ``nn.Module`` whose attention goes through ``scaled_dot_product_attention`` or ``nn.MultiheadAttention``,
-            as transformers' does with ``attn_implementation="sdpa"``; left out or None, every call made in the block. Of
-            ``regard.mixers``, those that have a hidden map are read by it, each as one call.
+        model: an ``nn.Module`` whose attention goes through ``scaled_dot_product_attention``, ``nn.MultiheadAttention``,
+            transformers' eager attention, or a softmax of its own that enters a product with values; left out or None,
+            every call made in the block. Of ``regard.mixers``, those that have a hidden map are read by it, each as one call.
         statistics: what to read, such as ``regard.Entropy()``.
         layers: the number of an attention call in order, negative from the last, a slice or range of them, a glob on the path
             of the module that makes it, or several of these.
@@ -39,13 +40,13 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
         passes: numbers of the model's passes in the block: of ``generate`` 0 is the prompt, in diffusion they are steps.
         token_mask: (batch, tokens), nonzero for real tokens, as a tokenizer's ``attention_mask``. Padded queries become
             NaN and count in no sum. Tokens that ``generate`` adds are real.
-        keep_maps: keep each call's `AttentionMap` (and with it its query and key) in ``seen.maps``.
+        keep_maps: keep each call's `AttentionMap` (and with it copies of its query and key) in ``seen.maps``.
         share: let the statistics of a float32 model ride in the model's own attention call, which is faster and changes
             its output by rounding (about 1e-6); False leaves each bit as it was. In half precision, or where gradients
             are wanted, it is left as it was in any case.
 
     Raises:
-        RuntimeError: at the end of a block in which no attention call was seen, naming the implementation used.
+        RuntimeError: at the end of a block in which no attention call was seen, naming what was found.
         IndexError, ValueError: layers or heads that do not exist, statistics of the same name, NaN in queries or keys, a
             mixer that goes on from a state, where its map does not tell of the tokens before.
         NotImplementedError: for `Entropy` and `Sinks` of a mixer by its hidden map, whose rows are no probabilities.
@@ -176,13 +177,15 @@ class _Block:
             recording.layers.append(place.path)
         sequences = recording._sequences.setdefault(place.path, [])
         if not sequences or sequences[-1].text is not text:
-            sequences.append(Sequence(text))
+            sequences.append(Sequence(text, place.pass_index))
         _, number, queries, keys = attention.shape
         self._tokens = max(self._tokens, place.query_start + queries, place.key_start + keys)
         every = list(range(number)) if heads is None else heads
         sequences[-1].parts.append(Part(place.query_start, place.key_start, queries, keys, every, measured))
         if self._options.keep_maps:
-            recording.maps.setdefault(place.path, []).append(attention)
+            # A model may write over its tensors later, as those do that keep a cache of fixed size.
+            kept = copy.deepcopy(attention) if isinstance(attention, AttentionMap) else attention
+            recording.maps.setdefault(place.path, []).append(kept)
 
     def _mask_of(self, call: AttentionCall | HiddenCall) -> Tensor | None:
         mask = self._options.token_mask
@@ -233,6 +236,12 @@ def _check(model: object, statistics: tuple[Statistic, ...], keep_maps: bool) ->
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"two statistics are named {', '.join(sorted(twice))}; give one another name=")
+    dims = {"pass", "layer", "batch", "head"}.union(*(d for s in statistics for d in s.dimensions().values()))
+    taken = sorted(set(names) & (dims | {f"{dim}_token" for dim in ("query", "key")}))
+    if taken:
+        raise ValueError(
+            f"{taken[0]!r} is a dimension of the dataset, and no name for a statistic; give it another name="
+        )
 
 
 def _check_mask(token_mask: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ class steer:  # noqa: N801 - a context manager, named as what one writes
     the edits of the logits leave. No N×M matrix is made. Everything is restored on exit.
 
     Args:
-        model: an ``nn.Module`` whose attention goes through ``scaled_dot_product_attention`` or ``nn.MultiheadAttention``;
-            None for every call made in the block.
+        model: an ``nn.Module`` whose attention goes through ``scaled_dot_product_attention``, ``nn.MultiheadAttention``,
+            transformers' eager attention, or a softmax of its own that enters a product with values; None for every call
+            made in the block.
         edits: such as ``regard.Reweight(keys=[0], by=0.5)``.
 
     Raises:

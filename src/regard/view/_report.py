@@ -1,8 +1,6 @@
 """One self-contained HTML page about what the heads of a model did on a text."""
 
-import json
 from dataclasses import dataclass
-from importlib.resources import files
 
 import numpy as np
 import xarray as xr
@@ -12,6 +10,7 @@ from regard.view import choose
 from regard.view.heads import KINDS, statistics
 from regard.view.lengths import lengths
 from regard.view.pack import pack
+from regard.view.page import render
 from regard.view.shares import block_side, coarsen, shares
 from regard.view.statistics import STATISTICS
 from regard.view.windows import windows
@@ -91,27 +90,19 @@ def report(dataset: xr.Dataset, facts: RunFacts) -> str:
         >>> report(dataset, facts).startswith("<!doctype html>")
         True
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ImportError('a report needs jinja2 and plotly: pip install "regard[report]"') from error
     dataset = windows(dataset)
     summary = statistics(dataset)
     page = _page(dataset, summary)
-    folder = files("regard.view")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string(folder.joinpath("report.html").read_text("utf-8"))
-    return template.render(
-        facts=facts,
-        fact_list=_fact_list(facts),
+    return render(
+        "report.html",
+        "report.js",
+        page,
         page=page,
+        facts=facts,
+        model=facts.model,
+        version=facts.version,
+        fact_list=_fact_list(facts),
         kinds=KINDS,
-        data=Markup(_json(page)),
-        style=Markup(folder.joinpath("report.css").read_text("utf-8")),
-        script=Markup(folder.joinpath("report.js").read_text("utf-8")),
-        plotly=Markup(get_plotlyjs()),
     )
 
 
@@ -215,19 +206,13 @@ def _numbers(values: NDArray[np.floating]) -> list[list[float | None]]:
     return [[float(f"{number:.4g}") if np.isfinite(number) else None for number in row] for row in values]
 
 
-def _json(page: dict[str, object]) -> str:
-    """Write JSON that cannot end the script element it stands in, whatever the tokens are."""
-    text = json.dumps(page, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
 def _fact_list(facts: RunFacts) -> list[tuple[str, str, str]]:
     """Name each fact, its value, and a remark on it."""
     ratio = facts.stored_memory / facts.peak_memory if facts.peak_memory else 0
     return [
         ("Tokens", f"{facts.tokens:,}", ""),
         ("Heads", f"{facts.layers * facts.heads:,}", f"{facts.layers} layers of {facts.heads}"),
-        ("Time", _seconds(facts.seconds), f"on {facts.device}, {facts.dtype}"),
+        ("Time", seconds(facts.seconds), f"on {facts.device}, {facts.dtype}"),
         ("Peak memory", _bytes(facts.peak_memory), "for the whole run"),
         ("Stored attention", _bytes(facts.stored_memory), _times(ratio)),
     ]
@@ -238,7 +223,12 @@ def _times(ratio: float) -> str:
     return f"{remark}, {ratio:,.0f} times the peak" if ratio >= 2 else remark
 
 
-def _seconds(seconds: float) -> str:
+def seconds(seconds: float) -> str:
+    """A time as one says it: minutes, seconds or milliseconds.
+
+    >>> seconds(0.25)
+    '250 ms'
+    """
     if seconds >= 120:
         return f"{seconds / 60:.0f} min"
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"

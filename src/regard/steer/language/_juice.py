@@ -32,12 +32,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.runtime import AttentionCall, run
+from regard.steer import steer
 from regard.steer.edit import Edit, check_number
 from regard.steer.gate import Gate
 from regard.steer.language._outputs import with_output
 from regard.steer.language.example import Example, Progress, accuracy, answer_probability, mean_measure
 from regard.steer.language.heads import Head, every_head, only
-from regard.steer.steer import steer
 
 _ENLARGE = (1.0, 3.0, 5.0, 10.0, 30.0)
 _SUPPRESS = (-1.0, -2.0, -5.0)

@@ -69,7 +69,8 @@ def unseen(row: dict[str, Any]) -> list[str]:
 def rows(names: list[str], workers: int, until: float) -> Iterator[dict[str, Any]]:
     """The observations, each made in a process of its own, which is ended where it takes too long."""
     context = multiprocessing.get_context("fork")
-    waiting, running = list(names), {}
+    waiting = list(names)
+    running: dict[Any, Any] = {}
     while running or (waiting and time.monotonic() < until):
         while waiting and len(running) < workers and time.monotonic() < until:
             name = waiting.pop(0)

@@ -21,7 +21,7 @@ LARGEST = 120_000_000
 
 def model_types() -> list[str]:
     """The types that this version of transformers knows."""
-    return sorted(configuration_auto.CONFIG_MAPPING_NAMES)
+    return sorted(vars(configuration_auto)["CONFIG_MAPPING_NAMES"])
 
 
 def model_classes(model_type: str) -> list[type[PreTrainedModel]]:

@@ -54,7 +54,7 @@ from regard.watch import (
 if TYPE_CHECKING:
     from regard import cache, mixers
     from regard.cache import compress
-    from regard.mini import mini
+    from regard.mini._typed import mini
     from regard.steer import steer
     from regard.watch import watch
 else:

@@ -154,7 +154,7 @@ def test_gradients_are_those_of_the_definition(causal: bool, kernel: Any) -> Non
             A.rows([2, 5]), A.pool(3, 2),
         )  # fmt: skip
 
-    assert torch.autograd.gradcheck(outputs, (query, key, bias, V, W))
+    assert torch.autograd.gradcheck(outputs, (query, key, bias, V, W), fast_mode=True)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -545,7 +545,7 @@ def test_sinks_beside_rows_that_see_nothing_and_without_effect() -> None:
     for kernel in KERNELS:
         A = AttentionMap(q, k, mask, sinks=torch.tensor([1.0, -math.inf]), kernel=kernel)
         assert not (A @ v)[:, :, 2].any()
-        assert A.logsumexp()[0, :, 2].tolist() == [1.0, -math.inf]
+        assert A.logsumexp()[0, :, 2].tolist() == pytest.approx([1.0, -math.inf])
         assert not A.entropy()[:, :, 2].any()
         close((A @ v)[:, 1], (AttentionMap(q, k, mask) @ v)[:, 1])
 

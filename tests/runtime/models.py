@@ -105,7 +105,7 @@ class DenseWithSinks(Dense):
     """The same with one more logit in each row, which goes to no key."""
 
     def __init__(self, logits: Tensor, values: Tensor, sinks: Tensor | None) -> None:
-        super().__init__(logits, values, values, values, 1.0)
+        super().__init__(logits, values)
         self.sinks = logits.new_full((*logits.shape[:3], 1), -torch.inf) if sinks is None else sinks
 
     def probabilities(self) -> Tensor:
@@ -117,7 +117,7 @@ class DenseWithSinks(Dense):
         heads = torch.zeros(self.logits.shape[1], dtype=torch.bool)
         heads[slice(None) if edit.heads is None else edit.heads] = True
         rows = torch.zeros_like(self.sinks, dtype=torch.bool)
-        rows[:, heads, slice(None) if getattr(edit, "queries", None) is None else edit.queries] = True
+        rows[:, heads, slice(None) if getattr(edit, "queries", None) is None else getattr(edit, "queries", None)] = True
         rows &= heads[:, None, None]
         rest = (1 - self.probabilities().sum(-1, keepdim=True)).clamp(min=0).log()
         super().apply(edit)

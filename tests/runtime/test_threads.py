@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -95,8 +95,7 @@ def test_a_name_imported_in_a_block_is_good_after_it() -> None:
 
 @pytest.fixture
 def llama() -> hf.PreTrainedModel:
-    model: hf.PreTrainedModel = built("llama")
-    return model
+    return cast(hf.PreTrainedModel, built("llama"))
 
 
 PROMPT = torch.randint(5, 50, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -196,6 +195,6 @@ def test_tasks_do_not_see_each_other(llama: hf.PreTrainedModel, in_thread: bool)
             await asyncio.sleep(0)
 
     async def all_of_them() -> list[Any]:
-        return await asyncio.gather(watched(5, 3), unwatched(5), watched(7, 4))
+        return list(await asyncio.gather(watched(5, 3), unwatched(5), watched(7, 4)))
 
     assert asyncio.run(all_of_them())[::2] == [5, 7]

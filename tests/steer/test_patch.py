@@ -1,5 +1,7 @@
 """Outputs and matrices of another run's heads in this one."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -120,7 +122,9 @@ def test_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("edit", [{}, {"heads": [1, 2]}, {"queries": [4, 8]}], ids=["all", "heads", "queries"])
-def test_maps_of_another_run_in_a_model(llama: LlamaForCausalLM, texts: tuple[Tensor, Tensor], edit: dict) -> None:
+def test_maps_of_another_run_in_a_model(
+    llama: LlamaForCausalLM, texts: tuple[Tensor, Tensor], edit: dict[str, Any]
+) -> None:
     """Where a head looks is the other run's, what it finds there is this one's."""
     clean, corrupted = texts
     with torch.no_grad():

@@ -17,8 +17,8 @@ from regard.mixers.linear import (
     Facts,
     Memory,
     MemoryAsContext,
-    MemoryAsGate,
     Mixer,
+    Moneta,
     SlidingWindow,
     State,
 )
@@ -65,9 +65,12 @@ def test_mixers_in_mixers() -> None:
         assert seen.layers == layers
         expected = matrix_of(model[0].one, x).sum(2)
         np.testing.assert_allclose(seen.dataset().received[0], expected, atol=1e-12)
-    gate = MemoryAsGate(DIM, heads=2).double()
-    with pytest.raises(RuntimeError, match="a mixer is seen where it has a map"), regard.watch(gate, regard.Received()):
-        gate(x)
+    moneta = Moneta(DIM, heads=2).double()
+    with (
+        pytest.raises(RuntimeError, match="a mixer is seen where it has a map"),
+        regard.watch(moneta, regard.Received()),
+    ):
+        moneta(x)
     context = MemoryAsContext(DIM, heads=2, segment=4, memory=Memory(depth=1)).double()
     with pytest.raises(ValueError, match="goes on from a state"), regard.watch(context, regard.Received()):
         context(x)

@@ -109,7 +109,7 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
             raise RuntimeError(
                 f"{call.place.path} computes its softmax itself, over all keys that its cache returns: entries of it cannot "
                 "be dropped. compress works with attention that goes through scaled_dot_product_attention, or through "
-                "transformers' eager attention"
+                f"transformers' eager attention{_advice(self.model)}"
             )
         layer = self._layer(cache, number, call)
         if layer is None:
@@ -167,6 +167,10 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
 def _overlap(one: Module, other: Module) -> bool:
     """Whether one of them is the other, or a part of it."""
     return any(module is one for module in other.modules()) or any(module is other for module in one.modules())
+
+
+def _advice(model: Module) -> str:
+    return ': call model.set_attn_implementation("sdpa") first' if getattr(model, "_supports_sdpa", False) else ""
 
 
 def _explain_no_cache(model: Module, seen: bool) -> str:

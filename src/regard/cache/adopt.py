@@ -36,7 +36,8 @@ def adopt(cache: Any, number: int, model: Module, block: OpenBlock) -> KeptLayer
     if isinstance(layer, KeptLayer):
         if layer.block is not block and layer.block.is_open:
             raise RuntimeError(f"a cache of {type(model).__name__} is being compressed already; leave that block first")
-        layer.block = block
+        if layer.block is not block:
+            layer.block, layer.state = block, {}  # what another policy remembers is nothing to this one
         return layer
     growing = [place for place, other in enumerate(cache.layers) if type(other) in (DynamicLayer, KeptLayer)]
     if not growing:

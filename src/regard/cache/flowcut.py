@@ -133,7 +133,7 @@ class _Encoder:
         if place.pass_index != self._run:
             self._run, self._cuts = place.pass_index, {}
         number = place.path.partition("#")[2]
-        return partial(self._count, last.at(place), number, self._layer(place.path))
+        return partial(self._count, last.at(place), number, self._layer(place.path) or 0)
 
     def _layer(self, path: str) -> int | None:
         found = re.match(rf"{re.escape(self._stack)}\.(\d+)(?:\.|$)", path)

@@ -181,11 +181,8 @@ class AttentionMap(TokenMap):
 
     @property
     def has_probability_rows(self) -> bool:
-        """Unless sinks take a part of each row; the entropy is that of the keys in any case."""
-        return self._scores.sinks is None
-
-    def _check_probability_rows(self) -> None:
-        """Rows of one softmax have an entropy, less a sink's part too."""
+        """Always: what a sink takes falls to no key."""
+        return True
 
     @property
     def _row_totals(self) -> Tensor:

@@ -57,9 +57,8 @@ class Block:
 
     def __init__(self, interceptor: Interceptor, model: Module | None) -> None:
         model = getattr(model, "_orig_mod", model)  # inside what torch.compile returns, whose generate passes it by
-        shared = (block.tracker for block in _here_open() if block.tracker.model is model)
         self.interceptor = interceptor
-        self.tracker = next(shared, None) or Tracker(model)
+        self.tracker: Tracker = _shared_tracker(model) or Tracker(model)
         self.first_pass = self.tracker.passes
         self.seen: dict[int, str] = {}  # paths of the calls that the model made, by number
         self.mixers: set[int] = set()  # numbers of those that have no queries and keys
@@ -122,6 +121,11 @@ class _Local(threading.local):
 
 
 _local = _Local()
+
+
+def _shared_tracker(model: Module | None) -> Tracker | None:
+    """That of the blocks around on the same model."""
+    return next((block.tracker for block in _here_open() if block.tracker.model is model), None)
 
 
 def _forget(reference: ReferenceType[Block]) -> None:

@@ -68,7 +68,8 @@ def wrapper(original: Callable[..., Any]) -> Callable[..., Any] | None:
         def make() -> Tensor:
             output, matrix = run()
             weights.append(matrix)
-            return output.transpose(1, 2)
+            transposed: Tensor = output.transpose(1, 2)
+            return transposed
 
         def finish(last: AttentionCall, normal: AttentionCall) -> Tensor:
             with chain.unseen():

@@ -40,7 +40,8 @@ class Layout:
     def lead(self) -> torch.Size:
         """Batches and heads."""
         matrix, values = self.matrix.permute(self.matrix_order), self.values.permute(self.values_order)
-        return torch.broadcast_shapes(matrix.shape[:-2], values.shape[:-2])
+        lead: torch.Size = torch.broadcast_shapes(matrix.shape[:-2], values.shape[:-2])
+        return lead
 
     def of_matrix(self, matrix: Tensor, heads: int | None) -> Tensor:
         """A tensor of the matrix's shape, such as its logits, as (B, H, N, M)."""
@@ -67,14 +68,16 @@ class Layout:
         tensor = tensor.expand(*lead, *tensor.shape[-2:])
         if len(lead) == 1:
             heads = heads if heads is not None and lead[0] % heads == 0 else 1
-            return tensor.unflatten(0, (-1, heads))
+            split: Tensor = tensor.unflatten(0, (-1, heads))
+            return split
         return tensor.reshape(-1, lead[-1] if lead else 1, *tensor.shape[-2:])
 
 
 def layout_of(function: Any, args: Any, is_matrix: Callable[[Any], bool]) -> Layout | None:
     """How a function multiplies a matrix with values; None where it is no such product."""
     if function in _MATMULS and len(args) == 2:
-        return _of_matmul(*args, is_matrix)
+        left, right = args
+        return _of_matmul(left, right, is_matrix)
     if function is torch.einsum and isinstance(args[0], str):
         operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
         return _of_einsum(args[0], operands, is_matrix) if len(operands) == 2 else None

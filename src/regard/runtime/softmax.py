@@ -115,7 +115,7 @@ def release(softmax: Softmax | None = None) -> None:
         if isinstance(tensor, Weights):
             if softmax is None or tensor._way.softmax is softmax:
                 del tensor._way
-                tensor.__class__ = Tensor
+                tensor.__class__ = Tensor  # type: ignore[assignment]
             else:
                 left.append(reference)
     _followed.tensors = left

@@ -45,7 +45,13 @@ class Stack:
             return found
         if self._direct is None:  # a forward that was called by itself has no frame of a call
             self._direct = list(_forwarded(self._start))
-        return _up_to(model, self._direct)
+        found = _up_to(model, self._direct)
+        if found is not None:
+            return found
+        # A part of the model may run by itself, as towers do whose outputs ``generate`` makes first.
+        parts = set(model.modules())
+        inside = [number for number, frame in enumerate(self.frames) if frame.module in parts]
+        return self.frames[: inside[-1] + 1] if inside else None
 
 
 def caller() -> tuple[Module | None, str]:

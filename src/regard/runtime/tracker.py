@@ -75,6 +75,9 @@ class Tracker:
         self.passes = 0
         self._numbers: dict[str, int] = {}
         self._names: WeakKeyDictionary[Module, dict[Module, str]] = WeakKeyDictionary()
+        self._of_parts: set[str] = (
+            set()
+        )  # paths of calls that parts of the model made by themselves since its last pass
         self._running: dict[int, _Pass] = {}  # by thread: several may run the model at once
         self._texts: dict[str, Text] = {}
         self._texts_by_cache: WeakKeyDictionary[object, dict[str, Text]] = WeakKeyDictionary()
@@ -87,6 +90,8 @@ class Tracker:
             return None
         running = self._pass_of(frames)
         path = self._path(frames) + label
+        if self.model is not None and frames[-1].module is not self.model:
+            self._count_part(running, path)
         number = running.calls.get(path, 0)
         running.calls[path] = number + 1
         path = f"{path}#{number}" if number else path
@@ -135,13 +140,23 @@ class Tracker:
         run = None if root is None else root.run
         if running is None or running.run is not run:
             running = self._running[thread] = _Pass(run, self.passes, root)
-            self.passes += 1
+            if self.model is None or (root is not None and root.module is self.model):
+                self.passes += 1
+                self._of_parts.clear()
         return running
+
+    def _count_part(self, running: _Pass, path: str) -> None:
+        """What a part of the model does by itself belongs to the pass to come; but where it runs twice, to one of its own."""
+        if path in self._of_parts and path not in running.calls:
+            self.passes += 1
+            running.index = self.passes
+            self._of_parts.clear()
+        self._of_parts.add(path)
 
     def _path(self, frames: list[Frame]) -> str:
         if not frames:
             return _BARE
-        root, module = frames[-1].module, frames[0].module
+        root, module = self.model or frames[-1].module, frames[0].module
         names = self._names.get(root)
         if names is None or module not in names:  # a module may be made while the model runs
             names = {inner: _without_wrappers(name) for name, inner in root.named_modules()}

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy
 import torch
-import xarray
 from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
@@ -21,6 +20,9 @@ from regard.tokens import Heads, Layers, Selection
 
 Kind = Literal["zero", "mean", "resample", "gate", "patch"]
 Inputs = Tensor | Mapping[str, Any]
+
+if TYPE_CHECKING:
+    import xarray
 
 _TOKENS = 2048
 """About so many are run at once: the logits of a large vocabulary are most of what a pass holds."""
@@ -347,6 +349,8 @@ def _dataset(chosen: Mapping[str, list[int]], values: Mapping[_Cell, Tensor], pl
     for layer, path in enumerate(chosen):
         for head in chosen[path]:
             full[layer, heads.index(head)] = values[_Cell(path, head)].numpy()
+    import xarray
+
     return xarray.Dataset(
         {"metric": (("layer", "head", "batch"), full), "plain": (("batch",), plain.numpy())},
         {"layer": list(chosen), "head": heads, "batch": range(len(plain))},

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import xarray
-
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    import xarray
 
 
 class HeadChange(NamedTuple):
@@ -30,7 +29,7 @@ class SweepResult:
             (batch), that of the model as it is; ``layer`` holds module paths, ``number`` (layer) their numbers in the model.
             Its attributes tell kind and metric.
 
-    >>> import numpy
+    >>> import numpy, xarray
     >>> metric = (("layer", "head", "batch"), numpy.array([[[1.0], [3.0]]]))
     >>> coordinates = {"layer": ["encoder.0"], "head": [0, 5]}
     >>> found = SweepResult(xarray.Dataset({"metric": metric, "plain": ("batch", [3.5])}, coordinates))

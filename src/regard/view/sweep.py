@@ -10,9 +10,9 @@ import numpy as np
 import xarray as xr
 
 from regard.view import choose
+from regard.view._report import seconds
 from regard.view.page import render
 from regard.view.plot import figure_of, graph_objects
-from regard.view.report import seconds
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -47,8 +47,8 @@ class Rows(Statistic):
         """(B, H, positions, M)."""
         batch, heads, queries, keys = attention.shape
         start, end = call.place.query_start, call.place.query_start + queries
-        rows = torch.full((batch, heads, len(self.positions), keys), torch.nan, dtype=attention.dtype)
-        wanted = [position + end if position < 0 else position for position in plain(self.positions, "positions")]
+        rows = torch.full((batch, heads, len(_numbers(self.positions)), keys), torch.nan, dtype=attention.dtype)
+        wanted = [position + end if position < 0 else position for position in _numbers(self.positions)]
         here = [(number, position - start) for number, position in enumerate(wanted) if start <= position < end]
         if here:
             numbers, local = zip(*here, strict=True)
@@ -60,7 +60,7 @@ class Rows(Statistic):
         return {"position": self.positions}
 
 
-def _numbers(positions: Positions) -> list[int]:
+def _numbers(positions: Positions | str) -> list[int]:
     """One after the other."""
     read = plain(positions, "positions")
     if isinstance(read, slice) and read.stop is not None and min(read.start or 0, read.stop) >= 0:
@@ -68,5 +68,5 @@ def _numbers(positions: Positions) -> list[int]:
     if isinstance(read, Tensor) and read.ndim == 1:
         return cast("list[int]", read.nonzero().flatten().tolist())
     if isinstance(read, list) and isinstance(read[0], int):
-        return cast("list[int]", read)
+        return [position for position in read if isinstance(position, int)]
     raise ValueError(f"Rows needs positions that can be counted, the same for all texts, got {positions!r}")

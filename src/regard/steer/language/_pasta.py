@@ -88,7 +88,8 @@ def score_pasta_heads(
 
 
 def _rest_of_prompt(spans: Positions, tokens: int) -> Tensor:
-    chosen = resolve(spans, 0, tokens)[0]
+    chosen = resolve(spans, 0, tokens)
+    chosen = chosen if len(chosen) > 1 else chosen[0]
     if not bool(chosen.any()) or bool(chosen.all()):
         which = "all" if bool(chosen.all()) else "none"
         raise ValueError(

@@ -24,10 +24,10 @@ from regard.maps import _workers
 from regard.maps._request import Answer, Request, segments_as_values, segments_from_values
 from regard.maps._scores import Scores
 
-# Numbers in one strip: two of them, with the keys that pass by, stay in a CPU core's second cache; or keep a GPU busy.
-_STRIP = {"cpu": 2**17, "cuda": 2**26}
+# Numbers in one strip: of lower ones a CPU's products are slower than they gain by the cache; or they keep a GPU busy.
+_STRIP = {"cpu": 2**19, "cuda": 2**26}
 # Rows of all groups in a strip: with fewer a product is slow, with more a triangle's upper half is wasted on.
-_ROWS_AT_LEAST, _ROWS_AT_MOST = 32, 128
+_ROWS_AT_LEAST, _ROWS_AT_MOST = 64, 128
 # Pieces that workers take one after another: as many as leave no core idle for long at the end.
 _PIECES = 16
 # Up to this magnitude of the logits their exponentials need no shift by the row's maximum: far from float32's ends.

@@ -16,8 +16,8 @@ from regard.maps._scores import Scores
 from regard.masks import Mask, Tiles, Tiling
 
 # Queries and keys in a tile, and numbers in one strip: a buffer that stays in a core's cache, or that keeps a GPU busy.
-_TILE = (128, 64)
-_STRIP = {"cpu": 2**18, "cuda": 2**26}
+_TILE = (256, 64)
+_STRIP = {"cpu": 3 * 2**18, "cuda": 2**26}
 # Hides a logit, and times a probability of 0 gives 0, which −inf would not.
 _HIDDEN = -1e30
 # Tiles that are looked at together, and pairs whose visibility is remembered.

@@ -18,7 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from regard.maps import _workers
 from regard.maps._plan import Plan, Share, Strip
-from regard.maps._request import Answer, Request, segments_as_values, segments_from_values
+from regard.maps._request import (
+    Answer,
+    Request,
+    received_as_weights,
+    received_from_weights,
+    segments_as_values,
+    segments_from_values,
+)
 from regard.maps._scores import Scores
 from regard.masks import Mask, window
 
@@ -322,7 +329,7 @@ class _Differentiable(torch.autograd.Function):
 def evaluate(scores: Scores, request: Request) -> Answer:
     """Answer the request from the visible tiles; differentiable in query, key, an additive mask, values and weights."""
     # The log-sum-exp of a half-precision row would not be good enough to make its probabilities again.
-    request = replace(_receive_as_weights(request), dtype=torch.promote_types(request.dtype, torch.float32))
+    request = replace(received_as_weights(request), dtype=torch.promote_types(request.dtype, torch.float32))
     plan = Plan(scores, _rule(scores), request.dtype)
     if scores.requires_grad or request.requires_grad:
         asked, request = request, segments_as_values(scores, request)
@@ -333,18 +340,7 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     else:
         with torch.no_grad():
             answer = _Forward(scores, request, plan).answer()
-    if request.received is None or answer.transposed is None:
-        return answer
-    return replace(answer, transposed=answer.transposed[..., :-1], received=answer.transposed[..., -1])
-
-
-def _receive_as_weights(request: Request) -> Request:
-    """What keys receive is one more column of weights."""
-    if request.received is None:
-        return request
-    column = request.received.to(request.dtype).unsqueeze(-1)
-    weights = column if request.weights is None else torch.cat([request.weights.to(request.dtype), column], dim=-1)
-    return replace(request, weights=weights)
+    return received_from_weights(request, answer)
 
 
 def _rule(scores: Scores) -> Mask:

@@ -73,5 +73,21 @@ def segments_from_values(request: Request, answer: Answer) -> Answer:
     return replace(answer, forward=forward, mass=answer.forward[..., width:])
 
 
+def received_as_weights(request: Request) -> Request:
+    """The request with what keys receive as one more column of weights."""
+    if request.received is None:
+        return request
+    column = request.received.to(request.dtype).unsqueeze(-1)
+    weights = column if request.weights is None else torch.cat([request.weights.to(request.dtype), column], dim=-1)
+    return replace(request, weights=weights)
+
+
+def received_from_weights(request: Request, answer: Answer) -> Answer:
+    """The answer to a request that was evaluated with what keys receive as the last column of its weights."""
+    if request.received is None or answer.transposed is None:
+        return answer
+    return replace(answer, transposed=answer.transposed[..., :-1], received=answer.transposed[..., -1])
+
+
 class RefusedError(Exception):
     """A kernel cannot serve this request; the message says why."""

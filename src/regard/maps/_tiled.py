@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +21,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from regard.maps import _workers
-from regard.maps._request import Answer, Request, segments_as_values, segments_from_values
+from regard.maps._request import (
+    Answer,
+    Request,
+    received_as_weights,
+    received_from_weights,
+    segments_as_values,
+    segments_from_values,
+)
 from regard.maps._scores import Scores
 
 # Numbers in one strip: of lower ones a CPU's products are slower than they gain by the cache; or they keep a GPU busy.
@@ -272,7 +279,7 @@ def softmax_strips(scores: Scores) -> Iterator[tuple[Strip, Tensor]]:
 
 def evaluate(scores: Scores, request: Request) -> Answer:
     """Answer the request strip by strip; differentiable in query, key, mask, sinks, values and weights."""
-    request = _receive_as_weights(request)
+    request = received_as_weights(request)
     if scores.requires_grad or request.requires_grad:
         asked, request = request, segments_as_values(scores, request)
         tensors = (scores.query, scores.key, scores.mask, scores.sinks, request.values, request.weights)
@@ -281,18 +288,7 @@ def evaluate(scores: Scores, request: Request) -> Answer:
         answer = segments_from_values(asked, Answer(logsumexp, forward, transposed, entropy=entropy))
     else:
         answer = _Forward(scores, request).run()
-    if request.received is None or answer.transposed is None:
-        return answer
-    return replace(answer, transposed=answer.transposed[..., :-1], received=answer.transposed[..., -1])
-
-
-def _receive_as_weights(request: Request) -> Request:
-    """What keys receive is one more column of weights."""
-    if request.received is None:
-        return request
-    column = request.received.to(request.dtype).unsqueeze(-1)
-    weights = column if request.weights is None else torch.cat([request.weights.to(request.dtype), column], dim=-1)
-    return replace(request, weights=weights)
+    return received_from_weights(request, answer)
 
 
 class _Forward:

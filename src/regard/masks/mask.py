@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _DENSE_LIMIT = 2**28
-_PAIRS_AT_ONCE = 2**22
+_PAIRS_AT_ONCE = 2**19
 
 
 class Mask(ABC):

@@ -75,9 +75,7 @@ class Tracker:
         self.passes = 0
         self._numbers: dict[str, int] = {}
         self._names: WeakKeyDictionary[Module, dict[Module, str]] = WeakKeyDictionary()
-        self._of_parts: set[str] = (
-            set()
-        )  # paths of calls that parts of the model made by themselves since its last pass
+        self._of_parts: set[str] = set()  # paths of what parts of the model did by themselves since its last pass
         self._running: dict[int, _Pass] = {}  # by thread: several may run the model at once
         self._texts: dict[str, Text] = {}
         self._texts_by_cache: WeakKeyDictionary[object, dict[str, Text]] = WeakKeyDictionary()

@@ -23,3 +23,4 @@ def seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    torch.set_grad_enabled(True)  # an interrupt in a test may come where PyTorch's own block ends

@@ -256,7 +256,7 @@ def _finish(last: Any, normal: Any, finish: Callable[[Any, Any], Tensor]) -> Ten
 
 
 def _links(blocks: list[Block], label: str, hidden: bool) -> list[Link]:
-    """The blocks that want the call, each with where it stands in its model; who gives a call its keys goes first."""
+    """The blocks that want the call, each with where it stands there; who gives a call its keys goes first."""
     stack = Stack()
     if recomputing():
         _refuse_edits(blocks, stack)
@@ -273,13 +273,11 @@ def _links(blocks: list[Block], label: str, hidden: bool) -> list[Link]:
         block.seen[site.layer] = site.path
         if hidden:
             block.mixers.add(site.layer)
-        if block.interceptor.wants(_in_block(site, block)):
+        if block.first_pass:
+            site = replace(site, pass_index=site.pass_index - block.first_pass)
+        if block.interceptor.wants(site):
             links.append((block, site))
     return sorted(links, key=lambda link: not link[0].interceptor.outermost)
-
-
-def _in_block(site: Site, block: Block) -> Site:
-    return site if not block.first_pass else replace(site, pass_index=site.pass_index - block.first_pass)
 
 
 class _Passage:
@@ -301,7 +299,7 @@ class _Passage:
         block, site = self._links[number]
         if number >= self._keepers and not self._places:
             self._find_places(call)
-        place = self._places.get(number) or _place_of(site, block)
+        place = self._places.get(number) or _place_of(site)
         alone = number + 1 == len(self._links)
         return block.interceptor.intercept(call.at(place), lambda further: self._proceed(number + 1, further), alone)
 
@@ -314,16 +312,15 @@ class _Passage:
                 queries = call.queries if isinstance(call, HiddenCall) else call.query.shape[2]
                 found[id(tracker)] = tracker.place(site, call.value, queries, self._past)
             place = found[id(tracker)]
-            if block.first_pass:
-                place = replace(place, pass_index=place.pass_index - block.first_pass)
-            self._places[number] = place
+            same = place.pass_index == site.pass_index
+            self._places[number] = place if same else replace(place, pass_index=site.pass_index)
 
 
-def _place_of(site: Site, block: Block) -> Place:
+def _place_of(site: Site) -> Place:
     """As far as it is known before the call has its keys."""
     cache, cache_layer = site.cache
     return Place(
-        site.path, site.layer, site.pass_index - block.first_pass, cache=cache, cache_layer=cache_layer,
+        site.path, site.layer, site.pass_index, cache=cache, cache_layer=cache_layer,
         token_ids=site.token_ids, memo=site.running.memo,
     )  # fmt: skip
 
@@ -332,8 +329,7 @@ def _refuse_edits(blocks: list[Block], stack: Stack) -> None:
     """A part of a model that runs again without the rest has lost where its calls stand."""
     for block in blocks:
         model = block.tracker.model
-        inside = model is None or any(frame.module in set(model.modules()) for frame in stack.frames)
-        if block.interceptor.edits and inside:
+        if block.interceptor.edits and (model is None or stack.within(model) is not None):
             raise RuntimeError(
                 "attention cannot be steered or compressed under gradient checkpointing; disable it, or leave the block"
             )

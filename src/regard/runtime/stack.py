@@ -48,7 +48,12 @@ class Stack:
         found = _up_to(model, self._direct)
         if found is not None:
             return found
-        # A part of the model may run by itself, as towers do whose outputs ``generate`` makes first.
+        return self.within(model)
+
+    def within(self, model: Module) -> list[Frame] | None:
+        """The frames up to the outermost part of the model: it may run by itself, as a tower that ``generate`` asks."""
+        if not self.frames:
+            return None
         parts = set(model.modules())
         inside = [number for number, frame in enumerate(self.frames) if frame.module in parts]
         return self.frames[: inside[-1] + 1] if inside else None

@@ -11,6 +11,7 @@ that share a key head, those of keys (heads, M, …), and a strip is (heads, gro
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,9 +31,10 @@ from regard.maps._request import (
     segments_from_values,
 )
 from regard.maps._scores import Scores
+from regard.maps._strip import add_sinks, answer, backward, capped, hide, shift, unlocked
 
 # Numbers in one strip: of lower ones a CPU's products are slower than they gain by the cache; or they keep a GPU busy.
-_STRIP = {"cpu": 2**19, "cuda": 2**26}
+_STRIP = {"cpu": 2**18, "cuda": 2**26}
 # Rows of all groups in a strip: with fewer a product is slow, with more a triangle's upper half is wasted on.
 _ROWS_AT_LEAST, _ROWS_AT_MOST = 64, 128
 # Pieces that workers take one after another: as many as leave no core idle for long at the end.
@@ -54,20 +56,17 @@ class Strip:
     groups: int
 
     @property
-    def query_heads(self) -> slice:
-        return slice(self.heads.start * self.groups, self.heads.stop * self.groups)
-
-    @property
     def shape(self) -> tuple[int, int, int, int]:
         return self.heads.stop - self.heads.start, self.groups, self.rows.stop - self.rows.start, self.columns
+
+    @property
+    def bounds(self) -> list[int]:
+        """Its first row, the row that follows its last, and its columns."""
+        return [self.rows.start, self.rows.stop, self.columns]
 
     def of_queries(self, tensor: Tensor) -> Tensor:
         """This strip's part, (heads, groups, rows, …), of a contiguous (B, Hq, N, …) tensor."""
         return tensor.view(-1, self.groups, *tensor.shape[2:])[self.heads, :, self.rows]
-
-    def of_keys(self, tensor: Tensor, per_query_head: bool = False) -> Tensor:
-        """This strip's part of a (batch · key heads, M, …) tensor, or of a (batch · query heads, M, …) one."""
-        return tensor[self.query_heads if per_query_head else self.heads, : self.columns]
 
 
 @dataclass(frozen=True)
@@ -134,27 +133,9 @@ def _do(function: Callable[[Piece], None], of_all: list[Piece], together: bool) 
             function(piece)
 
 
-def product(matrix: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """A strip (heads, groups, rows, columns) times (heads, columns, W), or times (heads · groups, columns, W)."""
-    heads, groups, rows, columns = matrix.shape
-    left = matrix.reshape(len(right), -1, columns)
-    if out is not None and out.is_contiguous():
-        torch.bmm(left, right, out=out.view(len(right), -1, right.shape[-1]))
-        return out
-    result = torch.bmm(left, right).view(heads, groups, rows, right.shape[-1])
-    return result if out is None else out.copy_(result)
-
-
 def total_of_parts(parts: Tensor) -> Tensor:
     """The sum over the parts of all queries, in a fixed order."""
     return parts[0] if len(parts) == 1 else parts.sum(dim=0)
-
-
-def add_transposed_product(total: Tensor, matrix: Tensor, right: Tensor) -> None:
-    """Add the transposed strip times (heads, groups, rows, W) to (heads, columns, W), or (heads · groups, columns, W)."""
-    left = matrix.reshape(len(total), -1, matrix.shape[-1])
-    right = right.reshape(len(total), left.shape[1], -1)
-    total.transpose(-1, -2).baddbmm_(right.transpose(-1, -2), left)
 
 
 class Workspace:
@@ -170,13 +151,16 @@ class Workspace:
         self.dtype = dtype
         self.query = scores.query.to(dtype).contiguous()
         self.key = self.of_keys(scores.key)
-        self.biased = scores.mask is not None and scores.mask.is_floating_point()
-        self.shifted = self.biased or scores.limit > _UNSHIFTED
-        self.unit = 1.0 if self.biased else _LOG_2
+        biased = scores.mask is not None and scores.mask.is_floating_point()
+        self.shifted = biased or scores.limit > _UNSHIFTED
+        self.unit = 1.0 if biased else _LOG_2
+        self.to_log2 = 1 / _LOG_2 if biased else 1.0
+        self.hidden = -math.inf if biased else _HIDDEN  # below the extremes of an additive mask too
+        self.softcap = 0.0 if scores.softcap is None else scores.softcap / self.unit
+        self.scale = scores.scale / (scores.softcap or self.unit)
         self.sinks = None if scores.sinks is None else self.of_sinks(scores.sinks)
-        # Below the extremes of an additive mask too.
-        hidden = -math.inf if self.biased else _HIDDEN
-        self._triangle = _triangle(hidden, dtype, self.query.device) if scores.is_causal else None
+        self.triangle = _triangle(self.hidden, dtype, self.query.device) if scores.is_causal else None
+        self._of_thread = threading.local()
 
     def of_keys(self, tensor: Tensor) -> Tensor:
         """(B, heads, M, …) as (B · heads, M, …)."""
@@ -186,68 +170,42 @@ class Workspace:
         """One logit for each row, (B, Hq, N), in units of ``unit``."""
         return (sinks.to(self.dtype) / self.unit).expand(self.scores.shape[:3]).contiguous()
 
-    def of_mask(self, mask: Tensor, strip: Strip) -> Tensor:
-        """The strip's part, of sizes that may be 1, of a mask or of its gradient: a view if the strip is of one head."""
-        rows = strip.rows if mask.shape[2] > 1 else slice(None)
-        columns = slice(strip.columns) if mask.shape[3] > 1 else slice(None)
-        mask = mask[:, :, rows, columns].unflatten(1, (-1, strip.groups) if mask.shape[1] > 1 else (1, 1))
+    def compiled(self, function: Callable[..., None]) -> Callable[..., None]:
+        """The function as workers call it; a GPU has none, and its operators do not wait for the interpreter."""
+        return function if _on_gpu(self.scores) else unlocked(function)
+
+    def of_queries(self, tensor: Tensor | None, piece: Piece) -> Tensor | None:
+        """The part of the piece's heads, (heads, groups, N, …), of a contiguous (B, Hq, N, …) tensor."""
+        return None if tensor is None else tensor.view(-1, self.scores.groups, *tensor.shape[2:])[piece.heads]
+
+    def of_key_heads(self, tensor: Tensor | None, piece: Piece) -> Tensor | None:
+        """The part of the piece's heads of a (B · Hk, M, …) or (B · Hq, M, …) tensor."""
+        if tensor is None or len(tensor) == len(self.key):
+            return None if tensor is None else tensor[piece.heads]
+        groups = self.scores.groups
+        return tensor[piece.heads.start * groups : piece.heads.stop * groups]
+
+    def of_mask(self, mask: Tensor | None, piece: Piece) -> Tensor | None:
+        """The part of the piece's heads, of sizes that may be 1, of a mask or of its gradient: a view if it is one head."""
+        if mask is None:
+            return None
+        mask = mask.unflatten(1, (-1, self.scores.groups) if mask.shape[1] > 1 else (1, 1))
         if mask.shape[0] == mask.shape[1] == 1:
             return mask[0]
         key_heads = self.scores.key.shape[1]
-        if strip.heads.stop - strip.heads.start == 1:
-            batch, head = divmod(strip.heads.start, key_heads)
+        if piece.heads.stop - piece.heads.start == 1:
+            batch, head = divmod(piece.heads.start, key_heads)
             return mask[batch % mask.shape[0], head % mask.shape[1]].unsqueeze(0)
-        heads = torch.arange(strip.heads.start, strip.heads.stop, device=mask.device)
+        heads = torch.arange(piece.heads.start, piece.heads.stop, device=mask.device)
         return mask[heads // key_heads % mask.shape[0], heads % key_heads % mask.shape[1]]
 
-    def buffer(self, strips: list[Strip]) -> Tensor:
-        """Uninitialised room for any of these strips."""
-        return self.query.new_empty(max(math.prod(strip.shape) for strip in strips))
-
-    def logits(self, strip: Strip, buffer: Tensor) -> Tensor:
-        """The strip's logits in the buffer; what is hidden is far below any other."""
-        return self.mask(strip, self.capped(strip, buffer))
-
-    def capped(self, strip: Strip, buffer: Tensor) -> Tensor:
-        """The strip's logits before the mask."""
-        scores = self.scores
-        out = buffer[: math.prod(strip.shape)].view(strip.shape)
-        flat, query = out.flatten(1, 2), strip.of_queries(self.query).flatten(1, 2)
-        scale = scores.scale / (scores.softcap or self.unit)
-        torch.baddbmm(flat, query, strip.of_keys(self.key).transpose(-1, -2), beta=0, alpha=scale, out=flat)
-        return out if scores.softcap is None else out.tanh_().mul_(scores.softcap / self.unit)
-
-    def mask(self, strip: Strip, logits: Tensor) -> Tensor:
-        """The logits, of which those that the mask or the triangle hides are now far below any other."""
-        if self.scores.mask is not None:
-            part = self.of_mask(self.scores.mask, strip)
-            # Not masked_fill_, which takes longer than all the rest of a strip.
-            logits.add_(part) if self.biased else logits.add_((~part).to(self.dtype), alpha=_HIDDEN)
-        if self._triangle is not None and strip.columns > strip.rows.start:
-            _, _, rows, columns = strip.shape
-            logits[..., strip.rows.start :] += self._triangle[:rows, : columns - strip.rows.start]
-        return logits
-
-    def shift(self, logits: Tensor, sinks: Tensor | None) -> Tensor:
-        """The highest logit of each row, (heads, groups, rows), which is taken from the logits, now in units of log 2."""
-        highest = logits.amax(dim=-1)
-        if sinks is not None:
-            highest = torch.maximum(highest, sinks)
-        if self.scores.mask is not None:  # a row that sees nothing: 2^(−inf − 0) = 0 throughout
-            highest.masked_fill_(highest <= (-math.inf if self.biased else _HIDDEN / 2), 0.0)
-        logits.sub_(highest.unsqueeze(-1))
-        if self.biased:
-            logits.mul_(1 / _LOG_2)
-        return highest
-
-    def probabilities(self, logits: Tensor, logsumexp: Tensor) -> Tensor:
-        """P in place of a strip's logits, from log-sum-exps already known (+inf for rows that see nothing)."""
-        logits.sub_(logsumexp.unsqueeze(-1) / self.unit)
-        return (logits.mul_(1 / _LOG_2) if self.biased else logits).exp2_()
-
-    def exp_sinks(self, sinks: Tensor, highest: Tensor | None) -> Tensor:
-        """What a row's sink adds to its sum of exponentials."""
-        return ((sinks if highest is None else sinks - highest) * (self.unit / _LOG_2)).exp2_()
+    def buffers(self, strips: list[Strip], number: int) -> list[Tensor]:
+        """Uninitialised room for any of these strips, so many times; each thread has its own, and keeps it for the call."""
+        size = max(math.prod(strip.shape) for strip in strips)
+        kept: list[Tensor] = getattr(self._of_thread, "buffers", [])
+        if len(kept) < number or kept[0].numel() < size:
+            kept = self._of_thread.buffers = [self.query.new_empty(size) for _ in range(number)]
+        return kept[:number]
 
     def sums_over_queries(self, of_all: list[Piece], *shape: int) -> Tensor:
         """Zeros for each part of the queries, since several workers add to them at once."""
@@ -257,7 +215,54 @@ class Workspace:
 @lru_cache(maxsize=8)
 def _triangle(hidden: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What hides the part of a causal strip's last columns that lies above the diagonal."""
-    return torch.full((_ROWS_AT_MOST, _ROWS_AT_MOST), hidden, dtype=dtype, device=device).triu_(1)
+    return torch.full((1, 1, _ROWS_AT_MOST, _ROWS_AT_MOST), hidden, dtype=dtype, device=device).triu_(1)
+
+
+def _strip_logits(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    triangle: Tensor | None,
+    buffer: Tensor,
+    start: int,
+    stop: int,
+    columns: int,
+    scale: float,
+    softcap: float,
+    hidden: float,
+) -> Tensor:
+    """The logits of these rows; what is hidden is far below any other."""
+    shape = [query.size(0), query.size(1), stop - start, columns]
+    out = buffer[: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
+    capped(query[:, :, start:stop], key[:, :columns], scale, softcap, out)
+    starts, biases = _hiding(triangle, start, stop, columns)
+    return hide(out, _part_of_mask(mask, start, stop, columns), hidden, starts, biases)
+
+
+def _hiding(triangle: Tensor | None, start: int, stop: int, columns: int) -> tuple[list[int], list[Tensor]]:
+    """What hides the columns of a causal strip that lie above the diagonal."""
+    starts: list[int] = []
+    biases: list[Tensor] = []
+    if triangle is not None and columns > start:
+        starts.append(start)
+        biases.append(triangle[:, :, : stop - start, : columns - start])
+    return starts, biases
+
+
+def _rows(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if tensor is None else tensor[:, :, start:stop]
+
+
+def _keys(tensor: Tensor | None, columns: int) -> Tensor | None:
+    return None if tensor is None else tensor[:, :columns]
+
+
+def _part_of_mask(mask: Tensor | None, start: int, stop: int, columns: int) -> Tensor | None:
+    if mask is not None and mask.size(2) > 1:
+        mask = mask[:, :, start:stop]
+    if mask is not None and mask.size(3) > 1:
+        mask = mask[:, :, :, :columns]
+    return mask
 
 
 @torch.no_grad()
@@ -266,14 +271,18 @@ def softmax_strips(scores: Scores) -> Iterator[tuple[Strip, Tensor]]:
     work = Workspace(scores, scores.dtype)
     for piece in pieces(scores):
         of_piece = list(strips(scores, piece))
-        buffer = work.buffer(of_piece)
+        (buffer,) = work.buffers(of_piece, 1)
+        query, key, mask = work.of_queries(work.query, piece), work.key[piece.heads], work.of_mask(scores.mask, piece)
         for strip in of_piece:
-            logits = work.logits(strip, buffer)
+            start, stop, columns = strip.bounds
+            logits = _strip_logits(
+                query, key, mask, work.triangle, buffer, start, stop, columns, work.scale, work.softcap, work.hidden
+            )
             sinks = None if work.sinks is None else strip.of_queries(work.sinks)
-            highest = work.shift(logits, sinks)
+            highest = shift(logits, sinks, work.hidden, work.to_log2)
             total = logits.exp2_().sum(dim=-1)
             if sinks is not None:
-                total += work.exp_sinks(sinks, highest)
+                add_sinks(total, sinks, highest, work.to_log2)
             yield strip, logits.div_(total.masked_fill_(total == 0, 1.0).unsqueeze(-1))
 
 
@@ -302,29 +311,30 @@ class _Forward:
         new = work.query.new_empty
         self.highest = new(batch, heads, queries) if work.shifted else None
         self.total = new(batch, heads, queries)
-        self.weighted = new(batch, heads, queries) if request.entropy else None
+        self.expected = new(batch, heads, queries) if request.entropy else None
         self.mass = new(batch, heads, queries, len(request.segments)) if request.segments else None
         self.values = None if request.values is None else work.of_keys(request.values)
         self.forward = None if request.values is None else new(batch, heads, queries, request.values.shape[-1])
-        self.per_query_head = request.values is not None and request.values.shape[1] != scores.key.shape[1]
         self.weights = None if request.weights is None else request.weights.to(request.dtype).contiguous()
         self.transposed = None
         if self.weights is not None:
-            self.transposed = work.sums_over_queries(self.pieces, batch * heads, self.weights.shape[-1], keys)
+            self.transposed = work.sums_over_queries(self.pieces, batch * heads, keys, self.weights.shape[-1])
+        self.segments = [[[*run.indices(keys)] for run in runs] for runs in request.segments]
 
     @torch.no_grad()
     def run(self) -> Answer:
         """Add up every strip, then finish."""
-        _do(self._add_piece, self.pieces, together=not _on_gpu(self.scores))
+        answer_strips = self.work.compiled(_answer_strips)
+        _do(lambda piece: self._add(piece, answer_strips), self.pieces, together=not _on_gpu(self.scores))
         batch, heads, _, keys = self.scores.shape
         total = self.total if self.scores.mask is None else self.total.masked_fill(self.total == 0, 1.0)
         logsumexp = self.total.log()
-        entropy = None if self.weighted is None else self._entropy(self.weighted.div_(total), logsumexp, total)
+        entropy = None if self.expected is None else self._entropy(self.expected.div_(total), logsumexp, total)
         if self.highest is not None:
             logsumexp.add_(self.highest, alpha=self.work.unit)
         transposed = None
         if self.transposed is not None:
-            transposed = total_of_parts(self.transposed).view(batch, heads, -1, keys).transpose(-1, -2)
+            transposed = total_of_parts(self.transposed).view(batch, heads, keys, -1)
         if self.forward is not None:
             self.forward.div_(total.unsqueeze(-1))
         if self.mass is not None:
@@ -333,48 +343,81 @@ class _Forward:
 
     def _entropy(self, expected: Tensor, logsum: Tensor, total: Tensor) -> Tensor:
         """``Σ P (log Σ e^s − s)`` over the keys, beside which a sink has its share of Σ e^s; ``expected`` is ``Σ P s``."""
-        if self.work.sinks is not None:
-            logsum = logsum * (1 - self.work.exp_sinks(self.work.sinks, self.highest) / total)
+        work = self.work
+        if work.sinks is not None:
+            of_sinks = torch.zeros_like(total)
+            add_sinks(of_sinks, work.sinks, self.highest, work.to_log2)
+            logsum = logsum * (1 - of_sinks / total)
         return torch.sub(logsum, expected, alpha=_LOG_2).clamp_(min=0)
 
-    def _add_piece(self, piece: Piece) -> None:
-        of_piece = list(strips(self.scores, piece))
-        buffer = self.work.buffer(of_piece)
-        another = self.work.buffer(of_piece) if self.request.entropy else buffer
-        for strip in of_piece:
-            self._add(strip, piece.number, buffer, another)
+    def _add(self, piece: Piece, answer_strips: Callable[..., None]) -> None:
+        work, of_piece = self.work, list(strips(self.scores, piece))
+        buffer, another = (work.buffers(of_piece, 2 if self.expected is not None else 1) * 2)[:2]
+        transposed = None if self.transposed is None else self.transposed[piece.number]
+        rows = (self.highest, self.total, self.expected, self.mass, self.forward)
+        answer_strips(
+            [strip.bounds for strip in of_piece],
+            work.of_queries(work.query, piece),
+            work.key[piece.heads],
+            work.of_mask(self.scores.mask, piece),
+            work.triangle,
+            work.of_queries(work.sinks, piece),
+            work.of_key_heads(self.values, piece),
+            work.of_queries(self.weights, piece),
+            self.segments,
+            buffer,
+            another,
+            work.scale,
+            work.softcap,
+            work.hidden,
+            work.to_log2,
+            *(work.of_queries(tensor, piece) for tensor in rows),
+            work.of_key_heads(transposed, piece),
+        )
 
-    def _add(self, strip: Strip, part: int, buffer: Tensor, another: Tensor) -> None:
-        work = self.work
-        logits = work.logits(strip, buffer)
-        sinks = None if work.sinks is None else strip.of_queries(work.sinks)
-        highest = None
-        if self.highest is not None:
-            highest = strip.of_queries(self.highest).copy_(work.shift(logits, sinks))
-        exps = torch.exp2(logits, out=another[: logits.numel()].view(strip.shape))
-        total = torch.sum(exps, dim=-1, out=strip.of_queries(self.total))
-        if sinks is not None:
-            total += work.exp_sinks(sinks, highest)
-        if self.weighted is not None:
-            if work.biased:  # a hidden key's −inf · 0 counts as nothing
-                logits.clamp_(min=torch.finfo(logits.dtype).min)
-            torch.sum(logits.mul_(exps), dim=-1, out=strip.of_queries(self.weighted))
-        if self.mass is not None:
-            masses = strip.of_queries(self.mass)
-            for number, runs in enumerate(self.request.segments):
-                if not runs:  # a segment of no keys
-                    masses[..., number] = 0
-                    continue
-                torch.sum(exps[..., runs[0]], dim=-1, out=masses[..., number])
-                for run in runs[1:]:
-                    masses[..., number] += exps[..., run].sum(dim=-1)
-        if self.forward is not None and self.values is not None:
-            product(exps, strip.of_keys(self.values, self.per_query_head), strip.of_queries(self.forward))
-        if self.transposed is not None and self.weights is not None:
-            if self.scores.mask is not None:
-                total = total.masked_fill(total == 0, 1.0)
-            sums = self.transposed[part, strip.query_heads, :, : strip.columns].transpose(-1, -2)
-            add_transposed_product(sums, exps, strip.of_queries(self.weights) / total.unsqueeze(-1))
+
+def _answer_strips(
+    strips: list[list[int]],
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    triangle: Tensor | None,
+    sinks: Tensor | None,
+    values: Tensor | None,
+    weights: Tensor | None,
+    segments: list[list[list[int]]],
+    buffer: Tensor,
+    another: Tensor,
+    scale: float,
+    softcap: float,
+    hidden: float,
+    to_log2: float,
+    highest: Tensor | None,
+    total: Tensor,
+    expected: Tensor | None,
+    mass: Tensor | None,
+    forward: Tensor | None,
+    transposed: Tensor | None,
+) -> None:
+    """The answers of all strips of a piece, given the piece's part of every tensor."""
+    for start, stop, columns in strips:
+        logits = _strip_logits(query, key, mask, triangle, buffer, start, stop, columns, scale, softcap, hidden)
+        answer(
+            logits,
+            another[: logits.numel()],
+            _rows(sinks, start, stop),
+            _keys(values, columns),
+            _rows(weights, start, stop),
+            segments,
+            hidden,
+            to_log2,
+            _rows(highest, start, stop),
+            total[:, :, start:stop],
+            _rows(expected, start, stop),
+            _rows(mass, start, stop),
+            _rows(forward, start, stop),
+            _keys(transposed, columns),
+        )
 
 
 class _Differentiable(torch.autograd.Function):
@@ -395,11 +438,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 class _Backward:
-    """Gradients of one pass, summed up strip by strip.
-
-    With ``dP = dO Vᵀ + W dTᵀ − dH (log P + 1)`` the logits' gradient is ``P ⊙ (dP − rowsum(P ⊙ dP) + dL)``. A sink has no
-    dP, but its share of the rest; a cap c takes ``1 − (s/c)²`` of the gradient on its way to queries and keys.
-    """
+    """Gradients of one pass, summed up strip by strip."""
 
     def __init__(self, ctx: Any, gradients: tuple[Tensor | None, ...]) -> None:
         query, key, mask, sinks, values, weights, logsumexp = ctx.saved_tensors
@@ -407,10 +446,10 @@ class _Backward:
         self.work = work = Workspace(self.scores, ctx.request.dtype)
         self.inputs = (query, key, mask, sinks, values, weights)
         self.needs = ctx.needs_input_grad[2:]
-        self.per_query_head = values is not None and values.shape[1] != key.shape[1]
         self.values = None if values is None else work.of_keys(values)
         self.weights = None if weights is None else weights.to(work.dtype).contiguous()
-        self.logsumexp = logsumexp.masked_fill(logsumexp.isneginf(), math.inf)
+        self.natural_logsumexp = logsumexp.masked_fill(logsumexp.isneginf(), math.inf)
+        self.logsumexp = self.natural_logsumexp / work.unit
         d_logsumexp, d_forward, d_transposed, d_entropy = gradients
         self.d_logsumexp = None if d_logsumexp is None else d_logsumexp.contiguous()
         self.d_forward = None if d_forward is None else d_forward.contiguous()
@@ -439,10 +478,13 @@ class _Backward:
 
     def run(self) -> list[Tensor | None]:
         """Add up every strip; gradients of query, key, mask, sinks, values and weights."""
-        _do(self._add_piece, self.pieces, together=self.d_mask is None and not _on_gpu(self.scores))
-        d_key = None if self.d_key is None else total_of_parts(self.d_key)
+        add_strips = self.work.compiled(_add_strips)
+        together = self.d_mask is None and not _on_gpu(self.scores)
+        _do(lambda piece: self._add(piece, add_strips), self.pieces, together)
+        d_key = None if self.d_key is None else total_of_parts(self.d_key).mul_(self.scores.scale)
+        d_query = None if self.d_query is None else self.d_query.mul_(self.scores.scale)
         d_values = None if self.d_values is None else total_of_parts(self.d_values)
-        sums = (self.d_query, d_key, self.d_mask, self._d_sinks(), d_values, self.d_weights)
+        sums = (d_query, d_key, self.d_mask, self._d_sinks(), d_values, self.d_weights)
         return [
             None if total is None or tensor is None else total.view(tensor.shape).to(tensor.dtype)
             for total, tensor in zip(sums, self.inputs, strict=True)
@@ -453,54 +495,90 @@ class _Backward:
         if self.row_sums is None or sinks is None:
             return None
         gradient = -self.row_sums if self.d_logsumexp is None else self.d_logsumexp - self.row_sums
-        return (torch.exp(sinks - self.logsumexp) * gradient).sum_to_size(sinks.shape)
+        return (torch.exp(sinks - self.natural_logsumexp) * gradient).sum_to_size(sinks.shape)
 
-    def _add_piece(self, piece: Piece) -> None:
-        of_piece = list(strips(self.scores, piece))
-        buffer = self.work.buffer(of_piece)
-        for strip in of_piece:
-            self._add(strip, piece.number, buffer)
+    def _add(self, piece: Piece, add_strips: Callable[..., None]) -> None:
+        work, of_piece = self.work, list(strips(self.scores, piece))
+        (buffer,) = work.buffers(of_piece, 1)
+        d_key, d_values = (None if parts is None else parts[piece.number] for parts in (self.d_key, self.d_values))
+        add_strips(
+            [strip.bounds for strip in of_piece],
+            buffer,
+            work.of_queries(work.query, piece),
+            work.key[piece.heads],
+            work.of_mask(self.scores.mask, piece),
+            work.triangle,
+            work.of_key_heads(self.values, piece),
+            work.of_queries(self.weights, piece),
+            work.of_queries(self.logsumexp, piece),
+            work.scale,
+            work.softcap,
+            work.hidden,
+            work.to_log2,
+            work.of_queries(self.d_logsumexp, piece),
+            work.of_queries(self.d_forward, piece),
+            work.of_key_heads(self.d_transposed, piece),
+            work.of_queries(self.d_entropy, piece),
+            work.of_queries(self.d_query, piece),
+            work.of_key_heads(d_key, piece),
+            work.of_mask(self.d_mask, piece),
+            work.of_key_heads(d_values, piece),
+            work.of_queries(self.d_weights, piece),
+            work.of_queries(self.row_sums, piece),
+        )
 
-    def _add(self, strip: Strip, part: int, buffer: Tensor) -> None:
-        work, scores = self.work, self.scores
-        logits = work.capped(strip, buffer)
-        slope = None if scores.softcap is None else 1 - (logits * (work.unit / scores.softcap)).square_()
-        matrix = work.probabilities(work.mask(strip, logits), strip.of_queries(self.logsumexp))
-        if self.d_values is not None and self.d_forward is not None:
-            total = strip.of_keys(self.d_values[part], self.per_query_head)
-            add_transposed_product(total, matrix, strip.of_queries(self.d_forward))
-        if self.d_weights is not None and self.d_transposed is not None:
-            product(matrix, strip.of_keys(self.d_transposed, per_query_head=True), strip.of_queries(self.d_weights))
-        if any(total is not None for total in (self.d_query, self.d_key, self.d_mask, self.row_sums)):
-            self._add_logit_gradient(strip, part, self._logit_gradient(strip, matrix), slope)
 
-    def _add_logit_gradient(self, strip: Strip, part: int, d_logits: Tensor, slope: Tensor | None) -> None:
-        if self.d_mask is not None:
-            total = self.work.of_mask(self.d_mask, strip)
-            total += d_logits.sum_to_size(total.shape)
-        d_logits.mul_(self.scores.scale)
-        if slope is not None:
-            d_logits.mul_(slope)
-        if self.d_query is not None:
-            product(d_logits, strip.of_keys(self.work.key), strip.of_queries(self.d_query))
-        if self.d_key is not None:
-            total = strip.of_keys(self.d_key[part])
-            add_transposed_product(total, d_logits, strip.of_queries(self.work.query))
-
-    def _logit_gradient(self, strip: Strip, matrix: Tensor) -> Tensor:
-        d_matrix = torch.zeros_like(matrix)
-        if self.values is not None and self.d_forward is not None:
-            values = strip.of_keys(self.values, self.per_query_head)
-            d_matrix += product(strip.of_queries(self.d_forward), values.transpose(-1, -2))
-        if self.weights is not None and self.d_transposed is not None:
-            d_transposed = strip.of_keys(self.d_transposed, per_query_head=True)
-            d_matrix += product(strip.of_queries(self.weights), d_transposed.transpose(-1, -2))
-        if self.d_entropy is not None:
-            logarithm = matrix.log().clamp_(min=torch.finfo(matrix.dtype).min)
-            d_matrix -= logarithm.add_(1).mul_(strip.of_queries(self.d_entropy).unsqueeze(-1))
-        row_sums = torch.linalg.vecdot(matrix, d_matrix)
-        if self.row_sums is not None:
-            strip.of_queries(self.row_sums).copy_(row_sums)
-        if self.d_logsumexp is not None:
-            row_sums = row_sums - strip.of_queries(self.d_logsumexp)
-        return d_matrix.sub_(row_sums.unsqueeze(-1)).mul_(matrix)
+def _add_strips(
+    strips: list[list[int]],
+    buffer: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    triangle: Tensor | None,
+    values: Tensor | None,
+    weights: Tensor | None,
+    logsumexp: Tensor,
+    scale: float,
+    softcap: float,
+    hidden: float,
+    to_log2: float,
+    d_logsumexp: Tensor | None,
+    d_forward: Tensor | None,
+    d_transposed: Tensor | None,
+    d_entropy: Tensor | None,
+    d_query: Tensor | None,
+    d_key: Tensor | None,
+    d_mask: Tensor | None,
+    d_values: Tensor | None,
+    d_weights: Tensor | None,
+    row_sums: Tensor | None,
+) -> None:
+    """The gradients of all strips of a piece, given the piece's part of every tensor."""
+    for start, stop, columns in strips:
+        shape = [query.size(0), query.size(1), stop - start, columns]
+        starts, biases = _hiding(triangle, start, stop, columns)
+        backward(
+            buffer[: shape[0] * shape[1] * shape[2] * shape[3]].view(shape),
+            query[:, :, start:stop],
+            key[:, :columns],
+            _part_of_mask(mask, start, stop, columns),
+            _keys(values, columns),
+            _rows(weights, start, stop),
+            logsumexp[:, :, start:stop],
+            scale,
+            softcap,
+            hidden,
+            to_log2,
+            starts,
+            biases,
+            _rows(d_logsumexp, start, stop),
+            _rows(d_forward, start, stop),
+            _keys(d_transposed, columns),
+            _rows(d_entropy, start, stop),
+            _rows(d_query, start, stop),
+            _keys(d_key, columns),
+            _part_of_mask(d_mask, start, stop, columns),
+            _keys(d_values, columns),
+            _rows(d_weights, start, stop),
+            _rows(row_sums, start, stop),
+        )

@@ -53,11 +53,15 @@ class Call:
             sinks = self.sinks.double()
             sinks = sinks[:, None] if sinks.ndim == 1 else sinks[..., None] if sinks.ndim == 2 else sinks
             logits = torch.cat([logits, sinks.expand(logits.shape[:3])[..., None]], dim=-1)
-        return logits.logsumexp(dim=-1)
+        blind = logits.isneginf().all(dim=-1, keepdim=True)
+        total = logits.masked_fill(blind, 0.0).logsumexp(dim=-1)
+        return total.masked_fill(blind.squeeze(-1), -math.inf)
 
     def matrix(self) -> Tensor:
-        total = self.logsumexp()[..., None]
-        return torch.exp(self.logits() - total.masked_fill(total.isneginf(), 0.0))
+        logits = self.logits()
+        blind = logits.isneginf().all(dim=-1, keepdim=True)  # of whose log-sum-exp there is no gradient
+        total = self.logsumexp()[..., None].masked_fill(blind, 0.0)
+        return torch.exp(logits - total).masked_fill(blind, 0.0)
 
     def entropy(self) -> Tensor:
         return torch.special.entr(self.matrix()).sum(-1)

@@ -22,6 +22,8 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """``softmax(scale · Q Kᵀ + mask) V`` under a rule: ``scaled_dot_product_attention`` that visits visible tiles alone.
 
@@ -37,9 +39,12 @@ def attention(
         is_causal: query i sees no key j > i.
         scale: factor of the logits; 1/√D by default.
         enable_gqa: let neighbouring query heads share a head of keys and values.
+        softcap: c, makes ``c · tanh(s / c)`` of the logits s before the mask.
+        sinks: logits, one for each head (Hq,), for each of a batch (B, Hq), or for each row (B, Hq, N); a sink takes its
+            share of a row's probability and gives it to no key.
 
     Returns:
-        (B, Hq, N, Dv), in the query's dtype; differentiable in query, key, value and an additive mask.
+        (B, Hq, N, Dv), in the query's dtype; differentiable in query, key, value, sinks and an additive mask.
 
     Raises:
         ValueError, TypeError: inputs that SDPA would refuse, and masks that are not of the call's size.
@@ -51,11 +56,11 @@ def attention(
         >>> regard.attention(q, k, v, mask=masks.window(left=63, right=0)).shape
         torch.Size([1, 4, 1000, 32])
     """
-    if mask is None:
+    if mask is None and softcap is None and sinks is None:
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    scores = make_scores(query, key, attn_mask, is_causal, scale, enable_gqa, rule=mask)
+    scores = make_scores(query, key, attn_mask, is_causal, scale, enable_gqa, softcap, sinks, rule=mask)
     batch, key_heads, keys, _ = scores.key.shape
     fits = (
         value.ndim == 4 and value.shape[0] in (1, batch) and value.shape[1] in (1, key_heads) and value.shape[2] == keys

@@ -20,6 +20,8 @@ def serves(scores: Scores, request: Request) -> bool:
     return (
         scores.query.is_cuda
         and scores.mask is None
+        and scores.softcap is None
+        and scores.sinks is None
         and request.values is not None
         and not other_questions
         and request.dtype != torch.float64

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from regard.masks import Mask, Tiles, Tiling
 # Queries and keys in a tile, and numbers in one strip: a buffer that stays in a core's cache, or that keeps a GPU busy.
 _TILE = (256, 64)
 _STRIP = {"cpu": 3 * 2**18, "cuda": 2**26}
-# Hides a logit, and times a probability of 0 gives 0, which −inf would not.
-_HIDDEN = -1e30
 # Tiles that are looked at together, and pairs whose visibility is remembered.
 _TILES_AT_ONCE = 2**20
 _PAIRS_KEPT = 2**25
@@ -35,13 +32,35 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Strip:
-    """Some queries of some heads, and the runs of keys that they see, in order."""
+    """Some queries of some heads, and the runs of keys that they see, in order.
+
+    It holds all groups of some key heads, in one batch element or in all heads of several; or a single query head.
+    ``heads`` are those of keys among all (B · Hk), ``query_heads`` those of queries among all (B · Hq).
+    """
 
     batch: slice
-    query_heads: slice
-    key_heads: slice
+    heads_of_batch: slice
     rows: slice
     runs: tuple[Run, ...]
+    groups: int
+    heads_in_all: int
+
+    @cached_property
+    def heads(self) -> slice:
+        return slice(self.query_heads.start // self.groups, (self.query_heads.stop - 1) // self.groups + 1)
+
+    @cached_property
+    def query_heads(self) -> slice:
+        first, last = self.batch.start * self.heads_in_all, (self.batch.stop - 1) * self.heads_in_all
+        return slice(first + self.heads_of_batch.start, last + self.heads_of_batch.stop)
+
+    @cached_property
+    def group(self) -> slice:
+        """Which of the query heads that share a key head."""
+        if _length(self.heads_of_batch) < self.groups:
+            first = self.heads_of_batch.start % self.groups
+            return slice(first, first + 1)
+        return slice(0, self.groups)
 
     @cached_property
     def spans(self) -> tuple[slice, ...]:
@@ -61,26 +80,33 @@ class Strip:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return _length(self.batch), _length(self.query_heads), _length(self.rows), self.columns
+        return _length(self.heads), _length(self.group), _length(self.rows), self.columns
 
     def of_queries(self, tensor: Tensor) -> Tensor:
-        """This strip's part of a (B, Hq, N, …) tensor."""
-        return tensor[self.batch, self.query_heads, self.rows]
+        """This strip's part, (heads, groups, rows, …), of a contiguous (B, Hq, N, …) tensor."""
+        return tensor.view(-1, self.groups, *tensor.shape[2:])[self.heads, self.group, self.rows]
 
     def of_keys(self, tensor: Tensor, per_query_head: bool = False) -> Tensor:
-        """This strip's part of a (B, Hk, M, …) tensor, or of a (B, Hq, M, …) one; a view where its keys are one slice."""
-        heads = tensor[self.batch, self.query_heads if per_query_head else self.key_heads]
-        parts = [heads[:, :, span] for span in self.spans]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        """This strip's part of a (B · Hk, M, …) tensor, or of a (B · Hq, M, …) one; a view where its keys are one slice."""
+        heads = tensor[self.query_heads if per_query_head else self.heads]
+        parts = [heads[:, span] for span in self.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def of_mask(self, mask: Tensor) -> Tensor:
-        """This strip's part of a mask whose dimensions may be 1."""
-        parts = (self.batch, self.query_heads, self.rows)
+        """This strip's part, (heads|1, groups|1, rows|1, columns|1), of a mask whose dimensions may be 1."""
+        parts = (self.batch, self.heads_of_batch, self.rows)
         rows = mask[tuple(slice(None) if size == 1 else part for size, part in zip(mask.shape, parts, strict=False))]
         if mask.shape[3] == 1:
-            return rows
+            return self.folded(rows)
         columns = [rows[..., span] for span in self.spans]
-        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+        return self.folded(columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1))
+
+    def folded(self, tensor: Tensor) -> Tensor:
+        """What is (batch|1, query heads|1, …) as (heads|1, groups|1, …)."""
+        if tensor.shape[:2] == (1, 1):
+            return tensor
+        wide = tensor.expand(_length(self.batch), _length(self.heads_of_batch), -1, -1)
+        return wide.unflatten(1, (-1, _length(self.group))).flatten(0, 1)
 
     def positions(self, device: torch.device) -> Tensor:
         """The key of each column."""
@@ -97,13 +123,19 @@ class Strip:
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """Strips for one worker, of the same heads; ``alone``: no other share holds strips of these heads."""
+    """Strips for one worker, of the same heads of keys; ``alone``: no other share holds strips of these heads."""
 
-    batch: slice
-    query_heads: slice
-    key_heads: slice
     strips: tuple[Strip, ...]
     alone: bool
+
+    @property
+    def heads(self) -> slice:
+        return self.strips[0].heads
+
+    @property
+    def query_heads(self) -> slice:
+        groups = self.strips[0].groups
+        return slice(self.heads.start * groups, self.heads.stop * groups)
 
     @property
     def cost(self) -> int:
@@ -119,12 +151,9 @@ class Share:
 class Plan:
     """Strips that cover every visible pair of a call once, in which hidden pairs are found by evaluating the mask."""
 
-    def __init__(self, scores: Scores, mask: Mask, dtype: torch.dtype) -> None:
+    def __init__(self, scores: Scores, mask: Mask, hidden: float, dtype: torch.dtype) -> None:
         self.mask, self.dtype = mask, dtype
-        # Beside an additive mask, whose entries may be as low, hidden pairs are at −inf.
-        additive = scores.mask is not None and scores.mask.is_floating_point()
-        self.hides = -math.inf if additive else _HIDDEN
-        self._shows, self._hides = torch.tensor([0.0, self.hides], dtype=dtype, device=scores.query.device)
+        self._shows, self._hides = torch.tensor([0.0, hidden], dtype=dtype, device=scores.query.device)
         self.batch, self.heads, self.queries, self.keys = scores.shape
         self.groups = scores.groups
         self.device = scores.query.device
@@ -138,24 +167,23 @@ class Plan:
         bundles = list(self._bundles())
         pieces = max(1, 2 * workers // max(1, len(bundles))) if workers > 1 else 1
         shares = []
-        for batch, key_heads, strips in bundles:
+        for strips in bundles:
             parts = _divide(strips, pieces)
-            query_heads = self._query_heads(key_heads)
-            shares += [Share(batch, query_heads, key_heads, part, alone=len(parts) == 1) for part in parts]
+            shares += [Share(part, alone=len(parts) == 1) for part in parts]
         return sorted(shares, key=lambda share: -share.cost)
 
     def strips(self) -> Iterator[Strip]:
         """All of them."""
-        for _, _, strips in self._bundles():
+        for strips in self._bundles():
             yield from strips
 
     def biases(self, strip: Strip) -> Iterator[tuple[slice, Tensor]]:
-        """Columns in which the mask hides some keys, and what hides them: 0 or `hides`, (batch|1, heads|1, rows, columns)."""
+        """Columns in which the mask hides some keys, and what hides them: (heads|1, groups|1, rows, columns)."""
         start = 0
         for run in strip.runs:
             stop = start + run.stop - run.start
             if not run.full:
-                yield slice(start, stop), self._pattern(strip, run)
+                yield slice(start, stop), strip.folded(self._pattern(strip, run))
             start = stop
 
     def _pattern(self, strip: Strip, run: Run) -> Tensor:
@@ -163,18 +191,19 @@ class Plan:
             key: tuple[object, ...] = (strip.rows.start - run.start, _length(strip.rows), run.stop - run.start)
         else:
             batch = strip.batch.start if self._per_batch else None
-            head = strip.query_heads.start if self._per_head else None
+            head = strip.heads_of_batch.start if self._per_head else None
             key = (batch, head, strip.rows.start, run.start)
         pattern = self._patterns.get(key)
         if pattern is None:
             visible = self.mask.visible(
                 self._range(strip.batch)[:, None, None, None],
-                self._range(strip.query_heads)[:, None, None],
+                self._range(strip.heads_of_batch)[:, None, None],
                 self._range(strip.rows)[:, None],
                 self._range(slice(run.start, run.stop)),
             )
             # Adding is many times as fast as filling where a mask says so.
             pattern = torch.where(visible, self._shows, self._hides)
+            pattern = pattern.reshape((1,) * (4 - pattern.ndim) + pattern.shape)
             with self._lock:
                 if pattern.numel() <= self._room and key not in self._patterns:
                     self._room -= pattern.numel()
@@ -198,8 +227,8 @@ class Plan:
         flat = iter(_runs_of(states.flatten(0, 2), self.keys))
         return [[[next(flat) for _ in range(states.shape[2])] for _ in range(states.shape[1])] for _ in states]
 
-    def _bundles(self) -> Iterator[tuple[slice, slice, list[Strip]]]:
-        """Batch elements and heads of keys that are taken together, and the strips that see them."""
+    def _bundles(self) -> Iterator[list[Strip]]:
+        """The strips of batch elements and heads of keys that are taken together."""
         columns = max(
             sum(run.stop - run.start for run in runs) for of_b in self._runs for of_h in of_b for runs in of_h
         )
@@ -209,23 +238,19 @@ class Plan:
         heads_at_once = 1 if self._per_head else max(1, min(key_heads, room // self.groups))
         batch_at_once = 1 if self._per_batch or self._per_head else max(1, min(self.batch, room // self.heads))
         for b in _slices(self.batch, batch_at_once):
-            for h in _slices(key_heads, heads_at_once):
+            for h in _slices(self.heads, heads_at_once * self.groups):
                 strips = list(self._strips_of(b, h))
                 if strips:
-                    yield b, h, strips
+                    yield strips
 
-    def _query_heads(self, key_heads: slice) -> slice:
-        return slice(key_heads.start * self.groups, key_heads.stop * self.groups)
-
-    def _strips_of(self, batch: slice, key_heads: slice) -> Iterator[Strip]:
+    def _strips_of(self, batch: slice, heads: slice) -> Iterator[Strip]:
         of_batch = self._runs[batch.start if self._per_batch else 0]
-        query_heads = self._query_heads(key_heads)
-        apart = [slice(h, h + 1) for h in range(query_heads.start, query_heads.stop)]
+        apart = [slice(h, h + 1) for h in range(heads.start, heads.stop)] if self._per_head else [heads]
         for tile, rows in enumerate(_slices(self.queries, _TILE[0])):
-            for heads in apart if self._per_head else [query_heads]:
-                runs = of_batch[heads.start if self._per_head else 0][tile]
+            for some in apart:
+                runs = of_batch[some.start if self._per_head else 0][tile]
                 if runs:
-                    yield Strip(batch, heads, key_heads, rows, runs)
+                    yield Strip(batch, some, rows, runs, self.groups, self.heads)
 
 
 def _states(tiles: Tiles) -> Tensor:

@@ -181,8 +181,6 @@ def make_scores(
     sinks = None if sinks is None else _check_sinks(sinks, shape, query)
     if rule is not None:
         _check_rule(rule, shape)
-        if softcap is not None or sinks is not None:
-            raise ValueError("a rule as mask= goes with no softcap or sinks; pass the mask's dense() as attn_mask")
         rule = (rule & causal() if is_causal else rule).to(query.device)
         is_causal = False
     return Scores(

@@ -30,8 +30,9 @@ from regard.maps._request import (
     segments_as_values,
     segments_from_values,
 )
+from regard.maps._rows import Rows, Units, sinks_gradient, softmax
 from regard.maps._scores import Scores
-from regard.maps._strip import add_sinks, answer, backward, capped, hide, shift, unlocked
+from regard.maps._strip import answer, backward, capped, hide, unlocked
 
 # Numbers in one strip: of lower ones a CPU's products are slower than they gain by the cache; or they keep a GPU busy.
 _STRIP = {"cpu": 2**18, "cuda": 2**26}
@@ -39,11 +40,6 @@ _STRIP = {"cpu": 2**18, "cuda": 2**26}
 _ROWS_AT_LEAST, _ROWS_AT_MOST = 64, 128
 # Pieces that workers take one after another: as many as leave no core idle for long at the end.
 _PIECES = 16
-# Up to this magnitude of the logits their exponentials need no shift by the row's maximum: far from float32's ends.
-_UNSHIFTED = 20.0
-# Hides a logit, and times a probability of 0 gives 0, which −inf would not.
-_HIDDEN = -1e30
-_LOG_2 = math.log(2)
 
 
 @dataclass(frozen=True)
@@ -139,36 +135,20 @@ def total_of_parts(parts: Tensor) -> Tensor:
 
 
 class Workspace:
-    """One call's tensors in the form in which strips read them.
-
-    2ˣ is evaluated in half the time of eˣ and does not slow down where it underflows, so logits are in units of ``unit``
-    nats. With an additive mask they are in nats until they are shifted, since its extremes (the least number of its dtype,
-    by custom) would overflow.
-    """
+    """One call's tensors in the form in which strips read them."""
 
     def __init__(self, scores: Scores, dtype: torch.dtype) -> None:
         self.scores = scores
         self.dtype = dtype
         self.query = scores.query.to(dtype).contiguous()
         self.key = self.of_keys(scores.key)
-        biased = scores.mask is not None and scores.mask.is_floating_point()
-        self.shifted = biased or scores.limit > _UNSHIFTED
-        self.unit = 1.0 if biased else _LOG_2
-        self.to_log2 = 1 / _LOG_2 if biased else 1.0
-        self.hidden = -math.inf if biased else _HIDDEN  # below the extremes of an additive mask too
-        self.softcap = 0.0 if scores.softcap is None else scores.softcap / self.unit
-        self.scale = scores.scale / (scores.softcap or self.unit)
-        self.sinks = None if scores.sinks is None else self.of_sinks(scores.sinks)
-        self.triangle = _triangle(self.hidden, dtype, self.query.device) if scores.is_causal else None
+        self.units = units = Units.of(scores)
+        self.triangle = _triangle(units.hidden, dtype, self.query.device) if scores.is_causal else None
         self._of_thread = threading.local()
 
     def of_keys(self, tensor: Tensor) -> Tensor:
         """(B, heads, M, …) as (B · heads, M, …)."""
         return tensor.to(self.dtype).flatten(0, 1).contiguous()
-
-    def of_sinks(self, sinks: Tensor) -> Tensor:
-        """One logit for each row, (B, Hq, N), in units of ``unit``."""
-        return (sinks.to(self.dtype) / self.unit).expand(self.scores.shape[:3]).contiguous()
 
     def compiled(self, function: Callable[..., None]) -> Callable[..., None]:
         """The function as workers call it; a GPU has none, and its operators do not wait for the interpreter."""
@@ -269,6 +249,7 @@ def _part_of_mask(mask: Tensor | None, start: int, stop: int, columns: int) -> T
 def softmax_strips(scores: Scores) -> Iterator[tuple[Strip, Tensor]]:
     """Each strip with its probabilities, (heads, groups, rows, columns); they are overwritten by the next."""
     work = Workspace(scores, scores.dtype)
+    units, row_sinks = work.units, work.units.sinks(scores, scores.dtype)
     for piece in pieces(scores):
         of_piece = list(strips(scores, piece))
         (buffer,) = work.buffers(of_piece, 1)
@@ -276,14 +257,9 @@ def softmax_strips(scores: Scores) -> Iterator[tuple[Strip, Tensor]]:
         for strip in of_piece:
             start, stop, columns = strip.bounds
             logits = _strip_logits(
-                query, key, mask, work.triangle, buffer, start, stop, columns, work.scale, work.softcap, work.hidden
+                query, key, mask, work.triangle, buffer, start, stop, columns, units.scale, units.softcap, units.hidden
             )
-            sinks = None if work.sinks is None else strip.of_queries(work.sinks)
-            highest = shift(logits, sinks, work.hidden, work.to_log2)
-            total = logits.exp2_().sum(dim=-1)
-            if sinks is not None:
-                add_sinks(total, sinks, highest, work.to_log2)
-            yield strip, logits.div_(total.masked_fill_(total == 0, 1.0).unsqueeze(-1))
+            yield strip, softmax(logits, None if row_sinks is None else strip.of_queries(row_sinks), units)
 
 
 def evaluate(scores: Scores, request: Request) -> Answer:
@@ -304,17 +280,12 @@ class _Forward:
     """Sums of exponentials, strip by strip; and from them, for all rows at once, what was asked of the matrix."""
 
     def __init__(self, scores: Scores, request: Request) -> None:
-        batch, heads, queries, keys = scores.shape
+        batch, heads, _, keys = scores.shape
         self.scores, self.request = scores, request
         self.work = work = Workspace(scores, request.dtype)
         self.pieces = pieces(scores)
-        new = work.query.new_empty
-        self.highest = new(batch, heads, queries) if work.shifted else None
-        self.total = new(batch, heads, queries)
-        self.expected = new(batch, heads, queries) if request.entropy else None
-        self.mass = new(batch, heads, queries, len(request.segments)) if request.segments else None
+        self.rows = Rows(scores, request, work.units)
         self.values = None if request.values is None else work.of_keys(request.values)
-        self.forward = None if request.values is None else new(batch, heads, queries, request.values.shape[-1])
         self.weights = None if request.weights is None else request.weights.to(request.dtype).contiguous()
         self.transposed = None
         if self.weights is not None:
@@ -326,52 +297,33 @@ class _Forward:
         """Add up every strip, then finish."""
         answer_strips = self.work.compiled(_answer_strips)
         _do(lambda piece: self._add(piece, answer_strips), self.pieces, together=not _on_gpu(self.scores))
+        if self.transposed is None:
+            return self.rows.answer(None)
         batch, heads, _, keys = self.scores.shape
-        total = self.total if self.scores.mask is None else self.total.masked_fill(self.total == 0, 1.0)
-        logsumexp = self.total.log()
-        entropy = None if self.expected is None else self._entropy(self.expected.div_(total), logsumexp, total)
-        if self.highest is not None:
-            logsumexp.add_(self.highest, alpha=self.work.unit)
-        transposed = None
-        if self.transposed is not None:
-            transposed = total_of_parts(self.transposed).view(batch, heads, keys, -1)
-        if self.forward is not None:
-            self.forward.div_(total.unsqueeze(-1))
-        if self.mass is not None:
-            self.mass.div_(total.unsqueeze(-1))
-        return Answer(logsumexp, self.forward, transposed, entropy=entropy, mass=self.mass)
-
-    def _entropy(self, expected: Tensor, logsum: Tensor, total: Tensor) -> Tensor:
-        """``Σ P (log Σ e^s − s)`` over the keys, beside which a sink has its share of Σ e^s; ``expected`` is ``Σ P s``."""
-        work = self.work
-        if work.sinks is not None:
-            of_sinks = torch.zeros_like(total)
-            add_sinks(of_sinks, work.sinks, self.highest, work.to_log2)
-            logsum = logsum * (1 - of_sinks / total)
-        return torch.sub(logsum, expected, alpha=_LOG_2).clamp_(min=0)
+        return self.rows.answer(total_of_parts(self.transposed).view(batch, heads, keys, -1))
 
     def _add(self, piece: Piece, answer_strips: Callable[..., None]) -> None:
-        work, of_piece = self.work, list(strips(self.scores, piece))
-        buffer, another = (work.buffers(of_piece, 2 if self.expected is not None else 1) * 2)[:2]
+        work, units, rows, of_piece = self.work, self.work.units, self.rows, list(strips(self.scores, piece))
+        buffer, another = (work.buffers(of_piece, 1 if rows.expected is None else 2) * 2)[:2]
         transposed = None if self.transposed is None else self.transposed[piece.number]
-        rows = (self.highest, self.total, self.expected, self.mass, self.forward)
+        of_rows = (rows.highest, rows.total, rows.expected, rows.mass, rows.forward)
         answer_strips(
             [strip.bounds for strip in of_piece],
             work.of_queries(work.query, piece),
             work.key[piece.heads],
             work.of_mask(self.scores.mask, piece),
             work.triangle,
-            work.of_queries(work.sinks, piece),
+            work.of_queries(rows.sinks, piece),
             work.of_key_heads(self.values, piece),
             work.of_queries(self.weights, piece),
             self.segments,
             buffer,
             another,
-            work.scale,
-            work.softcap,
-            work.hidden,
-            work.to_log2,
-            *(work.of_queries(tensor, piece) for tensor in rows),
+            units.scale,
+            units.softcap,
+            units.hidden,
+            units.to_log2,
+            *(work.of_queries(tensor, piece) for tensor in of_rows),
             work.of_key_heads(transposed, piece),
         )
 
@@ -448,8 +400,8 @@ class _Backward:
         self.needs = ctx.needs_input_grad[2:]
         self.values = None if values is None else work.of_keys(values)
         self.weights = None if weights is None else weights.to(work.dtype).contiguous()
-        self.natural_logsumexp = logsumexp.masked_fill(logsumexp.isneginf(), math.inf)
-        self.logsumexp = self.natural_logsumexp / work.unit
+        self.logsumexp = logsumexp.masked_fill(logsumexp.isneginf(), math.inf)
+        self.logsumexp_in_units = self.logsumexp / work.units.unit
         d_logsumexp, d_forward, d_transposed, d_entropy = gradients
         self.d_logsumexp = None if d_logsumexp is None else d_logsumexp.contiguous()
         self.d_forward = None if d_forward is None else d_forward.contiguous()
@@ -494,11 +446,10 @@ class _Backward:
         sinks = self.inputs[3]
         if self.row_sums is None or sinks is None:
             return None
-        gradient = -self.row_sums if self.d_logsumexp is None else self.d_logsumexp - self.row_sums
-        return (torch.exp(sinks - self.natural_logsumexp) * gradient).sum_to_size(sinks.shape)
+        return sinks_gradient(sinks, self.logsumexp, self.row_sums, self.d_logsumexp)
 
     def _add(self, piece: Piece, add_strips: Callable[..., None]) -> None:
-        work, of_piece = self.work, list(strips(self.scores, piece))
+        work, units, of_piece = self.work, self.work.units, list(strips(self.scores, piece))
         (buffer,) = work.buffers(of_piece, 1)
         d_key, d_values = (None if parts is None else parts[piece.number] for parts in (self.d_key, self.d_values))
         add_strips(
@@ -510,11 +461,11 @@ class _Backward:
             work.triangle,
             work.of_key_heads(self.values, piece),
             work.of_queries(self.weights, piece),
-            work.of_queries(self.logsumexp, piece),
-            work.scale,
-            work.softcap,
-            work.hidden,
-            work.to_log2,
+            work.of_queries(self.logsumexp_in_units, piece),
+            units.scale,
+            units.softcap,
+            units.hidden,
+            units.to_log2,
             work.of_queries(self.d_logsumexp, piece),
             work.of_queries(self.d_forward, piece),
             work.of_key_heads(self.d_transposed, piece),

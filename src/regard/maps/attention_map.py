@@ -166,7 +166,7 @@ class AttentionMap(TokenMap):
             return self._of(chosen, self._pass.kernel)
         if scores.is_causal and neighbours and first == 0:
             return self._of(replace(chosen, is_causal=True), self._pass.kernel)
-        if neighbours and scores.softcap is None and scores.sinks is None:  # with which no rule goes
+        if neighbours:
             kernel: KernelName = "dense" if self._pass.kernel == "dense" else "auto"
             return self._of(replace(chosen, rule=rule.offset(query_start=first)), kernel)
         if scores.rule is not None or len(rows) * keys > _ENTRIES_AT_ONCE:

@@ -154,22 +154,24 @@ def test_attention_and_its_gradients(masked: tuple[Call, masks.Mask]) -> None:
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_gradients_of_every_question(biased: bool) -> None:
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_gradients_of_every_question(biased: bool, softcap: float | None) -> None:
     def random(*shape: int) -> Tensor:
         return normal(*shape).double().requires_grad_()
 
     query, key, V, W = random(2, 4, 9, 8), random(2, 2, 11, 8), random(2, 2, 11, 5), random(2, 4, 9, 3)
-    bias = random(1, 4, 1, 11)
+    bias, sinks = random(1, 4, 1, 11), random(4)
     rule = masks.window(3, 1) | masks.documents(ids=torch.arange(22).view(2, 11) // 5)
 
-    def outputs(query: Tensor, key: Tensor, bias: Tensor, V: Tensor, W: Tensor) -> tuple[Tensor, ...]:
-        A = AttentionMap(query, key, bias if biased else None, enable_gqa=True, mask=rule)
+    def outputs(query: Tensor, key: Tensor, bias: Tensor, V: Tensor, W: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
+        more: dict[str, Any] = {} if softcap is None else {"softcap": softcap, "sinks": sinks}
+        A = AttentionMap(query, key, bias if biased else None, enable_gqa=True, mask=rule, **more)
         return (
             A @ V, A.T @ W, A.logsumexp(), A.entropy(), A.received(), A.mass({"two": [0, 3]}), A.at(torch.arange(9)),
             A.rows([2, 5]), A.pool(3, 2),
         )  # fmt: skip
 
-    assert torch.autograd.gradcheck(outputs, (query, key, bias, V, W), fast_mode=True)
+    assert torch.autograd.gradcheck(outputs, (query, key, bias, V, W, sinks), fast_mode=True)
 
 
 def test_packed_texts_equal_the_texts_one_by_one() -> None:

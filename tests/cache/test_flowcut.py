@@ -307,5 +307,3 @@ def test_windows_in_the_encoder() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"above 0 and at most 1, got 1.5"):
         FlowCut(budget=1.5)
-    with pytest.raises(ValueError, match=r"FlowCut chooses image tokens once for all heads, .* it takes no every"):
-        FlowCut(every=2)

@@ -41,12 +41,12 @@ class ObservedAttention(HeadBudgetPolicy):
 
     @property
     def reads(self) -> None:
-        """Every query."""
+        """The attention of every query, which None stands for."""
         return None
 
     @property
     def accumulates(self) -> bool:
-        """The sum goes on."""
+        """True: the sum goes on after a compression."""
         return True
 
     def score(self, entries: Entries) -> Tensor:

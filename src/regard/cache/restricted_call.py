@@ -59,7 +59,7 @@ class RestrictedCall(KeptCall):
         return output.flatten(1, 2)[:, :, None]
 
     def restore(self) -> AttentionCall:
-        """The same as a call on all keys, of which those that are not local are masked for the heads that are."""
+        """The call on all keys, of which those that are not local are masked for the heads that are."""
         restored = super().restore()
         seen = self.layer.seen
         positions = torch.where(self._positions < 0, seen, self._positions)

@@ -49,12 +49,12 @@ class SnapKV(HeadBudgetPolicy):
 
     @property
     def least(self) -> int:
-        """The window."""
+        """The tokens of the window, all of which are kept."""
         return self.window
 
     @property
     def reads(self) -> int:
-        """The window's queries."""
+        """The queries of the window."""
         return self.window
 
     def score(self, entries: Entries) -> Tensor:

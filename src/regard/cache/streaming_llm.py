@@ -34,9 +34,9 @@ class StreamingLLM(BudgetPolicy):
 
     @property
     def least(self) -> int:
-        """The sinks, and the token itself."""
+        """The sinks, and the last token."""
         return self.sinks + 1
 
     def score(self, entries: Entries) -> Tensor:
-        """The position."""
+        """The position in the text, infinite for sinks: ``score_j = j``."""
         return entries.positions.float().masked_fill(entries.sinks(self.sinks), torch.inf)

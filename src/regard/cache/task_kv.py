@@ -71,12 +71,12 @@ class TaskKV(BudgetPolicy):
 
     @property
     def least(self) -> int:
-        """Sinks and recent tokens."""
+        """Sinks and recent tokens, which all heads keep."""
         return self.sinks + self.recent
 
     @property
     def reads(self) -> int:
-        """The window's queries."""
+        """The queries of the window."""
         return self.window
 
     def score(self, entries: Entries) -> Tensor:

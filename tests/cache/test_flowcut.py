@@ -61,6 +61,8 @@ class Attend(torch.nn.Module):
 class Encoder(torch.nn.Module):
     """Attention calls that are given, one of each layer, (images, heads, N, D)."""
 
+    spatial_merge_size: int
+
     def __init__(self, calls: list[Call], class_token: bool = False) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(Attend(*call) for call in calls)

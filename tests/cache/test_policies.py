@@ -131,6 +131,23 @@ def test_decoding_goes_on_with_the_rule() -> None:
             assert found == expected[layer], (policy, layer)
 
 
+@pytest.mark.parametrize("prefill", [True, False])
+def test_the_last_query_is_read_alone_however_seldom_entries_are_dropped(prefill: bool) -> None:
+    """What each entry receives from one query sums to 1 over a head's entries, and over three queries to 3."""
+    read = []
+
+    class Noting(TOVA):
+        def score(self, entries: Entries) -> Tensor:
+            read.append(entries.received.sum(dim=-1))
+            return super().score(entries)
+
+    with torch.no_grad(), regard.compress(LLAMA, Noting(budget=5, prefill=prefill, every=3)):
+        LLAMA.generate(**texts(12, 9), max_new_tokens=7, do_sample=False)
+    assert len(read) == 3 * (2 + prefill)
+    for received in read:
+        torch.testing.assert_close(received, torch.ones(2, 2))
+
+
 def by_hand(policy: Policy, ids: Tensor, prompt: int) -> list[list[list[int]]]:
     """The positions left in each layer and key head at the end: every pass run anew on a mask of what was left."""
     layers, heads = 3, 2

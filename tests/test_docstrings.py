@@ -9,8 +9,8 @@ import pytest
 import regard
 
 PACKAGE = Path(regard.__file__).parent
-# Folders and files whose docstrings are still to be mended; none may be added.
-NOT_YET = ("cache/", "calls/", "maps/", "steer/", "watch/", "mixers/hidden_map.py")
+# Files whose docstrings are still to be mended; none may be added.
+NOT_YET = ("maps/attention_map.py", "maps/identity.py", "steer/add.py", "steer/vision/avisc.py", "watch/rows.py")
 LEANING = ("The same", "Ditto", "None.", "None:", "Nothing.")
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 

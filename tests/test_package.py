@@ -1,12 +1,21 @@
 """The package as a whole: what importing it loads, and that every module is found under its own name."""
 
+import ast
 import importlib
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 import regard
+
+# Composed maps are built on token_map, whose operators make them.
+MEANT = {"regard.maps.token_map": {"regard.maps"}}
 
 
 def modules() -> list[str]:
@@ -41,3 +50,61 @@ def test_importing_loads_no_method_of_a_paper_and_nothing_heavy() -> None:
     methods = ("regard.cache", "regard.mixers", "regard.steer.language", "regard.steer.vision", "regard.view")
     assert not [name for name in loaded if name.startswith(methods)]
     assert not {"xarray", "pandas", "transformers", "plotly", "h5py", "scipy"} & set(loaded)
+
+
+def imports(statements: Iterable[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Those that run when a module is imported: not in functions, nor for type checkers alone."""
+    for statement in statements:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            yield statement
+        elif not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            typing = isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test)
+            for block in ("orelse",) if typing else ("body", "orelse", "finalbody", "handlers"):
+                yield from imports(getattr(statement, block, ()))
+
+
+def imported(source: str, known: Iterable[str]) -> set[str]:
+    """Which of the known modules a source imports when it is imported itself."""
+    found = set()
+    for statement in imports(ast.parse(source).body):
+        if isinstance(statement, ast.Import):
+            found |= {name.name for name in statement.names}
+        else:
+            assert not statement.level, "imports are absolute"
+            places = [f"{statement.module}.{name.name}" for name in statement.names]
+            found |= {place if place in known else str(statement.module) for place in places}
+    return found & set(known)
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import one another in a circle, or none."""
+    graph = {name: imported(source, sources) - MEANT.get(name, set()) for name, source in sources.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    files = {name: importlib.import_module(name).__file__ for name in ("regard", *modules())}
+    assert circle({name: Path(str(file)).read_text(encoding="utf-8") for name, file in files.items()}) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("from regard.b import x", True),
+        ("from regard import b", True),
+        ("import regard.b", True),
+        ("class C:\n    try:\n        import regard.b\n    except ImportError:\n        pass", True),
+        ("try:\n    pass\nexcept ImportError:\n    import regard.b", True),
+        ("def f():\n    from regard import b", False),
+        ("if TYPE_CHECKING:\n    from regard import b", False),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    from regard import b", True),
+        ("import regard.bee", False),
+    ],
+)
+def test_circles_are_found(written: str, found: bool) -> None:
+    sources = {"regard": "", "regard.a": written, "regard.b": "from regard.c import y", "regard.c": "import regard.a"}
+    assert bool(circle(sources)) == found

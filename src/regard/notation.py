@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
+from inspect import isabstract
 from typing import Any
 
 
@@ -41,7 +42,7 @@ def parse(text: str, base: type, what: str, example: str, **given: Any) -> Any:
 
 def kind_named(name: str, base: type, what: str) -> Any:
     """The subclass of this name, in capitals or not."""
-    known = {kind.__name__: kind for kind in _subclasses(base) if not kind.__name__.startswith("_")}
+    known = {kind.__name__: kind for kind in _subclasses(base) if _is_named(kind)}
     plain = {_plain(written): written for written in known}
     if name not in known and _plain(name) not in plain:
         near = get_close_matches(_plain(name), plain, 1, 0.5)
@@ -55,12 +56,17 @@ def make(kind: Any, arguments: Mapping[str, Any]) -> Any:
     known = [field.name for field in fields(kind)]
     for argument in arguments:
         if argument not in known:
-            raise ValueError(f"{kind.__name__} has no argument {argument!r}; it takes {', '.join(known)}")
+            raise ValueError(f"{kind.__name__} has no argument {argument!r}; it takes {', '.join(known) or 'none'}")
     try:
         return kind(**arguments)
     except TypeError as error:
         given = ", ".join(arguments) or "nothing"
         raise ValueError(f"{kind.__name__} cannot be made from {given}: {error}") from error
+
+
+def _is_named(kind: Any) -> bool:
+    """Whether it is for users to write: neither private nor a base of others."""
+    return not kind.__name__.startswith("_") and not isabstract(kind)
 
 
 def _plain(name: str) -> str:

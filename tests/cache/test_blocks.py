@@ -80,7 +80,7 @@ def test_one_context_for_many_questions(llama: hf.PreTrainedModel) -> None:
 
 def test_a_second_try_after_an_interrupt_in_a_layer(llama: hf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the update of the cache and its attention, on a cache that is begun anew."""
-    from transformers.models.llama import modeling_llama
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
@@ -89,7 +89,7 @@ def test_a_second_try_after_an_interrupt_in_a_layer(llama: hf.PreTrainedModel, m
         expected = write(llama, PROMPT)
     with torch.no_grad(), regard.compress(llama, Knorm(budget=5)) as cache:
         with monkeypatch.context() as patched:
-            patched.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *_: interrupted)
+            patched.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *_: interrupted)
             with pytest.raises(KeyboardInterrupt):
                 write(llama, PROMPT)
         assert torch.equal(write(llama, PROMPT), expected)

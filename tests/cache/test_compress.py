@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor
 
 import regard
-from regard.cache import TOVA, KeepAll, Knorm, ObservedAttention, Policy, SnapKV, StreamingLLM
+from regard.cache import TOVA, BudgetPolicy, KeepAll, Knorm, ObservedAttention, Policy, SnapKV, StreamingLLM
 from tests.cache.conftest import DECODERS, decoder, texts
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -26,7 +26,8 @@ ALONE: tuple[Policy, ...] = (
 )
 
 
-def generate(model: hf.PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+def generate(model: hf.PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Any:
+    """The tokens (texts, N), or with ``return_dict_in_generate`` what else is told of them."""
     torch.manual_seed(0)
     return model.generate(**inputs, **({"max_new_tokens": 8, "do_sample": False} | options))
 
@@ -168,7 +169,7 @@ def test_sliding_layers_are_left_alone() -> None:
                                     Knorm(budget=5, by_head="adaptive")], ids=str)  # fmt: skip
 @pytest.mark.parametrize("lengths", [(12,), (12, 7)], ids=["one", "padded"])
 def test_watching_changes_nothing_and_sees_what_is_left(
-    llama: hf.PreTrainedModel, policy: Policy, lengths: tuple[int, ...]
+    llama: hf.PreTrainedModel, policy: BudgetPolicy, lengths: tuple[int, ...]
 ) -> None:
     inputs = texts(*lengths)
     with regard.compress(llama, policy):

@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor
 
 import regard
-from regard.cache import Entries, ImageRank, KeepAll, Policy
+from regard.cache import BudgetPolicy, Entries, ImageRank, KeepAll
 from regard.tokens import ImageTokens, decoder_layers
 from tests.cache.images import SEERS, generate, pair, reader
 from tests.cache.reference import matrix
@@ -215,7 +215,7 @@ def test_policies_are_told_the_ids_of_each_beam() -> None:
     """At every step the ids are those that the first layer's keys, which depend on nothing else, were made of."""
     model, told = reader(), list[tuple[Tensor, Tensor]]()
 
-    class Told(Policy):
+    class Told(BudgetPolicy):
         def score(self, entries: Entries) -> Tensor:
             if entries.layer == 0:
                 assert entries.token_ids is not None
@@ -254,10 +254,7 @@ def test_ids_that_are_not_known() -> None:
         (lambda: ImageRank(budget=0.0), r"above 0 and at most 1, got 0.0"),
         (lambda: ImageRank(layer=0), r"the first that drops, ranked by the one before: at least 1, got 0"),
         (lambda: ImageRank(layer=1.5), r"at least 1, got 1.5"),
-        (lambda: ImageRank(every=1), r"ImageRank chooses image tokens once for all heads, .* it takes no every"),
-        (lambda: ImageRank(prefill=False), r"it takes no prefill"),
-        (lambda: ImageRank(by_head="adaptive"), r"it takes no by_head"),
-        (lambda: ImageRank(by_layer="pyramid"), r"it takes no by_layer"),
+        (lambda: ImageRank(budget=0), r"always keeps 1 entries, but the budget is 0"),
     ],
 )
 def test_bad_arguments(make: Callable[[], object], message: str) -> None:

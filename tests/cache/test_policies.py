@@ -13,7 +13,18 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 import regard
-from regard.cache import TOVA, Entries, KeepAll, Knorm, ObservedAttention, Policy, Random, SnapKV, StreamingLLM
+from regard.cache import (
+    TOVA,
+    BudgetPolicy,
+    Entries,
+    HeadBudgetPolicy,
+    Knorm,
+    ObservedAttention,
+    Policy,
+    Random,
+    SnapKV,
+    StreamingLLM,
+)
 from tests.cache.conftest import decoder, texts
 from tests.cache.reference import best, matrix, of_key_heads
 
@@ -120,6 +131,23 @@ def test_decoding_goes_on_with_the_rule() -> None:
             assert found == expected[layer], (policy, layer)
 
 
+@pytest.mark.parametrize("prefill", [True, False])
+def test_the_last_query_is_read_alone_however_seldom_entries_are_dropped(prefill: bool) -> None:
+    """What each entry receives from one query sums to 1 over a head's entries, and over three queries to 3."""
+    read = []
+
+    class Noting(TOVA):
+        def score(self, entries: Entries) -> Tensor:
+            read.append(entries.received.sum(dim=-1))
+            return super().score(entries)
+
+    with torch.no_grad(), regard.compress(LLAMA, Noting(budget=5, prefill=prefill, every=3)):
+        LLAMA.generate(**texts(12, 9), max_new_tokens=7, do_sample=False)
+    assert len(read) == 3 * (2 + prefill)
+    for received in read:
+        torch.testing.assert_close(received, torch.ones(2, 2))
+
+
 def by_hand(policy: Policy, ids: Tensor, prompt: int) -> list[list[list[int]]]:
     """The positions left in each layer and key head at the end: every pass run anew on a mask of what was left."""
     layers, heads = 3, 2
@@ -188,7 +216,7 @@ def test_layers_share_in_a_pyramid() -> None:
 def test_heads_share_by_score() -> None:
     """The layer's best entries over all heads, after a fifth of its share for each."""
 
-    class Given(Policy):
+    class Given(HeadBudgetPolicy):
         def score(self, entries: Entries) -> Tensor:
             return -(entries.positions + torch.tensor([0, 100])[None, :, None]).float()
 
@@ -214,7 +242,6 @@ def test_heads_share_by_score() -> None:
         (lambda: Knorm(by_layer="cone"), r'by_layer must be "uniform", "pyramid" or factors, got \'cone\''),
         (lambda: Knorm(by_head="best"), r'by_head must be "uniform" or "adaptive"'),
         (lambda: ObservedAttention(recent=2), r"recent must be a share from 0 to 1, got 2"),
-        (lambda: KeepAll(budget=0.5), r"takes no budget; got 0.5"),
     ],
 )
 def test_bad_arguments(make: Callable[[], object], message: str) -> None:
@@ -245,7 +272,7 @@ def test_pooling_goes_by_the_text_while_decoding() -> None:
 
 
 def test_full_heads_are_not_copied_when_others_drop() -> None:
-    class Uneven(Policy):
+    class Uneven(BudgetPolicy):
         def score(self, entries: Entries) -> Tensor:
             return entries.positions.float()
 

@@ -249,7 +249,6 @@ def test_a_cache_that_another_policy_compressed(llama: hf.PreTrainedModel) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"budget": 0.5}, r"QAdA drops nothing, and takes no budget, got 0.5; a lower threshold"),
         ({"threshold": 1.5}, r"QAdA: threshold must be a share from 0 to 1, got 1.5"),
         ({"threshold": float("nan")}, r"QAdA: threshold must be a share from 0 to 1, got nan"),
         ({"sinks": -1}, r"sinks must be at least 0 and recent at least 1, got sinks=-1, recent=1024"),

@@ -167,8 +167,6 @@ def test_heads_that_do_not_exist(llama: hf.PreTrainedModel, heads: dict[int, lis
 def test_misuse(llama: hf.PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=r"heads must map layers to key heads, such as .*; got \[1, 2\]"):
         RetrievalHeads(budget=5, heads=[1, 2])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"heads says who keeps more; leave out by_head='adaptive'"):
-        RetrievalHeads(budget=5, heads=HEADS, by_head="adaptive")
     with pytest.raises(ValueError, match=r"always keeps 5 entries, but the budget is 4"):
         RetrievalHeads(budget=4, heads=HEADS)
     with pytest.raises(ValueError, match=r"share must be above 0 and at most 1, got 0"):

@@ -172,7 +172,6 @@ def test_a_text_in_a_padded_batch_is_as_alone(model: hf.PreTrainedModel, every: 
         ({"kernel": 4}, r"TaskKV: kernel must be odd and at least 1, got 4"),
         ({"heterogeneous": (0.5, 1.5)}, r"two shares of the heads from 0 to 1, .* got \(0.5, 1.5\)"),
         ({"heterogeneous": (0.5,)}, r"two shares of the heads from 0 to 1, .* got \(0.5,\)"),
-        ({"by_head": "adaptive"}, r"TaskKV shares the budget among heads by a rule; leave out by_head='adaptive'"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -43,10 +43,11 @@ def test_command_line(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--policy", "snpkv"], "there is no policy 'snpkv'; did you mean SnapKV?"),
+        (["--policy", "BudgetPolicy"], "there is no policy 'BudgetPolicy'"),
         (["--policy", "SnapKV(windw=4)"], "SnapKV has no argument 'windw'; it takes budget"),
         (["--policy", "SnapKV(budget=3)", "--budget", "0.25"], "budget is given twice, as 0.25 and in"),
         (["--policy", "SnapKV(budget=3)"], "always keeps 32 entries, but the budget is 3"),
-        (["--policy", "KeepAll", "--budget", "0.25"], "KeepAll drops nothing, and takes no budget; got 0.25"),
+        (["--policy", "KeepAll", "--budget", "0.25"], "KeepAll has no argument 'budget'; it takes none"),
         (["--policy", "ImageRank"], "names no image token"),
         (["--policy", "7"], "expected a policy such as SnapKV(window=16)"),
         (["--budget", "2.5"], "above 0 and at most 1, got 2.5"),

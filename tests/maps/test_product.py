@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regard import AttentionMap
-from regard.maps import Identity
+from regard.maps import Identity, TokenMap
 from tests.maps.answers import attention, check_answers, check_gradients, hidden, normal
 
 
@@ -19,7 +19,8 @@ def test_products() -> None:
 def test_rollout() -> None:
     """S. Abnar and W. Zuidema (2020), as matrices: the mean over heads, half residual, layer upon layer."""
     layers = [attention(2, 3, 6, 6, seed=seed) for seed in (1, 3, 5)]
-    rollout, matrix = Identity(2, 1, 6, torch.float64), torch.eye(6, dtype=torch.float64).expand(2, 1, 6, 6)
+    rollout: TokenMap = Identity(2, 1, 6, torch.float64)
+    matrix = torch.eye(6, dtype=torch.float64).expand(2, 1, 6, 6)
     for A, P in layers:
         rollout = A.mean_heads().residual(0.5) @ rollout
         matrix = (P.mean(1, keepdim=True) / 2 + torch.eye(6) / 2) @ matrix

@@ -60,13 +60,13 @@ def test_gradients(rows: object) -> None:
 @pytest.mark.parametrize("rows", [slice(0, 4), slice(3, 7), [8, 0, 3]])
 def test_rows_of_attention_with_more_than_a_mask(extra: str, rows: Any) -> None:
     query, key, value = normal(2, 3, 9, 6), normal(2, 3, 9, 6, seed=2), normal(2, 3, 9, 4)
-    arguments: dict[str, Any] = {
+    arguments: dict[str, dict[str, Any]] = {
         "rule": {"mask": masks.window(left=3, right=1)},
         "softcap": {"softcap": 2.0, "is_causal": True},
         "sinks": {"sinks": torch.tensor([0.0, 1.0, 2.0]), "is_causal": True},
         "sinks of rows": {"sinks": normal(1, 3, 9)},
-    }[extra]
-    A = AttentionMap(query, key, **arguments)
+    }
+    A = AttentionMap(query, key, **arguments[extra])
     part = A.restrict(rows)
     torch.testing.assert_close(part @ value, (A @ value)[:, :, rows])
     torch.testing.assert_close(part.dense(), A.dense()[:, :, rows])

@@ -95,7 +95,7 @@ def strength(by: object) -> Tensor:
     return torch.as_tensor(by, dtype=torch.float64).reshape(-1, 1, 1)
 
 
-def direction(edit: Edit) -> Tensor:
+def direction(edit: regard.AddToValue | regard.AddToOutput) -> Tensor:
     """(1 or heads, 1, width)."""
     given = torch.as_tensor(edit.direction).double()
     return given.reshape(-1, 1, given.shape[-1])

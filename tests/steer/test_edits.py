@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def edits(
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[dict[str, object], list[Edit]]:
+def cases(draw: st.DrawFn) -> tuple[dict[str, Any], list[Edit]]:
     batch, key_heads, groups = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     queries, width = draw(st.sampled_from([1, 3, 8, 9, 20])), draw(st.sampled_from([4, 8, 13, 32]))
     kind = draw(st.sampled_from(["none", "causal", "boolean", "additive"]))
@@ -95,7 +96,7 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, object], list[Edit]]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     heads = key_heads * groups
     shapes = {"query": (heads, queries), "key": (key_heads, keys), "value": (key_heads, keys)}
-    tensors: dict[str, object] = {
+    tensors: dict[str, Any] = {
         name: torch.randn(batch, *shape, width, generator=generator).to(dtype) for name, shape in shapes.items()
     }
     if kind == "boolean":
@@ -117,14 +118,14 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, object], list[Edit]]:
     return tensors, draw(st.lists(drawn, min_size=1, max_size=4))
 
 
-def reference(tensors: dict[str, object], made: list[Edit]) -> tuple[Tensor, Tensor]:
+def reference(tensors: dict[str, Any], made: list[Edit]) -> tuple[Tensor, Tensor]:
     q, k, v = (tensors[name] for name in ("query", "key", "value"))
     return dense(q, k, v, tensors.get("attn_mask"), tensors["is_causal"], made)
 
 
 @settings(max_examples=400, deadline=None)
 @given(cases())
-def test_edits_are_exact(case: tuple[dict[str, object], list[Edit]]) -> None:
+def test_edits_are_exact(case: tuple[dict[str, Any], list[Edit]]) -> None:
     tensors, made = case
     matrix, output = reference(tensors, made)
     dtype = tensors["query"].dtype
@@ -140,7 +141,7 @@ def test_edits_are_exact(case: tuple[dict[str, object], list[Edit]]) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(cases())
-def test_blocks_nest_as_edits_follow_one_another(case: tuple[dict[str, object], list[Edit]]) -> None:
+def test_blocks_nest_as_edits_follow_one_another(case: tuple[dict[str, Any], list[Edit]]) -> None:
     tensors, made = case
     with regard.steer(None, *made):
         together = functional.scaled_dot_product_attention(**tensors)
@@ -219,7 +220,7 @@ def test_gradients_reach_the_model(tensors: tuple[Tensor, ...]) -> None:
 def test_no_matrix_is_made() -> None:
     q, k, v = torch.randn(3, 1, 2, 4096, 16)
     made = (regard.Reweight(0, 2), regard.Block([5], queries=slice(9, None)), regard.Redistribute(0, slice(9, 99), 0.5))
-    sizes = []
+    sizes: list[int] = []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -267,7 +268,7 @@ def test_bad_edits(make: object, error: type[Exception], message: str) -> None:
         (regard.AddToQuery([1.0]), ValueError, r"direction of shape \(16,\) or \(4, 16\) for .*, got \(1,\)"),
         (regard.Redistribute([1, 2], [2]), ValueError, r"source and target share 1 keys"),
         (regard.Reweight(lambda ids: ids == 1, 2), ValueError, r"the model was not given them as input_ids"),
-        (regard.Custom(lambda call, heads: None), TypeError, r"must return an AttentionCall, got NoneType"),
+        (regard.Custom(cast(Any, lambda call, heads: None)), TypeError, r"must return an AttentionCall, got NoneType"),
         (
             regard.Reweight(torch.zeros(3, 20, dtype=torch.bool), 2),
             ValueError,

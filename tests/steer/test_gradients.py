@@ -126,11 +126,12 @@ def test_bare_calls_in_one_block_see_the_strength_of_their_time() -> None:
 @pytest.mark.parametrize("name", LEARNED)
 def test_strengths_in_half_precision(name: str, dtype: torch.dtype) -> None:
     given = tuple(tensor.detach().to(dtype) for tensor in tensors(9))
-    edit = LEARNED[name](torch.tensor([0.3, 0.8], requires_grad=True))
+    strength = torch.tensor([0.3, 0.8], requires_grad=True)
+    edit = LEARNED[name](strength)
     output = steered(edit, causal=False)(*given)
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), dense(*given, None, False, [edit])[1], atol=2e-2, rtol=2e-2)
-    (gradient,) = torch.autograd.grad(output.float().sum(), edit.share if name == "redistribute" else edit.by)
+    (gradient,) = torch.autograd.grad(output.float().sum(), strength)
     assert gradient.isfinite().all()
 
 

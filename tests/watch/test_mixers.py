@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import regard
+from regard.maps import TokenMap
 from regard.mixers import HiddenMap
 from regard.mixers.linear import (
     SoftmaxAttention,
@@ -101,9 +102,9 @@ def test_chosen_layers_and_heads() -> None:
     every, some = whole.dataset(), seen.dataset()
     for layer, chosen in (("0.mixer", [1]), ("2.mixer", [0, 3])):
         for name in some.data_vars:
-            found, expected = (data[name].sel(layer=layer, head=chosen) for data in (some, every))
+            found, wanted = (data[name].sel(layer=layer, head=chosen) for data in (some, every))
             assert not found.isnull().all()
-            np.testing.assert_allclose(found, expected, atol=1e-12, err_msg=f"{layer} {name}")
+            np.testing.assert_allclose(found, wanted, atol=1e-12, err_msg=f"{layer} {name}")
     message = "heads names head 2, but 0.mixer has 2 heads"
     with pytest.raises(IndexError, match=message), torch.no_grad(), regard.watch(model, regard.Received(), heads=2):
         model(x)
@@ -227,7 +228,7 @@ def test_statistic_of_ones_own_reads_the_map_and_the_call() -> None:
     class Own(regard.Statistic):
         name, dims = "own", ("query",)
 
-        def measure(self, attention: regard.AttentionMap, call: Call) -> Tensor:
+        def measure(self, attention: TokenMap, call: Call) -> Tensor:
             assert call.value.shape[2] == TOKENS
             assert not hasattr(call, "query")  # a mixer has none
             assert (call.place.path, call.place.query_start, call.place.key_start) == ("0", 0, 0)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import regard
+from regard.maps import TokenMap
+from regard.runtime import Call
 from regard.watch.at import induction_targets, repeated_targets, retrieval_targets
 from tests.watch.test_models import built, ids
 
@@ -167,7 +169,7 @@ def test_statistic_of_ones_own(tensors: tuple[Tensor, ...]) -> None:
 
         name, dims = "extremes", ("query",)
 
-        def measure(self, attention: regard.AttentionMap, call: regard.AttentionCall) -> Mapping[str, Tensor]:
+        def measure(self, attention: TokenMap, call: Call) -> Mapping[str, Tensor]:
             matrix = attention.dense()
             return {"of_query": matrix.amax(-1), "of_key": matrix.amax(-2)}
 

@@ -223,6 +223,7 @@ def test_autocast_reads_what_the_model_computed() -> None:
         with regard.watch(module, regard.Entropy(), keep_maps=True) as seen:
             assert torch.equal(module(x), plain)
     (attention,) = seen.maps["HandWritten"]
+    assert isinstance(attention, regard.AttentionMap)
     query, key = attention._scores.query, attention._scores.key
     assert query.dtype == torch.bfloat16
     exact = regard.AttentionMap(query.double(), key.double(), kernel="dense").entropy()

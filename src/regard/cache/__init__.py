@@ -1,6 +1,7 @@
 """Key–value cache policies, one file each, and `compress`, which has them work in ``generate``."""
 
 from regard.cache._compress import compress
+from regard.cache.budget import BudgetPolicy, HeadBudgetPolicy
 from regard.cache.controls import KeepAll, Random
 from regard.cache.flowcut import FlowCut
 from regard.cache.image_rank import ImageRank
@@ -17,8 +18,10 @@ from regard.cache.tova import TOVA
 
 __all__ = [
     "TOVA",
+    "BudgetPolicy",
     "Entries",
     "FlowCut",
+    "HeadBudgetPolicy",
     "ImageRank",
     "KeepAll",
     "Knorm",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.cache.policy import Entries, Policy, ceil
+from regard.cache.budget import ceil, check_budget
+from regard.cache.policy import Entries, Policy
 from regard.tokens import Where, image_tokens, resolve
 
 
@@ -21,15 +22,11 @@ class _ImagePolicy(Policy):
     What is left of images of earlier turns stays too.
     """
 
+    budget: int | float = field(default=1.0, kw_only=False)
     image: Where | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, usual in (("prefill", True), ("every", None), ("by_layer", "uniform"), ("by_head", "uniform")):
-            if getattr(self, name) != usual:
-                raise ValueError(
-                    f"{type(self).__name__} chooses image tokens once for all heads, when it reads them: it takes no {name}"
-                )
+        check_budget(self.budget, 1, type(self).__name__)
 
     def beside(self, model: Module) -> AbstractContextManager[Any]:
         """Where the image tokens are."""

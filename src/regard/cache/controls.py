@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from regard.cache.budget import HeadBudgetPolicy
 from regard.cache.policy import Entries, Policy
 
 
@@ -20,26 +20,25 @@ class KeepAll(Policy):
     KeepAll()
     """
 
-    takes_budget: ClassVar[bool] = False
-
-    prefill: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.budget != 1.0:
-            raise ValueError(f"KeepAll drops nothing, and takes no budget; got {self.budget!r}")
+    def due(self, tokens: int, steps: int) -> bool:
+        """Never: nothing is to be chosen."""
+        return False
 
     def score(self, entries: Entries) -> Tensor:
-        """All alike."""
+        """0 for every entry: all are alike."""
         return torch.zeros_like(entries.received)
+
+    def counts(self, entries: Entries, scores: Tensor) -> Tensor:
+        """(batch, key heads): every entry of a text."""
+        return entries.real.sum(dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(Policy):
+class Random(HeadBudgetPolicy):
     """Keep entries at random, each layer and head its own; the same ones for the same ``seed``.
 
     Args:
-        budget, prefill, every, by_layer, by_head: as for every `Policy`.
+        budget, prefill, every, by_layer, by_head: as for every `HeadBudgetPolicy`.
         seed: of the choice.
 
     >>> import regard

@@ -29,8 +29,10 @@ class KeptCall:
         self.call = call
         self.tokens = tokens
         reads = tokens if policy.reads is None else min(policy.reads, tokens)
-        later = policy.every is not None or policy.accumulates
-        self.observed = reads if tokens > 1 or later else 0  # of how many last queries the attention is read
+        # of how many last queries the attention is read
+        self.observed = reads if tokens > 1 or policy.reads_steps else 0
+        if self.observed == policy.reads != 0 and not policy.accumulates:
+            layer.forget()  # what earlier queries attended to: these are all that the policy reads
 
     @property
     def is_whole(self) -> bool:

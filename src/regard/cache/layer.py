@@ -137,12 +137,12 @@ class KeptLayer(CacheLayerMixin):
         self.dropped = True
 
     def forget(self) -> None:
-        """What the entries received."""
+        """Forget what the entries received, and nothing else."""
         for group in self.groups:
             group.received = group.received[..., :0]
 
     def get_seq_length(self) -> int:
-        """Tokens seen."""
+        """How many tokens it has seen, dropped ones too."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -150,11 +150,11 @@ class KeptLayer(CacheLayerMixin):
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """−1: a text may grow without a maximum."""
         return -1
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Begin anew: forget entries, tokens and what the policy remembers."""
         self.groups, self.state, self.seen, self.steps, self.new = [], {}, 0, 0, 0
         self.dropped = self.is_initialized = False
         self.token_ids = None

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.cache.policy import Entries, Policy
+from regard.cache.budget import HeadBudgetPolicy
+from regard.cache.policy import Entries
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObservedAttention(Policy):
+class ObservedAttention(HeadBudgetPolicy):
     """Keep the most recent tokens and the heavy hitters, those that all queries so far attended to most:
 
     ``score_j = Σ_i P_ij``, over the prompt's queries and each decoding step's, the mean over the query heads of a group.
 
     Args:
-        budget, prefill, by_layer, by_head: as for every `Policy`.
+        budget, prefill, by_layer, by_head: as for every `HeadBudgetPolicy`.
         recent: the share of the budget that goes to the most recent tokens.
         average: divide by the number of queries that could see the entry, which a plain sum favours the first ones by.
         every: 1, as in the paper.
@@ -40,12 +41,12 @@ class ObservedAttention(Policy):
 
     @property
     def reads(self) -> None:
-        """Every query."""
+        """The attention of every query, which None stands for."""
         return None
 
     @property
     def accumulates(self) -> bool:
-        """The sum goes on."""
+        """True: the sum goes on after a compression."""
         return True
 
     def score(self, entries: Entries) -> Tensor:
@@ -53,6 +54,6 @@ class ObservedAttention(Policy):
         received = entries.received
         if self.average:
             received = received / (entries.seen - entries.positions).clamp(min=1)
-        budget = self._shares(entries)
+        budget = self.shares(entries)
         recent = (budget * self.recent).long()[:, None, None]
         return received.masked_fill(entries.real & (entries.positions >= entries.seen - recent), torch.inf)

@@ -1,19 +1,14 @@
-"""What every cache policy has in common: how many entries each head keeps, and by which scores."""
+"""What every cache policy has in common: it scores the entries of a layer, and says how many of each head stay."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import Module
-
-_PYRAMID = 20  # how much more the first layer gets than the last, of PyramidKV
 
 
 @dataclass(frozen=True)
@@ -75,61 +70,16 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
-    """A rule that scores the entries of a cache; the best ones are kept, as many as the budget allows.
+    """A rule that scores the entries of a cache and says how many of each head stay: those of the highest scores.
 
-    Args:
-        budget: entries of each head: a number of them, or a share of the tokens, above 0 and up to 1.
-        prefill: compress when a prompt, or a further turn of several tokens, has been read.
-        every: compress at every so many-th decoding step too; None for never.
-        by_layer: "uniform"; "pyramid" for more in the first layers and less in the last at the same mean (Z. Cai et al.,
-            2024, PyramidKV); or a factor of the budget for each layer.
-        by_head: "uniform", or "adaptive": a layer's budget goes to the best entries of all its heads, each head having a
-            fifth of its share for sure (Y. Feng et al., 2024, Ada-KV). Heads then hold different numbers of entries, and the
-            memory of those dropped is really freed.
-
-    Raises:
-        ValueError: a budget that is no number of entries and no share; one below what the policy always keeps.
+    One that goes by a budget of entries is a `BudgetPolicy`.
     """
-
-    budget: int | float = field(default=1.0, kw_only=False)
-    prefill: bool = True
-    every: int | None = None
-    by_layer: str | Sequence[float] = "uniform"
-    by_head: str = "uniform"
 
     frees: ClassVar[bool] = True
     """Whether dropped entries leave the memory."""
 
-    takes_budget: ClassVar[bool] = True
-    """Whether it drops as many entries as its budget says."""
-
     pools: ClassVar[bool] = False
     """Whether an entry's score depends on its neighbours', so that entries have to stay in the order of the text."""
-
-    floor: ClassVar[float] = 0.2
-    """The part of its share that a head has for sure with ``by_head="adaptive"``."""
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        if isinstance(self.budget, bool) or not isinstance(self.budget, int | float):
-            raise ValueError(
-                f"{name}: budget must be a number of entries or a share of the tokens, got {self.budget!r}"
-            )
-        if isinstance(self.budget, float) and not 0 < self.budget <= 1:
-            raise ValueError(f"{name}: a share of the tokens must be above 0 and at most 1, got {self.budget!r}")
-        if isinstance(self.budget, int) and self.budget < max(self.least, 1):
-            raise ValueError(f"{name}: always keeps {max(self.least, 1)} entries, but the budget is {self.budget}")
-        if self.every is not None and (isinstance(self.every, bool) or self.every < 1):
-            raise ValueError(f"{name}: every must be a number of steps of at least 1, or None, got {self.every!r}")
-        if isinstance(self.by_layer, str) and self.by_layer not in ("uniform", "pyramid"):
-            raise ValueError(f'{name}: by_layer must be "uniform", "pyramid" or factors, got {self.by_layer!r}')
-        if self.by_head not in ("uniform", "adaptive"):
-            raise ValueError(f'{name}: by_head must be "uniform" or "adaptive", got {self.by_head!r}')
-
-    @property
-    def least(self) -> int:
-        """Entries that the policy keeps whatever their scores."""
-        return 0
 
     @property
     def reads(self) -> int | None:
@@ -140,6 +90,11 @@ class Policy(ABC):
     def accumulates(self) -> bool:
         """Whether attention read in earlier calls counts on after a compression."""
         return False
+
+    @property
+    def reads_steps(self) -> bool:
+        """Whether it reads the attention of decoding steps too."""
+        return self.accumulates
 
     @property
     def local(self) -> tuple[int, int] | None:
@@ -154,62 +109,22 @@ class Policy(ABC):
         """What is to run beside the model in the block of `compress`, with what it gives in every `Entries`; nothing here."""
         return nullcontext()
 
+    def due(self, tokens: int, steps: int) -> bool:
+        """Whether to compress after a call with this many new tokens, the ``steps``-th decoding step if it is one.
+
+        Unless a policy says otherwise: when a prompt, or a further turn of several tokens, has been read.
+        """
+        return tokens > 1
+
     @abstractmethod
     def score(self, entries: Entries) -> Tensor:
         """(batch, key heads, entries), the larger the better; infinite for those that are to be kept in any case."""
 
+    @abstractmethod
     def counts(self, entries: Entries, scores: Tensor) -> Tensor:
         """(batch, key heads): how many entries each head keeps."""
-        share = self._shares(entries)[:, None].expand(-1, entries.positions.shape[1])
-        return share if self.by_head == "uniform" else self._adaptive(share, scores)
-
-    def due(self, tokens: int, steps: int) -> bool:
-        """Whether to compress after a call with this many new tokens, the ``steps``-th decoding step if it is one."""
-        if tokens > 1:
-            return self.prefill
-        return self.every is not None and steps > 0 and steps % self.every == 0
-
-    def _shares(self, entries: Entries) -> Tensor:
-        """(batch,): entries of each head of this layer."""
-        tokens = entries.tokens
-        budget = torch.full_like(tokens, self.budget) if isinstance(self.budget, int) else ceil(tokens * self.budget)
-        low = budget < self.least
-        if bool((low & (tokens > budget)).any()):
-            row = int((low & (tokens > budget)).nonzero()[0])
-            raise ValueError(
-                f"{type(self).__name__} always keeps {self.least} entries, but the budget, {self.budget} of "
-                f"{int(tokens[row])} tokens, is {int(budget[row])}: raise it, or make the policy's window smaller"
-            )
-        return self._of_layer(budget, entries).clamp(min=max(self.least, 1)).minimum(tokens)
-
-    def _of_layer(self, budget: Tensor, entries: Entries) -> Tensor:
-        """(batch,): what a layer gets of a budget that is the mean over the layers."""
-        layer, layers = entries.layer, entries.layers
-        if self.by_layer == "uniform" or layers == 1:
-            return budget
-        if self.by_layer == "pyramid":
-            most = (budget * (2 - 1 / _PYRAMID)).minimum(entries.tokens)  # no layer holds more than all tokens
-            return ceil(most - 2 * (most - budget) * layer / (layers - 1))
-        if len(self.by_layer) != layers:
-            raise ValueError(
-                f"{type(self).__name__}: by_layer has {len(self.by_layer)} factors, the model {layers} layers"
-            )
-        return ceil(budget * float(self.by_layer[layer]))
-
-    def _adaptive(self, share: Tensor, scores: Tensor) -> Tensor:
-        """A layer's budget given to the best entries of all heads, after what each has for sure."""
-        sure = ceil(share * self.floor).clamp(min=max(self.least, 1)).minimum(share)
-        ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        first = scores.masked_fill(ranks < sure[..., None], math.inf).flatten(1)
-        order = first.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        return (order < share.sum(dim=1, keepdim=True)).view_as(scores).sum(dim=-1)
 
     def __str__(self) -> str:
         """The policy as one would write it."""
         given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(given)})"
-
-
-def ceil(numbers: Tensor) -> Tensor:
-    """The next whole number, except for what rounding added."""
-    return (numbers.double() - 1e-9).ceil().long()

@@ -45,21 +45,13 @@ class QAdA(Policy):
     QAdA(threshold=0.8)
     """
 
-    takes_budget: ClassVar[bool] = False
+    frees: ClassVar[bool] = False
 
     threshold: float = 0.9
     sinks: int = 16
     recent: int = 1024
-    prefill: bool = False
-
-    frees: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.budget != 1.0:
-            raise ValueError(
-                f"QAdA drops nothing, and takes no budget, got {self.budget!r}; a lower threshold has more heads read less"
-            )
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"QAdA: threshold must be a share from 0 to 1, got {self.threshold!r}")
         if self.sinks < 0 or self.recent < 1:
@@ -72,9 +64,17 @@ class QAdA(Policy):
         """Sinks and recent tokens."""
         return self.sinks, self.recent
 
+    def due(self, tokens: int, steps: int) -> bool:
+        """Never: nothing is dropped."""
+        return False
+
     def score(self, entries: Entries) -> Tensor:
-        """All alike: nothing is dropped."""
+        """0 for every entry: all are alike, as nothing is dropped."""
         return torch.zeros_like(entries.received)
+
+    def counts(self, entries: Entries, scores: Tensor) -> Tensor:
+        """(batch, key heads): every entry of a text."""
+        return entries.real.sum(dim=-1)
 
     def is_local(self, step: Step) -> Tensor:
         """Whether the local entries have the threshold's share, going by the moments of the far keys."""

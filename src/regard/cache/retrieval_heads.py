@@ -25,7 +25,7 @@ class RetrievalHeads(StreamingLLM):
         heads: the key heads that keep all, by layer, as `profile` finds them. Layers are numbered among those that can be
             compressed: in a model with sliding windows, its other layers.
         budget: of each other head, sinks included: a number of entries, or a share of the tokens.
-        prefill, by_layer: as for every `Policy`.
+        prefill, by_layer: as for every `BudgetPolicy`.
         sinks: first tokens to keep.
         every: 1: each step drops one token of each other head.
 
@@ -49,8 +49,6 @@ class RetrievalHeads(StreamingLLM):
                 "RetrievalHeads: heads must map layers to key heads, such as {1: [0], 2: [1, 3]} or what "
                 f"RetrievalHeads.profile finds; got {self.heads!r}"
             )
-        if self.by_head != "uniform":
-            raise ValueError(f"RetrievalHeads: heads says who keeps more; leave out by_head={self.by_head!r}")
 
     def counts(self, entries: Entries, scores: Tensor) -> Tensor:
         """All of retrieval heads, the budget of the others."""

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.cache.policy import Entries, Policy
+from regard.cache.budget import HeadBudgetPolicy
+from regard.cache.policy import Entries
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(Policy):
+class SnapKV(HeadBudgetPolicy):
     """Keep the last ``window`` tokens, and of those before them the ones that they attend to most, in clusters:
 
     ``score_j = pool_{|m| ≤ kernel // 2} Σ_{i in window} P_i,j+m``, P being the mean over the query heads of a group.
 
     Args:
-        budget, prefill, every, by_layer, by_head: as for every `Policy`; the budget includes the window.
+        budget, prefill, every, by_layer, by_head: as for every `HeadBudgetPolicy`; the budget includes the window.
         window: the last tokens, whose attention is read.
         kernel: the width of the pooling, odd; 1 for none.
         pooling: "mean" or "max".
@@ -48,12 +49,12 @@ class SnapKV(Policy):
 
     @property
     def least(self) -> int:
-        """The window."""
+        """The tokens of the window, all of which are kept."""
         return self.window
 
     @property
     def reads(self) -> int:
-        """The window's queries."""
+        """The queries of the window."""
         return self.window
 
     def score(self, entries: Entries) -> Tensor:

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.cache.policy import Entries, Policy
+from regard.cache.budget import BudgetPolicy
+from regard.cache.policy import Entries
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingLLM(Policy):
+class StreamingLLM(BudgetPolicy):
     """Keep ``sinks`` first tokens and, of the rest of the budget, the most recent: ``score_j = j``, infinite for j < sinks.
 
     Args:
-        budget, prefill, by_layer, by_head: as for every `Policy`.
+        budget, prefill, by_layer: as for every `BudgetPolicy`.
         sinks: first tokens to keep.
         every: 1, as in the paper: each step drops one token.
 
@@ -33,9 +34,9 @@ class StreamingLLM(Policy):
 
     @property
     def least(self) -> int:
-        """The sinks, and the token itself."""
+        """The sinks, and the last token."""
         return self.sinks + 1
 
     def score(self, entries: Entries) -> Tensor:
-        """The position."""
+        """The position in the text, infinite for sinks: ``score_j = j``."""
         return entries.positions.float().masked_fill(entries.sinks(self.sinks), torch.inf)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.cache.policy import Entries, Policy
+from regard.cache.budget import BudgetPolicy
+from regard.cache.policy import Entries
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskKV(Policy):
+class TaskKV(BudgetPolicy):
     """Heterogeneous heads keep all; the others keep sinks, recent tokens and, of the rest, what is attended to most.
 
     What a head has to say is ``v = Σ_{j in I} C_j v_j``, C being the attention that its entries receive from the last
@@ -23,9 +24,9 @@ class TaskKV(Policy):
     its recent tokens, and the middle ones of the highest C, averaged over ``kernel`` neighbours.
 
     Args:
-        budget, prefill, every, by_layer: as for every `Policy`. The budget is the mean over a layer's heads, and comes first:
-            where f full heads would leave the others less than their sinks and recent tokens, as many are heterogeneous as
-            leave them these, which the report shows; a budget below sinks and recent tokens is refused.
+        budget, prefill, every, by_layer: as for every `BudgetPolicy`. The budget is the mean over a layer's heads, and comes
+            first: where f full heads would leave the others less than their sinks and recent tokens, as many are
+            heterogeneous as leave them these, which the report shows; a budget below sinks and recent tokens is refused.
         sinks: first tokens that all heads keep.
         recent: last tokens that all heads keep.
         window: the last queries, whose attention is read.
@@ -67,17 +68,15 @@ class TaskKV(Policy):
                 "TaskKV: heterogeneous must be two shares of the heads from 0 to 1, of the first layer and of the last, "
                 f"got {self.heterogeneous!r}"
             )
-        if self.by_head != "uniform":
-            raise ValueError(f"TaskKV shares the budget among heads by a rule; leave out by_head={self.by_head!r}")
 
     @property
     def least(self) -> int:
-        """Sinks and recent tokens."""
+        """Sinks and recent tokens, which all heads keep."""
         return self.sinks + self.recent
 
     @property
     def reads(self) -> int:
-        """The window's queries."""
+        """The queries of the window."""
         return self.window
 
     def score(self, entries: Entries) -> Tensor:
@@ -89,7 +88,7 @@ class TaskKV(Policy):
 
     def counts(self, entries: Entries, scores: Tensor) -> Tensor:
         """All of heterogeneous heads, and what these leave of the budget for the others."""
-        heads, tokens, share = entries.keys.shape[1], entries.tokens, self._shares(entries)
+        heads, tokens, share = entries.keys.shape[1], entries.tokens, self.shares(entries)
         full = self._number(entries, share)
         rest = (heads * share - full * tokens) // (heads - full).clamp(min=1)
         return torch.where(self._are_heterogeneous(entries, full), tokens[:, None], rest[:, None])

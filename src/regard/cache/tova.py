@@ -6,17 +6,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from regard.cache.policy import Entries, Policy
+from regard.cache.budget import BudgetPolicy
+from regard.cache.policy import Entries
 
 
 @dataclass(frozen=True, kw_only=True)
-class TOVA(Policy):
+class TOVA(BudgetPolicy):
     """At each step drop the tokens that the last query attends to least: ``score_j = mean_h P^h_last,j``.
 
     All heads of a layer keep the same tokens.
 
     Args:
-        budget, prefill, by_layer, by_head: as for every `Policy`.
+        budget, prefill, by_layer: as for every `BudgetPolicy`.
         every: 1, as in the paper.
 
     M. Oren et al. (2024), Transformers are Multi-State RNNs.

@@ -40,9 +40,10 @@ def read_policy(text: str, budget: int | float | None = None) -> Policy:
     SnapKV(budget=0.25, window=8)
     """
     given = {} if budget is None else {"budget": budget}
-    policy: Policy = parse(text, Policy, "policy", "SnapKV(window=16)", **given)
-    unsaid = budget is None and policy.takes_budget and policy.budget == 1.0
-    return replace(policy, budget=0.25) if unsaid else policy
+    policy: Any = parse(text, Policy, "policy", "SnapKV(window=16)", **given)
+    unsaid = budget is None and getattr(policy, "budget", None) == 1.0
+    read: Policy = replace(policy, budget=0.25) if unsaid else policy
+    return read
 
 
 def trial(model: Module, tokenizer: Any, text: str, policy: Policy, complete: int = 20) -> Trial:

@@ -1,7 +1,7 @@
 """Small random models that see images: one shaped like LLaVA, one like Qwen2-VL."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ TEXT = SMALL | {
 }  # fmt: skip
 IMAGE = 59
 WORDS = 56  # ids below are text
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Seer:
 
     def scores(self, **arguments: Any) -> Tensor:
         """The scores of each token that is generated, (steps, batch, words)."""
-        told = self.generate(return_dict_in_generate=True, output_scores=True, **arguments)
+        told: Any = self.generate(return_dict_in_generate=True, output_scores=True, **arguments)
         return torch.stack(told.scores)[..., :WORDS]
 
     def logits(self) -> Tensor:
@@ -41,7 +43,7 @@ class Seer:
             return self.model(**self.inputs).logits[..., :WORDS]
 
 
-def widened(model: torch.nn.Module) -> torch.nn.Module:
+def widened(model: Model) -> Model:
     for parameter in model.parameters():  # wide enough weights for attention that is not nearly uniform
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)

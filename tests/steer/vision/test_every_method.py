@@ -1,6 +1,6 @@
 """What every method owes its user: padded batches, beams, half precision, and no matrix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from regard.steer import vision
 from regard.steer.recipe import load_recipe, save_recipe
 from tests.steer.vision.conftest import WORDS, Seer
 
-Method = Callable[[torch.nn.Module, dict[str, Tensor]], list[regard.Edit]]
+Method = Callable[[torch.nn.Module, dict[str, Tensor]], Sequence[regard.Edit]]
 
 METHODS: dict[str, Method] = {
     "var": lambda model, inputs: vision.var(model, inputs, ratio=0, least=0, threshold=1, dimensions=[3, 5]),
@@ -119,7 +119,7 @@ def test_no_matrix_is_made() -> None:
         vision.FuseGaze(saliency, image, slice(1000, 1200)),
         vision.Emphasize(slice(10, 50), 0.5, image),
     )
-    sizes = []
+    sizes: list[int] = []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):

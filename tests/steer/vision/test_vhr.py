@@ -6,7 +6,7 @@ import torch
 import regard
 from regard.steer.vision import vhr, vision_aware_heads
 from regard.steer.vision._prompt import read_prompt
-from regard.tokens import decoder_layers
+from regard.tokens import Heads, decoder_layers
 from tests.steer.vision.conftest import Seer
 
 
@@ -37,7 +37,8 @@ def test_heads_are_found_layer_by_layer(seer: Seer) -> None:
     assert [path.rsplit(".", 1)[0] + ".*" for path in edit.heads] == layers[1:]
     kept = ~read_prompt(seer.model, seer.inputs).image[0]
     text = {"input_ids": seer.inputs["input_ids"][:, kept]}
-    found: dict[str, list[int]] = {}
+    found: dict[str, Heads] = {}
+    assert isinstance(edit.heads, dict)
     for path, heads in edit.heads.items():
         layer = path.rsplit(".", 1)[0] + ".*"
         if found:

@@ -253,7 +253,8 @@ def softmax_strips(scores: Scores) -> Iterator[tuple[Strip, Tensor]]:
     for piece in pieces(scores):
         of_piece = list(strips(scores, piece))
         (buffer,) = work.buffers(of_piece, 1)
-        query, key, mask = work.of_queries(work.query, piece), work.key[piece.heads], work.of_mask(scores.mask, piece)
+        query = work.query.view(-1, scores.groups, *work.query.shape[2:])[piece.heads]
+        key, mask = work.key[piece.heads], work.of_mask(scores.mask, piece)
         for strip in of_piece:
             start, stop, columns = strip.bounds
             logits = _strip_logits(

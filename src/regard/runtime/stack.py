@@ -31,11 +31,12 @@ class Frame:
 
 
 class Stack:
-    """The modules that run where it is made, the innermost first."""
+    """The modules that run where it is made, the innermost first; ``inner`` is as if called by the one that runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: Module | None = None) -> None:
         self._start = sys._getframe(1)
-        self.frames = list(_called(self._start))
+        self._inner = [] if inner is None else [Frame(inner, (), {}, object())]
+        self.frames = [*self._inner, *_called(self._start)]
         self._direct: list[Frame] | None = None
 
     def above(self, model: Module) -> list[Frame] | None:
@@ -44,7 +45,7 @@ class Stack:
         if found is not None:
             return found
         if self._direct is None:  # a forward that was called by itself has no frame of a call
-            self._direct = list(_forwarded(self._start))
+            self._direct = [*self._inner, *_forwarded(self._start)]
         found = _up_to(model, self._direct)
         if found is not None:
             return found

@@ -43,7 +43,8 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
         keep_maps: keep each call's `AttentionMap` (and with it copies of its query and key) in ``seen.maps``.
         share: let the statistics of a float32 model ride in the model's own attention call, which is faster and changes
             its output by rounding (about 1e-6); False leaves each bit as it was. In half precision, or where gradients
-            are wanted, it is left as it was in any case.
+            are wanted, it is left as it was in any case; so it is on the fast path of PyTorch's own transformer layers in
+            evaluation, where projection and attention are computed once more to be read.
 
     Raises:
         RuntimeError: at the end of a block in which no attention call was seen, naming what was found.
@@ -188,9 +189,9 @@ class _Block:
             recording.maps.setdefault(place.path, []).append(kept)
 
     def _mask_of(self, call: AttentionCall | HiddenCall) -> Tensor | None:
-        mask = self._options.token_mask
+        mask, real = self._options.token_mask, call.place.token_mask
         if mask is None:
-            return None
+            return real
         place, batch = call.place, call.value.shape[0]
         queries = call.queries if isinstance(call, HiddenCall) else call.query.shape[2]
         end = place.query_start + queries
@@ -200,7 +201,8 @@ class _Block:
                 "watch only the layers that it belongs to, with layers="
             )
         mask = mask.repeat_interleave(batch // mask.shape[0], dim=0)  # the beams of one text follow one another
-        return torch.nn.functional.pad(mask, (0, max(end - mask.shape[1], 0)), value=True)[:, place.query_start : end]
+        mask = torch.nn.functional.pad(mask, (0, max(end - mask.shape[1], 0)), value=True)[:, place.query_start : end]
+        return mask if real is None else mask.to(real.device) & real
 
 
 def _masked(values: Tensor, dims: tuple[str, ...], mask: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _KERNELS = ("CompositeExplicitAutograd", "Autograd")  # every device, without and with gradients
 _MULTI_HEAD = "multi_head_attention_forward"
+_plain_compile: Callable[..., Any] = torch.compile
 _lock = threading.RLock()
 _library: list[Any] = []
 _put_back: list[Callable[[], object]] = []  # the steps that undo, in the order of what they undo
@@ -117,10 +118,25 @@ def _lead_back() -> None:
     bias = sys.modules.get("torch.nn.attention.bias")
     if bias is not None:
         _replace(bias.CausalBias, "_dispatch", staticmethod(_with_plain_mask))
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:  # or nothing was compiled yet
-        stance = torch.compiler.set_stance("force_eager")
-        _put_back.append(functools.partial(stance.__exit__, None, None, None))
+    if "torch._dynamo" in sys.modules:
+        _run_uncompiled()
+    else:  # nothing was compiled yet
+        _replace(torch, "compile", _compile)
+
+
+def _run_uncompiled() -> None:
+    stance = torch.compiler.set_stance("force_eager")
+    _put_back.append(functools.partial(stance.__exit__, None, None, None))
+
+
+def _compile(*args: Any, **kwargs: Any) -> Any:
+    """``torch.compile`` in the block in which it is called for the first time, where there is a compiler only then."""
+    compiled = _plain_compile(*args, **kwargs)
+    with _lock:
+        if vars(torch)["compile"] is _compile:
+            _replace(torch, "compile", _plain_compile)
+            _run_uncompiled()
+    return compiled
 
 
 @functools.lru_cache(maxsize=1)

@@ -69,7 +69,8 @@ def encoder_layer(
         functional.layer_norm, normalized_shape=(embed_dim,), weight=norm_weight_1, bias=norm_bias_1, eps=eps
     )
     attention = getattr(_module_of(sys._getframe(1)), "self_attn", None)
-    _read(attention, functools.partial(_call, src, num_heads, qkv_weight, qkv_bias, mask, norm if norm_first else None))
+    first = norm if norm_first else None
+    _read(attention, functools.partial(_call, src, num_heads, qkv_weight, qkv_bias, mask, first))
     return output
 
 
@@ -95,9 +96,8 @@ def _call(
     if not bool(real.all()):
         tokens, place = tokens.masked_fill(~real[..., None], 0.0), Place(token_mask=real)
         visible = real[:, None, None, :] if visible is None else visible & real[:, None, None, :]
-    with torch.autocast(tokens.device.type, enabled=False):  # which the operator knows nothing of
-        tokens = tokens if norm is None else norm(tokens)
-        query, key, value = functional.linear(tokens, weight, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    tokens = tokens if norm is None else norm(tokens)
+    query, key, value = functional.linear(tokens, weight, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return AttentionCall(query, key, value, visible, place=place)
 
 

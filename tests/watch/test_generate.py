@@ -211,3 +211,39 @@ def test_independent_passes_do_not_join() -> None:
     assert data.sizes["pass"] == 2
     assert data.entropy.isel({"pass": 1})[:, :, :, 5:].isnull().all()
     assert data.entropy.isel({"pass": 0}).notnull().all()
+
+
+@pytest.mark.parametrize("target", ["", "model", "model.layers.1.self_attn", None])
+@pytest.mark.parametrize("way", ["forward", "base_model.forward"])
+@pytest.mark.parametrize("positional", [True, False])
+def test_forward_that_is_called_by_itself(target: str | None, way: str, positional: bool) -> None:  # R19
+    """In parts, on a cache, and then once more from the beginning."""
+    model: Any = built("llama")
+    text, watched = ids(9), None if target is None else model.get_submodule(target)
+    function = model.forward if way == "forward" else model.base_model.forward
+
+    def run(function: Any) -> None:
+        for _ in range(2):
+            cache = hf.DynamicCache(config=model.config)
+            for part in text.split([5, 3, 1], dim=1):
+                if positional and function is not model:
+                    function(part, None, None, cache)
+                else:
+                    function(input_ids=part, past_key_values=cache)
+
+    with torch.no_grad():
+        with regard.watch(watched, regard.Entropy(), regard.Received()) as wanted:
+            run(model)
+        with regard.watch(watched, regard.Entropy(), regard.Received()) as seen:
+            run(function)
+    expected, data = wanted.dataset(), seen.dataset()
+    if target is None and way != "forward":  # there the base model is the outermost
+        names = [layer.replace("LlamaForCausalLM.model", "LlamaModel") for layer in wanted.layers]
+        expected = expected.assign_coords(layer=names)
+    assert data.identical(expected)
+    assert data.sizes["pass"] == 2
+    assert data.sizes["query"] == 9
+    if wanted.token_ids is None:
+        assert seen.token_ids is None
+    else:
+        assert torch.equal(seen.token_ids, text)

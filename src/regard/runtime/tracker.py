@@ -83,7 +83,7 @@ class Tracker:
 
     def find(self, stack: Stack, label: str = "") -> Site | None:
         """Count a call that is made now; None if the model did not make it. ``label`` is added to its module's path."""
-        frames = stack.frames if self.model is None else stack.above(self.model)
+        frames = stack.direct if self.model is None else stack.above(self.model)
         if frames is None:
             return None
         running = self._pass_of(frames)

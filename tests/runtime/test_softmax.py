@@ -179,8 +179,10 @@ def test_a_softmax_that_is_not_followed_is_named() -> None:  # R4
     model = nn.ModuleDict({"seen": Own(FORMS["matmul"]), "lost": Attention()})
     model.forward = lambda: (model["seen"](logits, values), model["lost"](logits))  # type: ignore[method-assign]
     where = r"softmax of Attention at runtime/test_softmax.py:\d+"
-    with pytest.warns(UserWarning, match=rf"not seen: lost \({where}\)"), regard.watch(model, regard.Received()):
-        model()
+    for block in (regard.watch(model, regard.Received()), regard.steer(model, regard.Gate(2.0)), regard.capture(model)):
+        with pytest.warns(UserWarning, match=rf"not seen: lost \({where}\)") as warned, block:
+            model()
+        assert [warning.filename for warning in warned] == [__file__]
     with pytest.raises(RuntimeError, match=where), regard.watch(model["lost"], regard.Received()):
         model["lost"](logits)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -46,7 +47,15 @@ def warn(model: Module | None, seen: Iterable[str], softmaxes: Mapping[str, str]
         if not any(_within(one, [path]) for one in paths):
             own[path or type(model).__name__] = f"runs attn_implementation={implementation!r}, if it ran"
     if own:
-        warnings.warn(f"attention that was not seen{_listed(own)}", UserWarning, stacklevel=4)
+        warnings.warn(f"attention that was not seen{_listed(own)}", UserWarning, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """How far up the stack of `warn` the user's own code is."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("regard."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def name_softmaxes(model: Module | None, softmaxes: Iterable[tuple[Module, str]]) -> dict[str, str]:

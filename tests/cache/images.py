@@ -20,7 +20,7 @@ def reader() -> hf.PreTrainedModel:
 
 
 def deep(seer: Seer, layers: int = 7) -> Seer:
-    """The same with an encoder of so many layers."""
+    """The model with an encoder of so many layers."""
     torch.manual_seed(3)
     config = seer.model.config
     config.vision_config = type(config.vision_config)(

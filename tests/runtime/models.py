@@ -102,7 +102,7 @@ EDITS: tuple[Sequence[Edit], ...] = (
 
 
 class DenseWithSinks(Dense):
-    """The same with one more logit in each row, which goes to no key."""
+    """The stored matrix with one more logit in each row, which goes to no key."""
 
     def __init__(self, logits: Tensor, values: Tensor, sinks: Tensor | None) -> None:
         super().__init__(logits, values)

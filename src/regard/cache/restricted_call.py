@@ -59,7 +59,7 @@ class RestrictedCall(KeptCall):
         return output.flatten(1, 2)[:, :, None]
 
     def restore(self) -> AttentionCall:
-        """The same as a call on all keys, of which those that are not local are masked for the heads that are."""
+        """A call on all keys, of which those that are not local are masked for the heads that are."""
         restored = super().restore()
         seen = self.layer.seen
         positions = torch.where(self._positions < 0, seen, self._positions)
@@ -135,7 +135,7 @@ class RestrictedCall(KeptCall):
         return (self._local_logits.softmax(dim=-1) @ self._local(self.values)).to(self.values.dtype)
 
     def _from_all(self, place: Place) -> Tensor:
-        """The same from all entries, at a place in it."""
+        """The output from all entries, (B, Hk, shared, D) at a place in it."""
         mask = None if self._grouped_mask is None else self._grouped_mask[place]
         return functional.scaled_dot_product_attention(
             self.query[place], self.keys[place], self.values[place], mask, self.call.dropout_p, scale=self.call.factor

@@ -210,8 +210,8 @@ def edited(module: Module | None = None) -> bool:
     if not blocks:
         return False
     stack, parts = Stack(module), set() if module is None else set(module.modules())
-    models = [block.tracker.model for block in blocks]
-    return any(model is None or model in parts or stack.above(model) is not None for model in models)
+    trackers = [block.tracker for block in blocks]
+    return any(tracker.model in parts or tracker.frames(stack) is not None for tracker in trackers)
 
 
 def interceptors() -> list[Interceptor]:
@@ -352,8 +352,7 @@ def _place_of(site: Site) -> Place:
 def _refuse_edits(blocks: list[Block], stack: Stack) -> None:
     """A part of a model that runs again without the rest has lost where its calls stand."""
     for block in blocks:
-        model = block.tracker.model
-        if block.interceptor.edits and (model is None or stack.within(model) is not None):
+        if block.interceptor.edits and block.tracker.frames(stack) is not None:
             raise RuntimeError(
                 "attention cannot be steered or compressed under gradient checkpointing; disable it, or leave the block"
             )

@@ -41,8 +41,7 @@ class Stack:
 
     def above(self, model: Module) -> list[Frame] | None:
         """The frames from the innermost to the model's own outermost; None where it does not run."""
-        found = _up_to(model, self.frames) or _up_to(model, self.direct)
-        return found or self.within(model)
+        return _up_to(model, self.frames) or _up_to(model, self.direct)
 
     @property
     def direct(self) -> list[Frame]:
@@ -50,14 +49,6 @@ class Stack:
         if self._direct is None:
             self._direct = [*self._inner, *_forwarded(self._start)]
         return self._direct
-
-    def within(self, model: Module) -> list[Frame] | None:
-        """The frames up to the outermost part of the model: it may run by itself, as a tower that ``generate`` asks."""
-        if not self.direct:
-            return None
-        parts = set(model.modules())
-        inside = [number for number, frame in enumerate(self.direct) if frame.module in parts]
-        return self.direct[: inside[-1] + 1] if inside else None
 
 
 def caller() -> tuple[Module | None, str]:

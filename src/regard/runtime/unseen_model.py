@@ -76,12 +76,10 @@ def _other_implementations(model: Module) -> Iterator[tuple[str, str]]:
     """Parts of the model that have a configuration of their own with attention that is not seen."""
     taken: list[str] = []
     for path, module in model.named_modules():
+        if not hasattr(type(module), "set_attn_implementation"):  # of few modules, and asked at every exit
+            continue
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if (
-            not hasattr(module, "set_attn_implementation")
-            or implementation in _KNOWN
-            or not isinstance(implementation, str)
-        ):
+        if implementation in _KNOWN or not isinstance(implementation, str):
             continue
         if not any(_within(path, [outer]) for outer in taken):
             taken.append(path)

@@ -69,7 +69,7 @@ def models(request: pytest.FixtureRequest) -> Iterator[tuple[Compiled, Compiled]
     torch.compiler.reset()
 
 
-def seen_uncompiled(one: Compiled, seen: regard.watch.Recording) -> bool:
+def seen_uncompiled(one: Compiled, seen: regard.Recording) -> bool:
     runs = one.runs
     one.run()
     return one.runs == runs and bool(seen.layers)

@@ -135,6 +135,27 @@ def test_texts_that_are_nested() -> None:
         assert not data.received[:, row, :, length:].any()
 
 
+@pytest.mark.parametrize("make", [layer, lambda: layer().self_attn], ids=["layer", "attention"])
+def test_texts_that_the_user_nests(make: Callable[[], nn.Module]) -> None:
+    module = make()
+    texts = torch.nested.nested_tensor([X[0, :4], X[1], X[2, :3]])
+
+    def run(x: Tensor) -> Tensor:
+        return module(x) if isinstance(module, nn.TransformerEncoderLayer) else module(x, x, x, need_weights=False)[0]
+
+    with torch.no_grad():
+        plain = run(texts)
+        with regard.watch(module, regard.Received()) as seen:
+            output = run(texts)
+    assert all(map(torch.equal, output.unbind(), plain.unbind()))
+    for row, length in enumerate([4, 6, 3]):
+        with torch.no_grad(), regard.watch(module, regard.Received()) as alone:
+            run(X[row : row + 1, :length])
+        mine, wanted = (torch.as_tensor(s.dataset().received[0].values) for s in (seen, alone))
+        torch.testing.assert_close(mine[row, :, :length], wanted[0], atol=1e-5, rtol=1e-4)
+        assert not mine[row, :, length:].any()
+
+
 def test_a_bias_hides_in_a_layer_on_its_fast_path() -> None:
     """As PyTorch has it: any number but zero."""
     one, bias = layer(), torch.zeros(6, 6)

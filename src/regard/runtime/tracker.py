@@ -49,8 +49,8 @@ class Site:
             return None, None
         frame = self.frames[0]
         given = [frame.arguments.get("hidden_states"), *frame.positional[:1]]
-        hidden = next((tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim == 3), None)
-        return frame.module, None if hidden is None else hidden.shape[1]
+        hidden = (tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim == 3)
+        return frame.module, next((tensor.shape[1] for tensor in hidden if not tensor.is_nested), None)
 
     @property
     def token_ids(self) -> Tensor | None:

@@ -207,7 +207,7 @@ def _softmax_product(call: AttentionCall, value: Tensor) -> Tensor:
 
 
 def _without_operator(call: AttentionCall, value: Tensor) -> Tensor:
-    """The same with a soft cap or sinks, which PyTorch's operator knows neither of."""
+    """``P V`` with a soft cap or sinks, of which PyTorch's operator knows neither."""
     attention = edited_map(call)
     if not call.dropout_p:
         return attention @ value
@@ -216,7 +216,7 @@ def _without_operator(call: AttentionCall, value: Tensor) -> Tensor:
 
 
 def _with_bias(call: AttentionCall, value: Tensor) -> Tensor:
-    """The same for a few queries, as in a decoding step: a bias of (queries, keys) instead of wider keys."""
+    """``P V`` for a few queries, as in a decoding step: with a bias of (queries, keys) instead of wider keys."""
     key = ("bias", *map(id, call.columns), id(call.attn_mask), call.is_causal)
     bias, blind, *_ = call.place.remember(key, lambda: (*_bias(call), call.columns, call.attn_mask))
     output = _attend(call, call.query, call.key, value, bias, False, call.scale)

@@ -62,7 +62,7 @@ class Scores:
         if self.bound is not None:
             return self.bound
         with torch.no_grad():
-            limit = unlocked(largest_product)(self.query, self.key) * abs(self.scale)
+            limit: float = unlocked(largest_product)(self.query, self.key) * abs(self.scale)
         if not math.isfinite(limit):
             raise ValueError(_describe_not_finite(self.query, self.key))
         if self.softcap is not None:

@@ -93,6 +93,8 @@ def _laid_out(output: Tensor, call: AttentionCall) -> Tensor:
     """The output in memory as PyTorch's operator would have left it, for models take views of it."""
     if call.is_stored or call.softcap is not None or call.sinks is not None:  # which it does not know
         return output
+    if call.query.shape[2] == 1:  # as in a step of decoding: it is the same either way
+        return output.contiguous()
     choice = torch._fused_sdp_choice(
         call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal,
         scale=call.scale, enable_gqa=call.enable_gqa,

@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from regard import masks, tokens
-from regard.maps import AttentionMap, attention
+from regard.maps import AttentionMap
 from regard.runtime import AttentionCall
+from regard.runtime.ruled import attention
 from regard.steer import (
     AddToKey,
     AddToOutput,
@@ -23,6 +24,7 @@ from regard.steer import (
     PatchOutput,
     Redistribute,
     ReplaceMap,
+    Restrict,
     Reweight,
     SweepResult,
     Temperature,
@@ -87,6 +89,7 @@ __all__ = [
     "Recording",
     "Redistribute",
     "ReplaceMap",
+    "Restrict",
     "Reweight",
     "Rows",
     "Sinks",

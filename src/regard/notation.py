@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import builtins
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from inspect import isabstract
 from typing import Any
+
+from regard import masks
+from regard.masks import Mask
 
 
 def parse(text: str, base: type, what: str, example: str, **given: Any) -> Any:
@@ -79,10 +83,57 @@ def _subclasses(kind: Any) -> Iterator[Any]:
         yield from _subclasses(subclass)
 
 
+def rule(text: str) -> Mask:
+    """Make a mask from its notation: names of `regard.masks`, called with plain values, and ``&``, ``|``, ``~``.
+
+    Raises:
+        ValueError: anything else.
+
+    >>> rule("window(left=3, right=0) | keys([0])")
+    window(left=3, right=0) | keys([0])
+    """
+    return _rule(ast.parse(text, mode="eval").body, text)
+
+
+def _is_rule(node: ast.expr) -> bool:
+    """Whether it is written as a rule: an operator on rules, or the call of a name that is none of Python's."""
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.Invert)
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, ast.BitAnd | ast.BitOr)
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not hasattr(builtins, node.func.id)
+
+
+def _rule(node: ast.expr, text: str) -> Mask:
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+        return ~_rule(node.operand, text)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
+        left, right = _rule(node.left, text), _rule(node.right, text)
+        return left & right if isinstance(node.op, ast.BitAnd) else left | right
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise ValueError(f'"{ast.unparse(node)}" in {text!r} is no rule, as window(left=255, right=0) is')
+    known = {name for name in masks.__all__ if name.islower() and not name.startswith("from_")}
+    name = node.func.id
+    if name not in known:
+        near = get_close_matches(name, known, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+        raise ValueError(f"there is no rule {name!r}; {hint}")
+    arguments = [_literal(argument, text) for argument in node.args]
+    try:
+        made: Mask = getattr(masks, name)(
+            *arguments, **{w.arg: _literal(w.value, text) for w in node.keywords if w.arg}
+        )
+    except TypeError as error:
+        raise ValueError(f"{ast.unparse(node)}: {error}") from error
+    return made
+
+
 def _literal(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("slice", "range"):
         numbers = [ast.literal_eval(argument) for argument in node.args]
         return slice(*numbers) if node.func.id == "slice" else range(*numbers)
+    if _is_rule(node):
+        return _rule(node, text)
     try:
         return ast.literal_eval(node)
     except ValueError as error:

@@ -46,6 +46,13 @@ def test_causal_and_prefix(sizes: tuple[int, int], length: int) -> None:
 
 
 @MANY
+@given(sizes=SIZES, chosen=st.sets(st.integers(0, 45)).filter(bool))
+def test_chosen_keys_and_queries(sizes: tuple[int, int], chosen: set[int]) -> None:
+    agrees(masks.keys(sorted(chosen)), lambda i, j: j in chosen, *sizes)
+    agrees(masks.queries(list(chosen)), lambda i, j: i in chosen, *sizes)
+
+
+@MANY
 @given(sizes=SIZES, stride=st.integers(1, 12), data=st.data())
 def test_sparse_transformers(sizes: tuple[int, int], stride: int, data: st.DataObject) -> None:
     summary = data.draw(st.integers(1, stride))
@@ -146,6 +153,8 @@ def some_masks(tokens: int) -> list[Mask]:
         masks.prefix([3, 17]),
         masks.documents([5, tokens - 12, 0, 7]),
         masks.documents(ids=torch.randint(0, 4, (2, tokens), generator=generator)),
+        masks.keys([0, 5, 6, 7, 13]),
+        masks.queries(slice(2, 20, 3)),
         masks.strided(1),
         masks.strided(2),
         masks.strided(6),
@@ -203,6 +212,8 @@ def test_structure_leaves_no_doubt_in_simple_masks() -> None:
         masks.strided(6),
         masks.fixed(6, 2),
         masks.prefix(9),
+        masks.keys(slice(3, 20)),
+        masks.queries([5, 60]),
         masks.documents([30, 34]),
         masks.neighbourhood(64, 9, stride=4),
     ):
@@ -263,6 +274,9 @@ def test_masks_are_readable() -> None:
         (r"kernel_size · dilation is 5 · 2 along dimension 1", lambda: masks.neighbourhood((9, 9), 5, dilation=(1, 2))),
         (r"stride is from 1 to kernel_size \(3\)", lambda: masks.neighbourhood(9, 3, stride=4)),
         ("one value or one for each dimension", lambda: masks.neighbourhood((9, 9), (3, 3, 3))),
+        ("keys of a rule are numbers that count from the text's begin", lambda: masks.keys([3, -1])),
+        ("queries of a rule need a first and a last", lambda: masks.queries(slice(4, None))),
+        ("keys of a rule must be the same for all texts", lambda: masks.keys(torch.ones(2, 4, dtype=torch.bool))),
         ("a length is 0 or more", lambda: masks.prefix(-1)),
         ("summary is from 1 to the stride", lambda: masks.fixed(4, 5)),
         ("chosen is boolean", lambda: masks.blocks(torch.ones(1, 1, 2, 2), 4)),

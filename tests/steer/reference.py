@@ -48,6 +48,9 @@ class Dense:
             self.logits = torch.where(both, self.logits + strength(edit.by).log(), self.logits)
         elif isinstance(edit, regard.Block):
             self.logits = self.logits.masked_fill(both, -math.inf)
+        elif isinstance(edit, regard.Restrict):
+            visible = edit.mask.dense(1, 1, *self.logits.shape[2:])
+            self.logits = self.logits.masked_fill(heads[:, None, None] & ~visible, -math.inf)
         elif isinstance(edit, regard.Bias):
             self.logits = torch.where(both, self.logits + strength(edit.by), self.logits)
         elif isinstance(edit, regard.Temperature):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import regard
+from regard import masks
 from regard.steer import Edit
 from tests.steer.reference import dense
 
@@ -19,7 +20,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 5e-3, to
 
 KINDS = (
     "reweight", "remove", "factor", "block", "bias", "temperature", "gate", "uniform", "value", "output", "patch output",
-    "patch map", "redistribute",
+    "patch map", "restrict", "redistribute",
 )  # fmt: skip
 
 
@@ -71,6 +72,13 @@ def edits(
             return regard.Temperature(draw(strengths(heads, st.floats(0.5, 3))), rows, heads=chosen)
         case "gate":
             return regard.Gate(draw(strengths(heads, st.floats(-2, 2))), rows, heads=chosen)
+        case "restrict":
+            rule = draw(
+                st.sampled_from(
+                    [masks.window(2, 0), masks.window(0, 1) | masks.keys([0]), masks.strided(2), ~masks.prefix(1)]
+                )
+            )
+            return regard.Restrict(rule, heads=chosen)
         case "redistribute":
             share = st.floats(0, 1) | strengths(heads, st.floats(0, 0.99))
             cut = draw(st.integers(1, keys - 1))
@@ -115,7 +123,9 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Any], list[Edit]]:
         name for name in KINDS if name != "patch map" or kind != "additive"
     )  # a temperature changes such a mask
     drawn = edits(heads, queries, keys, width, source, kinds)
-    return tensors, draw(st.lists(drawn, min_size=1, max_size=4))
+    made = draw(st.lists(drawn, min_size=1, max_size=4))
+    # Part of a map cannot be patched by one under another mask, so the rules come last.
+    return tensors, sorted(made, key=lambda edit: isinstance(edit, regard.Restrict))
 
 
 def reference(tensors: dict[str, Any], made: list[Edit]) -> tuple[Tensor, Tensor]:

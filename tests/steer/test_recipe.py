@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import regard
+from regard import masks
 from regard.steer import Edit, load_recipe, parse_edit, save_recipe
 
 EDITS: list[Edit] = [
@@ -49,6 +50,21 @@ def test_recipes_hold_masks_as_tensors(tmp_path: Path) -> None:
     (read,) = load_recipe(tmp_path / "recipe.json")
     assert isinstance(read, regard.Block)
     assert torch.equal(torch.as_tensor(read.keys), torch.tensor([[True, False]]))
+
+
+def test_rules_are_read_as_shown(tmp_path: Path) -> None:
+    shown = "Restrict(mask=(window(left=3, right=0) | keys([0, 1])) & ~documents([4, 4]), layers=[-1])"
+    edit = parse_edit(shown)
+    assert repr(edit) == shown
+    save_recipe(tmp_path / "recipe.json", [edit])
+    (read,) = load_recipe(tmp_path / "recipe.json")
+    assert repr(read) == shown
+    with pytest.raises(TypeError, match="mask is a FromMaskMod, which a recipe cannot hold"):
+        save_recipe(tmp_path / "recipe.json", [regard.Restrict(masks.from_mask_mod(lambda b, h, q, k: q == k))])
+    with pytest.raises(ValueError, match=r"there is no rule 'windows'; did you mean window\?"):
+        parse_edit("Restrict(windows(3, 0) | causal())")
+    with pytest.raises(ValueError, match="window: left is a number of tokens"):
+        parse_edit("Restrict(window(-1, 0))")
 
 
 def test_functions_cannot_be_written(tmp_path: Path) -> None:

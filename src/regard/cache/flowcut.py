@@ -136,7 +136,7 @@ class _Encoder:
             left = torch.ones(images, patches // self._merged, dtype=torch.bool, device=call.query.device)
             self._cuts[number] = _Cut(left, self._policy.targets(left.sum(dim=1)))
         cut = self._cuts.get(number)
-        masked = call.attn_mask is not None and not _all_visible(call.attn_mask)
+        masked = call.rule is not None or (call.attn_mask is not None and not _all_visible(call.attn_mask))
         if masked or cut is None or (images, patches) != (cut.left.shape[0], cut.left.shape[1] * self._merged):
             raise ValueError(
                 f"FlowCut follows patches from layer to layer, but {self._name} does not attend to the same ones in each: "

@@ -24,6 +24,11 @@ class KeptCall:
     """A call of a layer whose entries are kept; ``tokens`` of its keys are new."""
 
     def __init__(self, policy: Policy, layer: KeptLayer, call: AttentionCall, tokens: int) -> None:
+        if call.rule is not None:
+            raise NotImplementedError(
+                f"compress cannot drop entries of {call.place.path}, which attends under a rule; give it "
+                "attn_mask=rule.dense(…)"
+            )
         self.policy = policy
         self.layer = layer
         self.call = call

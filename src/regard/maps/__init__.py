@@ -1,6 +1,5 @@
 """Maps: matrices that are never stored, what they are composed to, and the kernels that evaluate them."""
 
-from regard.maps._attention import attention
 from regard.maps._columns import KeySets, Segment, Segments, indicator_columns, positions
 from regard.maps.attention_map import AttentionMap
 from regard.maps.concatenated_heads import ConcatenatedHeads
@@ -28,7 +27,6 @@ __all__ = [
     "TokenMap",
     "TopK",
     "Transposed",
-    "attention",
     "indicator_columns",
     "one_hot",
     "positions",

@@ -2,6 +2,7 @@
 
 from regard.masks._blocks import blocks
 from regard.masks._causal import causal
+from regard.masks._chosen import keys, queries
 from regard.masks._documents import documents
 from regard.masks._neighbourhood import neighbourhood
 from regard.masks._prefix import prefix
@@ -21,8 +22,10 @@ __all__ = [
     "fixed",
     "from_block_mask",
     "from_mask_mod",
+    "keys",
     "neighbourhood",
     "prefix",
+    "queries",
     "strided",
     "window",
 ]

@@ -120,8 +120,11 @@ class Mask(ABC):
         return mask.looked_into(tiling, mask.tiles_of(tiling))
 
     def looked_into(self, tiling: Tiling, tiles: Tiles) -> Tiles:
-        """The tiles with every doubt settled, by evaluating the rule on the pairs of those in doubt."""
-        seen, hidden, certain = torch.broadcast_tensors(tiles.seen, tiles.hidden, tiles.certain)
+        """The tiles, (B|1, H|1, query tiles, key tiles), every doubt settled by evaluating the pairs of those in doubt."""
+        parts = (tiles.seen, tiles.hidden, tiles.certain)
+        every = (tiling.query.shape[2], tiling.key.shape[2])
+        shape = torch.broadcast_shapes(every, *(part.shape for part in parts))
+        seen, hidden, certain = (part.expand(shape) for part in parts)
         doubtful = (~certain).nonzero()
         if not len(doubtful):
             return Tiles(seen, hidden, certain)

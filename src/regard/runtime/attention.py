@@ -23,6 +23,7 @@ from regard.maps import AttentionMap
 from regard.runtime.call import AttentionCall, Column, Factor, HiddenCall
 
 _WIDTH = 8  # the fused operators want widths that are multiples of it
+_FAR_BELOW = -60.0  # of a logit 0: together e⁻⁶⁰ weigh nothing, however many there are
 _FEW_QUERIES = 8  # up to here a bias of (queries, keys) is smaller than a copy of the keys
 _PARTS = {torch.float16: 2, torch.bfloat16: 3}  # numbers of a half precision that together hold a float32
 # Hides a key, as a product of a query's number and a key's: such that no temperature brings it back.
@@ -73,7 +74,7 @@ def read(call: HiddenCall) -> None:
 
 
 def _output(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCall) -> Tensor:
-    arguments = ("query", "key", "value", "attn_mask", "is_causal", "scale", "dropout_p")
+    arguments = ("query", "key", "value", "attn_mask", "is_causal", "scale", "dropout_p", "rule")
     if not last.edited and all(getattr(last, name) is getattr(normal, name) for name in arguments):
         output = make()
         shape = (*normal.query.shape[:3], output.shape[-1])
@@ -147,7 +148,7 @@ def edited_map(call: AttentionCall) -> AttentionMap:
     if not call.columns:
         return bare
     if call.softcap is not None:  # columns of queries and keys would be capped too; a mask is added after the cap
-        return replace(call, attn_mask=_terms(call), is_causal=False, columns=()).map()
+        return replace(call, attn_mask=_terms(call), is_causal=False, rule=None, columns=()).map()
     query, key = _widen(call)
     with torch.no_grad():
         added = sum(_largest(column) for column in call.columns if not column.hides)
@@ -164,7 +165,7 @@ def stored(call: AttentionCall) -> AttentionCall:
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     mask = scores + _terms(replace(call, columns=()))
-    return replace(bare, attn_mask=mask, is_causal=False)
+    return replace(bare, attn_mask=mask, is_causal=False, rule=None)
 
 
 def _largest(column: Column) -> float:
@@ -188,10 +189,12 @@ def _softmax_product(call: AttentionCall, value: Tensor) -> Tensor:
     """``P V`` for one V; rows whose keys are all hidden are zero."""
     if call.softcap is not None or call.sinks is not None:
         return _without_operator(call, value)
-    if not call.columns:
+    if not call.columns and call.rule is None:
         return _attend(call, call.query, call.key, value, call.attn_mask, call.is_causal, call.scale)
     if call.query.shape[2] <= _FEW_QUERIES:
         return _with_bias(call, value)
+    if call.rule is not None:
+        return _without_operator(call, value)
     query, key = _widen(call)
     hidden = [column for column in call.columns if column.hides]
     witnesses = [_per_key_head(call, column.key)[..., None].to(value.dtype) for column in hidden]
@@ -209,7 +212,7 @@ def _softmax_product(call: AttentionCall, value: Tensor) -> Tensor:
 
 
 def _without_operator(call: AttentionCall, value: Tensor) -> Tensor:
-    """``P V`` with a soft cap or sinks, of which PyTorch's operator knows neither."""
+    """``P V`` with a soft cap, sinks or a rule, none of which PyTorch's operator knows."""
     attention = edited_map(call)
     if not call.dropout_p:
         return attention @ value
@@ -219,8 +222,8 @@ def _without_operator(call: AttentionCall, value: Tensor) -> Tensor:
 
 def _with_bias(call: AttentionCall, value: Tensor) -> Tensor:
     """``P V`` for a few queries, as in a decoding step: with a bias of (queries, keys) instead of wider keys."""
-    key = ("bias", *map(id, call.columns), id(call.attn_mask), call.is_causal)
-    bias, blind, *_ = call.place.remember(key, lambda: (*_bias(call), call.columns, call.attn_mask))
+    key = ("bias", *map(id, call.columns), id(call.attn_mask), id(call.rule), call.is_causal)
+    bias, blind, *_ = call.place.remember(key, lambda: (*_bias(call), call.columns, call.attn_mask, call.rule))
     output = _attend(call, call.query, call.key, value, bias, False, call.scale)
     return output if blind is None else output.masked_fill(blind, 0.0)
 
@@ -228,14 +231,16 @@ def _with_bias(call: AttentionCall, value: Tensor) -> Tensor:
 def _bias(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Mask, triangle and columns as one additive mask; which rows (B, H, N, 1) see nothing, None where nothing is hidden."""
     bias = _terms(call)
-    if not (call.is_causal or call.attn_mask is not None or any(column.hides for column in call.columns)):
+    hides = call.is_causal or any(column.hides for column in call.columns)
+    if not hides and call.attn_mask is None and call.rule is None:
         return bias, None
     blind = bias.isneginf().all(dim=-1, keepdim=True)
     return bias.masked_fill(blind, 0.0), blind
 
 
 def _terms(call: AttentionCall) -> Tensor:
-    """All that is added to the logits, (B|1, H|1, N, M): mask, triangle and columns."""
+    """All that is added to the logits, (B|1, H|1, N, M): mask, triangle, rule and columns."""
+    batch, heads, queries, _ = call.query.shape
     queries, keys = call.query.shape[2], call.key.shape[2]
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     bias = torch.zeros(1, 1, queries, keys, device=call.query.device, dtype=dtype)
@@ -245,6 +250,9 @@ def _terms(call: AttentionCall) -> Tensor:
     if call.attn_mask is not None:
         mask = call.attn_mask
         bias = bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
+    if call.rule is not None:
+        visible = call.rule.dense(batch, heads, queries, keys, device=bias.device)
+        bias = bias.masked_fill(~visible, -math.inf)
     for column in call.columns:
         term = column.query[..., None] * column.key[:, None, None, :]
         bias = bias.masked_fill(term > 0, -math.inf) if column.hides else bias + term
@@ -256,12 +264,16 @@ def _blind(call: AttentionCall) -> Tensor | None:
     hidden = [column for column in call.columns if column.hides]
     if not hidden:
         return None
-    shape = (*call.query.shape[:3], 1)
-    zeros = replace(call, query=call.query.new_zeros(*call.query.shape[:3], _WIDTH), columns=tuple(hidden), scale=1.0)
-    zeros = replace(zeros, softcap=None, sinks=None, dropout_p=0.0)
-    zeros = replace(zeros, key=call.key.new_zeros(*call.key.shape[:3], _WIDTH))
-    seen = _softmax_product(zeros, call.key.new_ones(*call.key.shape[:3], 1))
-    return (seen == 0).expand(shape)[..., 0]
+    # Without queries and keys, logits are 0 where something is left to be seen, and far below that where it is hidden.
+    columns = tuple(replace(column, query=column.query * _FAR_BELOW, hides=False) for column in hidden)
+    mask = call.attn_mask
+    if mask is not None and mask.dtype != torch.bool:
+        mask = ~mask.isneginf()
+    zeros = replace(
+        call, query=torch.zeros_like(call.query), key=torch.zeros_like(call.key), attn_mask=mask, columns=columns,
+        softcap=None, sinks=None,
+    )  # fmt: skip
+    return edited_map(zeros).logsumexp() < _FAR_BELOW / 2
 
 
 def _widen(call: AttentionCall) -> tuple[Tensor, Tensor]:

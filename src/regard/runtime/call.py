@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.maps import AttentionMap, TokenMap
+from regard.masks import Mask
 
 if TYPE_CHECKING:
     from regard.runtime.reading import Reading
@@ -105,8 +106,9 @@ class AttentionCall:
 
     Tensors are (batch, heads, tokens, head_dim). The first eight arguments are those of scaled_dot_product_attention;
     ``softcap`` c makes of each logit s ``c·tanh(s/c)`` before the mask, ``sinks`` (Hq,) or (B, Hq, N) are one more logit of
-    each row, whose probability goes nowhere. Of a call that ``is_stored`` only the logits are known: they are its
-    ``attn_mask``, its queries and keys are zeros.
+    each row, whose probability goes nowhere; ``rule`` hides besides what it does not show, and counts the call's own
+    queries and keys from 0. Of a call that ``is_stored`` only the logits are known: they are its ``attn_mask``, its queries
+    and keys are zeros.
 
     Edits change the tensors, or add to what follows: ``columns`` of the logits, ``factors`` of the probabilities, rows that
     are their ``own`` value (B|1, H, N) instead, a ``gate`` (B|1, H|1, N|1) of the output, and what is ``added`` to it
@@ -124,6 +126,7 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None
     is_stored: bool = False
+    rule: Mask | None = None
     place: Place = field(default_factory=Place)
     columns: tuple[Column, ...] = ()
     factors: tuple[Factor, ...] = ()
@@ -200,6 +203,7 @@ class AttentionCall:
             value=self.value[:, [head * self.value.shape[1] // self.query.shape[1] for head in index]],
             attn_mask=mask,
             sinks=_of_heads(self.sinks, index),
+            rule=None if self.rule is None else self.rule.heads(index),
             enable_gqa=False,
         )
 
@@ -218,6 +222,7 @@ class AttentionCall:
             self.enable_gqa,
             softcap=self.softcap,
             sinks=self.sinks,
+            mask=self.rule,
         )
 
     def require_queries(self, asker: str) -> None:

@@ -17,6 +17,7 @@ from regard.steer.patch_output import PatchOutput
 from regard.steer.recipe import load_recipe, parse_edit, save_recipe
 from regard.steer.redistribute import Redistribute
 from regard.steer.replace_map import ReplaceMap
+from regard.steer.restrict import Restrict
 from regard.steer.reweight import Reweight
 from regard.steer.sweep_result import SweepResult
 from regard.steer.temperature import Temperature
@@ -37,6 +38,7 @@ __all__ = [
     "PatchOutput",
     "Redistribute",
     "ReplaceMap",
+    "Restrict",
     "Reweight",
     "SweepResult",
     "Temperature",

@@ -57,7 +57,8 @@ class Mutual(Edit):
         key, value = (tensor.expand(own[0], -1, -1, -1) for tensor in (key, value))
         if self.beside:
             return _beside(call, key, value, heads)
-        if own[2] != other[2] and (len(heads) > 1 or call.is_causal or call.attn_mask is not None):
+        masked = call.is_causal or call.attn_mask is not None or call.rule is not None
+        if own[2] != other[2] and (len(heads) > 1 or masked):
             raise ValueError(
                 f"Mutual: {call.place.path} has {own[2]} keys, the captured run {other[2]}; they must be as many here"
             )
@@ -76,6 +77,11 @@ def _beside(call: AttentionCall, key: Tensor, value: Tensor, heads: Tensor) -> A
     if call.is_causal:
         raise ValueError(
             f"Mutual(beside=True) needs attention without a triangle, but {call.place.path} is causal; give the model a mask"
+        )
+    if call.rule is not None:
+        raise ValueError(
+            f"Mutual(beside=True): {call.place.path} attends under a rule, which knows no keys of another run; put Restrict "
+            "after Mutual, or give the model a mask"
         )
     own, added = call.key.shape[2], key.shape[2]
     mask = call.attn_mask

@@ -74,6 +74,7 @@ def _instead(call: AttentionCall, other: AttentionCall) -> AttentionCall:
         is_causal=other.is_causal,
         scale=other.factor,
         enable_gqa=call.enable_gqa or other.enable_gqa,
+        rule=other.rule,
         columns=other.columns,
         own=other.own,
     )
@@ -119,7 +120,7 @@ def _check_shapes(call: AttentionCall, other: AttentionCall) -> None:
 
 def _masks_equal(call: AttentionCall, other: AttentionCall) -> bool:
     own, theirs = call.attn_mask, other.attn_mask
-    if call.is_causal != other.is_causal or (own is None) != (theirs is None):
+    if call.is_causal != other.is_causal or (own is None) != (theirs is None) or call.rule is not other.rule:
         return False
     if own is None or theirs is None or own is theirs:
         return True

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from regard import notation
+from regard.masks import Mask
 from regard.steer.edit import Edit
 
 
@@ -85,6 +86,8 @@ def _to_json(value: Any, edit: Edit, name: str) -> Any:
         return {"by layer": [[_to_json(part, edit, name) for part in pair] for pair in value.items()]}
     if isinstance(value, list | tuple | range):
         return [_to_json(item, edit, name) for item in value]
+    if isinstance(value, Mask) and _is_written(value):
+        return {"rule": repr(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     instead = "give positions" if name in edit.places else "keep it beside the recipe, and make the edit from it"
@@ -101,10 +104,20 @@ def _from_json(value: Any) -> Any:
             return slice(*content)
         if kind == "mask":
             return torch.tensor(content, dtype=torch.bool)
+        if kind == "rule":
+            return notation.rule(content)
         if kind == "by layer":
             return {layer: _from_json(heads) for layer, heads in content}
-        raise ValueError(f'a recipe\'s objects are "slice", "mask" or "by layer", got {kind!r}')
+        raise ValueError(f'a recipe\'s objects are "slice", "mask", "rule" or "by layer", got {kind!r}')
     return value
+
+
+def _is_written(mask: Mask) -> bool:
+    """Whether the rule is made again from how it is shown: not those of functions and of tensors."""
+    try:
+        return repr(notation.rule(repr(mask))) == repr(mask)
+    except (ValueError, SyntaxError):
+        return False
 
 
 def _load_methods() -> None:

@@ -1,15 +1,17 @@
-"""Attention by one call, under rules too."""
+"""Attention by one call, under rules too, which the open blocks see as they see PyTorch's."""
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 from torch import Tensor
 from torch.nn import functional
 
-from regard.maps._request import Request
-from regard.maps._scores import make_scores
-from regard.maps._select import evaluate
+from regard.maps import AttentionMap
 from regard.masks import Mask
+from regard.runtime import attention as run_end
+from regard.runtime import chain
+from regard.runtime.call import AttentionCall
 
 
 def attention(
@@ -60,8 +62,8 @@ def attention(
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    scores = make_scores(query, key, attn_mask, is_causal, scale, enable_gqa, softcap, sinks, rule=mask)
-    batch, key_heads, keys, _ = scores.key.shape
+    matrix = AttentionMap(query, key, attn_mask, is_causal, scale, enable_gqa, softcap=softcap, sinks=sinks, mask=mask)
+    (batch, heads, _, keys), key_heads = matrix.shape, key.shape[1]
     fits = (
         value.ndim == 4 and value.shape[0] in (1, batch) and value.shape[1] in (1, key_heads) and value.shape[2] == keys
     )
@@ -70,9 +72,27 @@ def attention(
             f"value must be ({batch}, {key_heads}, {keys}, width), of {query.dtype} on {query.device}; "
             f"got {tuple(value.shape)}, of {value.dtype} on {value.device}"
         )
-    native = query.is_cuda and attn_mask is None
-    dtype = query.dtype if native else torch.promote_types(query.dtype, torch.float32)
-    answer = evaluate(scores, Request(dtype, values=value.expand(batch, key_heads, -1, -1)), "auto")
-    if answer.forward is None:
-        raise RuntimeError("the kernel gave no product")
-    return answer.forward.to(query.dtype)
+
+    def make() -> Tensor:
+        return matrix @ value
+
+    if not chain.looked_at():
+        return make()
+    query, key, value = (
+        query.expand(batch, heads, -1, -1),
+        key.expand(batch, -1, -1, -1),
+        value.expand(batch, key_heads, -1, -1),
+    )
+    call = AttentionCall(
+        query,
+        key,
+        value,
+        attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=True,
+        softcap=softcap,
+        sinks=sinks,
+        rule=mask,
+    )
+    return chain.intercept(call, partial(run_end.attend, make))

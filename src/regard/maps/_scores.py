@@ -82,7 +82,7 @@ class Scores:
         return torch.float32 if self.limit <= most else torch.float64
 
     def heads(self, index: list[int]) -> Scores:
-        """The same call with these query heads alone."""
+        """The call with these query heads alone."""
         keys = [head // self.groups for head in index]
         mask = self.mask if self.mask is None or self.mask.shape[1] == 1 else self.mask[:, index]
         sinks = self.sinks if self.sinks is None or self.sinks.shape[1] == 1 else self.sinks[:, index]

@@ -176,7 +176,7 @@ class AttentionMap(TokenMap):
 
     @property
     def has_logits(self) -> bool:
-        """Always."""
+        """True: its logits are those of queries and keys."""
         return True
 
     @property

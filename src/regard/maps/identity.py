@@ -45,7 +45,7 @@ class Identity(TokenMap):
 
     @property
     def T(self) -> TokenMap:  # noqa: N802 - the field's name for it
-        """Itself."""
+        """The map itself, which is symmetric."""
         return self
 
     def __repr__(self) -> str:

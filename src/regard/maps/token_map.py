@@ -187,7 +187,7 @@ class TokenMap(ABC):
         )
 
     def _restricted(self, rows: Tensor | None, keys: Tensor | None) -> TokenMap:
-        """The same, from positions; None for all."""
+        """The map of these rows and keys alone, given as positions; None for all."""
         return self if rows is None and keys is None else maps.Restricted(self, rows, keys)
 
     def _positions(self, index: Segment, length: int, what: str, unit: str) -> Tensor:
@@ -307,7 +307,7 @@ class TokenMap(ABC):
         self._expect(question, *arguments)
 
     def _expect(self, question: str, *arguments: object) -> None:
-        """The same, for a question that it can answer; by default nothing is shared."""
+        """Announce a question that the map can answer; by default nothing is shared."""
         return
 
     # --- entries ------------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ class TokenMap(ABC):
         return self._entries(targets)
 
     def _entries(self, targets: Tensor) -> Tensor:
-        """The same, from targets (B, N) that there are."""
+        """``P[i, targets[i]]`` from targets (B, N) that there are."""
 
         def pick(rows: slice, columns: slice) -> Tensor:
             entries = self._read(rows, columns)
@@ -434,7 +434,7 @@ class TokenMap(ABC):
 
     @torch.no_grad()
     def _topk(self, k: int) -> TopK:
-        """The same, of as many keys as there are."""
+        """The k largest shares of each row, of at most as many keys as there are."""
         shares = self._new(*self.shape[:3], k).fill_(-math.inf)
         keys = torch.full(shares.shape, -1, device=self.device)
         every = torch.arange(self.shape[3], device=self.device)
@@ -466,7 +466,7 @@ class TokenMap(ABC):
 
     @torch.no_grad()
     def _mean_distance(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """The same, from positions in the text, (N,) and (M,)."""
+        """How far each row looks, ``Σ_j P_ij |i − j|``, from positions in the text, (N,) and (M,)."""
         total = self._new(*self.shape[:3])
         for rows, columns in self._strips():
             distance = (query_positions[rows, None] - key_positions[columns]).abs()

@@ -38,7 +38,7 @@ class AddToQuery(Edit):
     queries: Where | None = None
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
-        """Longer queries."""
+        """Add to the chosen queries."""
         rows = query_set(self.queries, call, heads)[..., None]
         direction = _direction(self, call, call.query.shape[3])
         return replace(call, query=torch.where(rows, call.query + direction, call.query))

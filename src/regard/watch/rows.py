@@ -56,7 +56,7 @@ class Rows(Statistic):
         return rows
 
     def coordinates(self) -> Mapping[str, Sequence[object]]:
-        """The positions."""
+        """The positions of the rows, as the coordinate of their dimension."""
         return {"position": self.positions}
 
 

@@ -1,0 +1,111 @@
+"""A mixer in the place of the attention of chosen layers of a pretrained model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformers.cache_utils import Cache
+
+from regard.mixers.linear.mixer import Mixer
+from regard.mixers.state_cache import StateLayer, layer_of
+from regard.tokens import Layers, Selection
+
+
+class MixerAttention(Module):
+    """What stands where a layer's attention stood: it is called as that was, and has the model's cache keep the state."""
+
+    def __init__(self, mixer: Mixer, layer_idx: int) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *_: Any,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **__: Any,
+    ) -> tuple[Tensor, None]:
+        """The mixed tokens, (batch, tokens, dim), and no weights."""
+        held = StateLayer() if past_key_values is None else layer_of(past_key_values, self.layer_idx)
+        return held.mix(self.mixer, hidden_states, _real(attention_mask, hidden_states)), None
+
+
+def replace_attention(
+    model: Module, make: Callable[[int], Mixer], layers: Layers | None = None
+) -> dict[str, MixerAttention]:
+    """Put fresh mixers in the place of the attention of some layers of a decoder, to be trained.
+
+    The model's cache keeps the states, so that ``generate`` goes on as before; layers that were not chosen attend as they
+    did. The new weights take the dtype and the device of those that they replace.
+
+    Args:
+        model: a decoder of transformers whose layers have a ``self_attn`` with a ``layer_idx``, such as a Llama.
+        make: the mixer for a model of this width.
+        layers: as for `regard.watch`: numbers, a slice, a glob on the module's path; all by default.
+
+    Returns:
+        What was put in, by path.
+
+    Raises:
+        ValueError: no such layers; a mixer of another width.
+
+    >>> import regard
+    >>> from regard.mixers import GatedDeltaRule
+    >>> from regard.mixers.in_place import replace_attention
+    >>> model, tokenizer = regard.mini()
+    >>> list(replace_attention(model, lambda dim: GatedDeltaRule(dim, heads=4), layers=[-1]))
+    ['model.layers.3.self_attn']
+    >>> model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=3, do_sample=False).shape[0]
+    1
+    """
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if path.endswith("self_attn") and isinstance(getattr(module, "layer_idx", None), int)
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no layers with a self_attn and its layer_idx, in whose place a mixer could stand"
+        )
+    selection = Selection(layers)
+    put: dict[str, MixerAttention] = {}
+    for number, (path, module) in enumerate(found):
+        if not selection.wants(path, number, len(found)):
+            continue
+        weight = next(module.parameters())
+        width = _width(module)
+        mixer = make(width)
+        if mixer.dim != width:
+            raise ValueError(f"{path} is of width {width}, and the mixer made for it of width {mixer.dim}")
+        put[path] = MixerAttention(mixer, module.layer_idx).to(weight.device, weight.dtype)
+    selection.check(dict(enumerate(path for path, _ in found)))
+    for path, new in put.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new.train(model.training))
+    return put
+
+
+def _width(module: Module) -> int:
+    config = getattr(module, "config", None)
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise ValueError(f"{type(module).__name__} does not say its width: its config has no hidden_size")
+    return width
+
+
+def _real(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """(batch, tokens), boolean: which of the new tokens are real, by the mask that attention was given; None if all are."""
+    if mask is None:
+        return None
+    tokens = hidden.shape[1]
+    if mask.ndim == 4:  # what the last query sees
+        mask = mask[:, 0, -1]
+        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    real = mask[:, -tokens:].bool().expand(len(hidden), tokens)
+    return None if bool(real.all()) else real

@@ -1,10 +1,13 @@
 """A model with eight layers of any mixer trains as it is initialised."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from regard.mixers import catalogue
+from regard.mixers.linear import mixer as mixer_module
 
 DIM, LAYERS, TOKENS = 32, 8, 4
 VOCABULARY = TOKENS**2  # a target for each pair of tokens
@@ -61,3 +64,35 @@ def test_eight_layers_train(name: str) -> None:
             assert parameter.grad is None or torch.isfinite(parameter.grad).all(), parameter_name
         optimizer.step()
         losses.append(float(loss.detach()))
+
+
+def stored(function: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What it returns, and the bytes that autograd stores for it."""
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function()
+    return output, sum(held.values())
+
+
+@pytest.mark.parametrize("name", sorted(name for name, kind in catalogue.mixers().items() if kind.in_pieces))
+def test_a_long_text_is_mixed_again_for_its_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces, of which autograd stores little; the gradients are those of the text at once."""
+    torch.manual_seed(0)
+    layer, x = catalogue.mixers()[name](16, **HEAVY.get(name, {})), torch.randn(2, 96, 16)
+    mask = torch.ones(2, 96, dtype=torch.bool)
+    mask[0, :5] = False
+    found = []
+    for piece in (1024, 16):
+        monkeypatch.setattr(mixer_module, "_TRAINED_PIECE", piece)
+        monkeypatch.setattr(mixer_module, "_SMALLEST_PIECE", 16)
+        y, size = stored(lambda: layer(x, mask=mask)[0])
+        found.append((size, y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()), allow_unused=True)))
+    (at_once, *expected), (in_pieces, *actual) = found
+    assert in_pieces < 0.7 * at_once
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-3)

@@ -21,7 +21,7 @@ from torch.nn import Module
 from regard.runtime import unseen_model
 from regard.runtime.call import AttentionCall, HiddenCall, Place, normalize, output_shape
 from regard.runtime.stack import Stack
-from regard.runtime.tracker import Site, Tracker
+from regard.runtime.tracker import Site, Tracker, is_over_channels
 from regard.tokens import Selection
 
 Proceed = Callable[[Any], Tensor]
@@ -229,7 +229,7 @@ def intercept(call: Any, finish: Callable[[Any, Any], Tensor], *, label: str = "
         past: the number of tokens before the call's own, where its maker knows.
     """
     blocks = [] if _busy() or torch.compiler.is_compiling() else _here_open()
-    links = _links(blocks, label, isinstance(call, HiddenCall)) if blocks else []
+    links = _links(blocks, label, call) if blocks else []
     if not links or _is_empty(call):
         return _finish(call, call, finish)
     normal = normalize(call, *links[0][1].maker) if isinstance(call, AttentionCall) else call
@@ -255,12 +255,15 @@ def _finish(last: Any, normal: Any, finish: Callable[[Any, Any], Tensor]) -> Ten
     return finish(last, normal)
 
 
-def _links(blocks: list[Block], label: str, hidden: bool) -> list[Link]:
+def _links(blocks: list[Block], label: str, call: AttentionCall | HiddenCall) -> list[Link]:
     """The blocks that want the call, each with where it stands there; who gives a call its keys goes first."""
     stack = Stack()
     if recomputing():
         _refuse_edits(blocks, stack)
         return []
+    hidden = isinstance(call, HiddenCall)
+    if isinstance(call, AttentionCall) and stack.frames and is_over_channels(call, stack.frames[0]):
+        label += ".channels"
     sites: dict[int, Site | None] = {}
     links: list[Link] = []
     for block in blocks:

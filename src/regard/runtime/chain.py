@@ -188,6 +188,12 @@ def note_softmax(module: Module, line: str) -> None:
         block.softmaxes[module, line] = None
 
 
+def note_part(module: Module, line: str) -> None:
+    """One over keys enters several products, each with some of its keys: who sees one of them has not seen the matrix."""
+    forget_softmax(module, line)
+    note_softmax(module, f"{line}, {unseen_model.IN_PARTS}")
+
+
 def forget_softmax(module: Module, line: str) -> None:
     """It has entered one."""
     for block in _here_open():

@@ -201,16 +201,18 @@ class InParts(nn.Module):
 
 def test_a_softmax_in_parts_is_named_and_left_alone() -> None:
     logits, values = torch.randn(2, 2, 5, 6), torch.randn(2, 2, 6, 3)
-    model = nn.Sequential()
-    model.whole, model.parts = InParts(6), InParts(2, 4, 6)
-    model.forward = lambda: model.whole(logits, values) + model.parts(logits, values)  # type: ignore[method-assign]
+    model = nn.ModuleDict({"whole": InParts(6), "parts": InParts(2, 4, 6)})
+    model.forward = lambda: model["whole"](logits, values) + model["parts"](logits, values)  # type: ignore[method-assign]
     plain = model()
     named = pytest.warns(UserWarning, match=r"not seen: parts \(softmax of InParts at .*, some of its keys at a time\)")
     with named, regard.watch(model, regard.Received()) as seen:
         assert torch.equal(model(), plain)
     assert seen.layers == ["whole"]
-    with pytest.raises(RuntimeError, match="some of its keys at a time"), regard.watch(model.parts, regard.Received()):
-        model.parts(logits, values)
+    with (
+        pytest.raises(RuntimeError, match="some of its keys at a time"),
+        regard.watch(model["parts"], regard.Received()),
+    ):
+        model["parts"](logits, values)
 
 
 def test_a_sink_put_beside_the_keys_is_no_part() -> None:

@@ -29,7 +29,10 @@ def everything(rule: masks.Mask | None) -> list[Tensor]:
     answers = [differentiable @ v, differentiable.T @ weights, differentiable.entropy()]
     answers += torch.autograd.grad([answer.square().sum() for answer in answers], (q, k, v, weights, sinks))
     with torch.no_grad():
-        A, segments = AttentionMap(4 * q, k, **call), {"two": [0, 3], "none": torch.zeros(300, dtype=torch.bool), "every third": slice(1, 200, 3)}
+        A, segments = (
+            AttentionMap(4 * q, k, **call),
+            {"two": [0, 3], "none": torch.zeros(300, dtype=torch.bool), "every third": slice(1, 200, 3)},
+        )
         A.expect("mass", segments)
         A.expect("entropy")
         return [*answers, A.received(), A.mass(segments), A.entropy()]

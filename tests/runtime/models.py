@@ -1,6 +1,6 @@
 """Small random models whose attention does not go through scaled_dot_product_attention."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ EDITS: tuple[Sequence[Edit], ...] = (
 
 
 class DenseWithSinks(Dense):
-    """The same with one more logit in each row, which goes to no key."""
+    """The stored matrix with one more logit in each row, which goes to no key."""
 
     def __init__(self, logits: Tensor, values: Tensor, sinks: Tensor | None) -> None:
         super().__init__(logits, values)
@@ -137,6 +137,32 @@ def edited_matrix(logits: Tensor, edits: Sequence[Edit], sinks: Tensor | None = 
     for edit in edits:
         dense.apply(edit)
     return dense.output()
+
+
+def check_seen(model: Module, padded: bool) -> Any:
+    """Watched, a model returns what it does, and its maps are the matrices that it returns; here is what it returned."""
+    inputs = inputs_of(model, padded)
+    with torch.no_grad():
+        plain = model(**inputs, output_attentions=True)
+        with regard.watch(model, regard.Received(), keep_maps=True) as seen:
+            watched = model(**inputs, output_attentions=True)
+    assert torch.equal(watched[0], plain[0])
+    assert len(seen.layers) == len(plain.attentions) == 2
+    for path, matrix in zip(seen.layers, plain.attentions, strict=True):
+        torch.testing.assert_close(seen.maps[path][0].dense(), matrix, atol=1e-6, rtol=1e-5)
+    return watched
+
+
+def check_steered(model: Module, edits: Sequence[Edit], write_out: Callable[[], None]) -> None:
+    """Steered, a model returns what it does once the edits are written out on its stored matrices in float64."""
+    inputs = inputs_of(model)
+    plain = first_output(model, inputs)
+    with regard.steer(model, *edits):
+        steered = first_output(model, inputs)
+    write_out()
+    wanted = first_output(model, inputs)
+    torch.testing.assert_close(steered, wanted, atol=1e-3, rtol=1e-3)
+    assert (plain - wanted).abs().max() > 0.01
 
 
 def first_output(model: Module, inputs: dict[str, Tensor], **more: Any) -> Tensor:

@@ -50,7 +50,7 @@ def in_place() -> list[Any]:
     from torch._dynamo import eval_frame
 
     return [
-        torch.backends.mha.get_fastpath_enabled(), vars(CausalBias)["_dispatch"], eval_frame._stance,
+        torch.backends.mha.get_fastpath_enabled, vars(CausalBias)["_dispatch"], eval_frame._stance,
         functional.multi_head_attention_forward, threading.Thread.start, interceptors(),
     ]  # fmt: skip
 

@@ -15,6 +15,8 @@ from regard.steer import Edit
 from tests.runtime.models import (
     EDITS,
     bloom,
+    check_seen,
+    check_steered,
     deberta,
     donut_swin,
     edited_matrix,
@@ -31,17 +33,8 @@ MODELS = [bloom, mpt, gptj, deberta, donut_swin, xlnet]
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_seen_as_the_model_returns_it(make: Callable[[], Module], padded: bool) -> None:
-    model = make()
-    inputs = inputs_of(model, padded)
-    with torch.no_grad():
-        plain = model(**inputs, output_attentions=True)
-        with regard.watch(model, regard.Received(), keep_maps=True) as seen:
-            watched = model(**inputs, output_attentions=True)
-    assert torch.equal(watched[0], plain[0])
+    watched = check_seen(make(), padded)
     assert all(type(matrix) is Tensor for matrix in watched.attentions)
-    assert len(seen.layers) == len(plain.attentions) == 2
-    for path, matrix in zip(seen.layers, plain.attentions, strict=True):
-        torch.testing.assert_close(seen.maps[path][0].dense(), matrix, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", [bloom, mpt, gptj, deberta, donut_swin])
@@ -49,20 +42,11 @@ def test_seen_as_the_model_returns_it(make: Callable[[], Module], padded: bool) 
 def test_steered_as_the_stored_matrix_is(
     make: Callable[[], Module], edits: Sequence[Edit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make()
-    inputs = inputs_of(model)
-    plain = first_output(model, inputs)
-    with regard.steer(model, *edits):
-        steered = first_output(model, inputs)
-
     def softmax(logits: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
         assert dim in (-1, logits.ndim - 1)
         return edited_matrix(logits, edits).to(logits.dtype)
 
-    monkeypatch.setattr(functional, "softmax", softmax)
-    wanted = first_output(model, inputs)
-    torch.testing.assert_close(steered, wanted, atol=2e-3, rtol=1e-3)
-    assert (plain - wanted).abs().max() > 0.01
+    check_steered(make(), edits, lambda: monkeypatch.setattr(functional, "softmax", softmax))
 
 
 @pytest.mark.parametrize("make", [bloom, mpt, gptj])
@@ -179,8 +163,10 @@ def test_a_softmax_that_is_not_followed_is_named() -> None:  # R4
     model = nn.ModuleDict({"seen": Own(FORMS["matmul"]), "lost": Attention()})
     model.forward = lambda: (model["seen"](logits, values), model["lost"](logits))  # type: ignore[method-assign]
     where = r"softmax of Attention at runtime/test_softmax.py:\d+"
-    with pytest.warns(UserWarning, match=rf"not seen: lost \({where}\)"), regard.watch(model, regard.Received()):
-        model()
+    for block in (regard.watch(model, regard.Received()), regard.steer(model, regard.Gate(2.0)), regard.capture(model)):
+        with pytest.warns(UserWarning, match=rf"not seen: lost \({where}\)") as warned, block:
+            model()
+        assert [warning.filename for warning in warned] == [__file__]
     with pytest.raises(RuntimeError, match=where), regard.watch(model["lost"], regard.Received()):
         model["lost"](logits)
 

@@ -114,6 +114,49 @@ def test_one_word_again_in_a_sliding_window(prompt: list[list[int]]) -> None:
         np.testing.assert_allclose(seen.dataset().received.isel(layer=layer), received, atol=2e-5)
 
 
+def of_different_heads() -> torch.nn.Module:
+    """A Llama of 4 heads in its first layer and 8 in its second, as Laguna has them, on 2 key heads each."""
+    model: Any = built("llama")
+    config = hf.LlamaConfig(**GROUPED | {"num_attention_heads": 8}, attn_implementation="sdpa")
+    other: Any = hf.LlamaForCausalLM(config).eval()
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.model.layers[1].self_attn = other.model.layers[1].self_attn
+    return model
+
+
+@pytest.mark.parametrize("tokens", [2, 4, 9])  # of the prompt: as many as a group has heads, or others
+def test_layers_of_different_heads_and_padded_prompts(tokens: int) -> None:  # R11
+    model, prompt = of_different_heads(), ids(tokens, batch=3)
+    mask = (torch.arange(tokens) >= torch.tensor([tokens - 1, 0, tokens // 2])[:, None]).long()
+    options = {"input_ids": prompt, "attention_mask": mask, "do_sample": False}
+    plain = model.generate(**options, max_new_tokens=STEPS, min_new_tokens=STEPS)
+    with regard.capture(model, maps=True) as captured:
+        assert torch.equal(model.generate(**options, max_new_tokens=STEPS, min_new_tokens=STEPS), plain)
+    statistics = (regard.Entropy(), regard.Received(), regard.Mass({"new": slice(tokens, None)}))
+    seen, output = generate(model, *statistics, token_mask=mask, **options)
+    assert torch.equal(output.sequences, plain)
+    data = seen.dataset()
+    assert data.entropy.shape == (2, 3, 8, tokens + STEPS - 1)
+    model.model.layers[1].self_attn.config._attn_implementation = "eager"
+    _, steps = stored(model, "attentions", **options)
+    model.model.layers[1].self_attn.config._attn_implementation = "sdpa"
+    for layer, heads in enumerate([4, 8]):
+        path, here = seen.layers[layer], data.isel(layer=layer)
+        calls = [captured.at(path, number).call for number in range(STEPS)]
+        assert [call.query.shape[1:3] for call in calls if call] == [(heads, tokens), *[(heads, 1)] * (STEPS - 1)]
+        matrix = joined(steps, layer)
+        matrix[:, :, :tokens] *= mask.numpy()[:, None, :, None]
+        expected = entropy(matrix)
+        expected[:, :, :tokens][(mask.numpy() == 0)[:, None].repeat(heads, 1)] = np.nan
+        np.testing.assert_allclose(here.entropy[:, :heads], expected, atol=2e-5)
+        np.testing.assert_allclose(here.received[:, :heads], matrix.sum(2), atol=2e-5)
+        new = np.where(np.isnan(expected), np.nan, matrix[..., tokens:].sum(-1))
+        np.testing.assert_allclose(here.mass.sel(segment="new")[:, :heads], new, atol=1e-5)
+        assert here.entropy[:, heads:].isnull().all()
+        assert here.received[:, heads:].isnull().all()
+
+
 def test_static_cache() -> None:
     model, prompt = built("llama"), ids(9)
     _, steps = stored(model, "attentions", input_ids=prompt, do_sample=False)
@@ -183,3 +226,39 @@ def test_independent_passes_do_not_join() -> None:
     assert data.sizes["pass"] == 2
     assert data.entropy.isel({"pass": 1})[:, :, :, 5:].isnull().all()
     assert data.entropy.isel({"pass": 0}).notnull().all()
+
+
+@pytest.mark.parametrize("target", ["", "model", "model.layers.1.self_attn", None])
+@pytest.mark.parametrize("way", ["forward", "base_model.forward"])
+@pytest.mark.parametrize("positional", [True, False])
+def test_forward_that_is_called_by_itself(target: str | None, way: str, positional: bool) -> None:  # R19
+    """In parts, on a cache, and then once more from the beginning."""
+    model: Any = built("llama")
+    text, watched = ids(9), None if target is None else model.get_submodule(target)
+    function = model.forward if way == "forward" else model.base_model.forward
+
+    def run(function: Any) -> None:
+        for _ in range(2):
+            cache = hf.DynamicCache(config=model.config)
+            for part in text.split([5, 3, 1], dim=1):
+                if positional and function is not model:
+                    function(part, None, None, cache)
+                else:
+                    function(input_ids=part, past_key_values=cache)
+
+    with torch.no_grad():
+        with regard.watch(watched, regard.Entropy(), regard.Received()) as wanted:
+            run(model)
+        with regard.watch(watched, regard.Entropy(), regard.Received()) as seen:
+            run(function)
+    expected, data = wanted.dataset(), seen.dataset()
+    if target is None and way != "forward":  # there the base model is the outermost
+        names = [layer.replace("LlamaForCausalLM.model", "LlamaModel") for layer in wanted.layers]
+        expected = expected.assign_coords(layer=names)
+    assert data.identical(expected)
+    assert data.sizes["pass"] == 2
+    assert data.sizes["query"] == 9
+    if wanted.token_ids is None:
+        assert seen.token_ids is None
+    else:
+        assert torch.equal(seen.token_ids, text)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,9 +58,12 @@ class FlowCut(_ImagePolicy):
     FlowCut(budget=128)
     """
 
-    def beside(self, model: Module) -> AbstractContextManager[Any]:
-        """Listening to the encoder."""
-        return _Encoder(model, self)
+    @contextmanager
+    def beside(self, model: Module) -> Iterator[_Encoder]:
+        """What is left of the images, by the encoder's own attention."""
+        encoder = _Encoder(model, self)
+        with entered(encoder, encoder.module):
+            yield encoder
 
     def score(self, entries: Entries) -> Tensor:
         """1 for text and what is left of the image, 0 for the rest of it."""
@@ -98,27 +99,17 @@ class _Encoder:
     def __init__(self, model: Module, policy: FlowCut) -> None:
         self.image: Where = policy.image_of(model)
         self._policy = policy
-        self._path, self._encoder = _encoder_of(model)
+        self._path, self.module = _encoder_of(model)
         self._name = f"the vision encoder of {type(model).__name__} ({self._path})"
-        self._stack, layers = _layers_of(self._encoder)
-        parameters = [name.rpartition(".")[2] for name, _ in self._encoder.named_parameters()]
+        self._stack, layers = _layers_of(self.module)
+        parameters = [name.rpartition(".")[2] for name, _ in self.module.named_parameters()]
         self._class_token = any(name in parameters for name in _CLASS_TOKENS)
         self._last = max(_used(model, layers) - (2 if self._class_token else 1), 0)  # the last that cuts
-        self._merged = int(getattr(self._encoder, "spatial_merge_size", 1)) ** 2
+        self._merged = int(getattr(self.module, "spatial_merge_size", 1)) ** 2
         self._run = -1
         self._cuts: dict[str, _Cut] = {}  # by the number of the call among those of its layer
 
     edits = outermost = False
-
-    def __enter__(self) -> _Encoder:
-        self._entered = entered(self, self._encoder)
-        self._entered.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._entered.__exit__(None, None, None)
 
     def wants(self, site: Site) -> bool:
         """Calls of the layers that cut."""

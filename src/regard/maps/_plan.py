@@ -106,7 +106,7 @@ class Strip:
         if tensor.shape[:2] == (1, 1):
             return tensor
         wide = tensor.expand(_length(self.batch), _length(self.heads_of_batch), -1, -1)
-        return wide.unflatten(1, (-1, _length(self.group))).flatten(0, 1)
+        return wide.reshape(_length(self.heads), _length(self.group), *wide.shape[2:])
 
     def positions(self, device: torch.device) -> Tensor:
         """The key of each column."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regard.maps._request import Answer, Request
 from regard.maps._scores import Scores
-from regard.maps._strip import add_sinks, shift
+from regard.maps._strip import add_sinks, finish, shift
 
 # Up to this magnitude of the logits their exponentials need no shift by the row's maximum: far from float32's ends.
 _UNSHIFTED = 20.0
@@ -78,24 +78,18 @@ class Rows:
         self.forward = None if request.values is None else zeros(request.values.shape[-1])
 
     def answer(self, transposed: Tensor | None) -> Answer:
-        """The answer, once every strip was visited; a row that sees nothing has a total of 0."""
-        total = self.total.masked_fill(self.total == 0, 1.0)
-        logsumexp = self.total.log()
-        entropy = None if self.expected is None else self._entropy(self.expected.div_(total), logsumexp, total)
-        if self.highest is not None:
-            logsumexp.add_(self.highest, alpha=self.units.unit)
-        for product in (self.forward, self.mass):
-            if product is not None:
-                product.div_(total.unsqueeze(-1))
+        """The answer, once every strip was visited."""
+        logsumexp, entropy = finish(
+            self.total,
+            self.highest,
+            self.expected,
+            self.mass,
+            self.forward,
+            self.sinks,
+            self.units.unit,
+            self.units.to_log2,
+        )
         return Answer(logsumexp, self.forward, transposed, entropy=entropy, mass=self.mass)
-
-    def _entropy(self, expected: Tensor, logsum: Tensor, total: Tensor) -> Tensor:
-        """``Σ P (log Σ e^s − s)`` over the keys, beside which a sink has its share of Σ e^s; ``expected`` is ``Σ P s``."""
-        if self.sinks is not None:
-            of_sinks = torch.zeros_like(total)
-            add_sinks(of_sinks, self.sinks, self.highest, self.units.to_log2)
-            logsum = logsum * (1 - of_sinks / total)
-        return torch.sub(logsum, expected, alpha=_LOG_2).clamp_(min=0)
 
 
 def sinks_gradient(sinks: Tensor, logsumexp: Tensor, row_sums: Tensor, d_logsumexp: Tensor | None) -> Tensor:

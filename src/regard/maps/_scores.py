@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from regard.maps._strip import largest_product, unlocked
 from regard.masks import Mask, causal
 
 # Rounding in a logit s is about |s| times the unit roundoff, and becomes the relative error of a probability. Beyond
@@ -61,10 +62,7 @@ class Scores:
         if self.bound is not None:
             return self.bound
         with torch.no_grad():
-            wide = torch.promote_types(self.query.dtype, torch.float32)
-            query = torch.linalg.vector_norm(self.query.detach(), dim=-1, dtype=wide).amax()
-            key = torch.linalg.vector_norm(self.key.detach(), dim=-1, dtype=wide).amax()
-            limit = float(query * key) * abs(self.scale)
+            limit: float = unlocked(largest_product)(self.query, self.key) * abs(self.scale)
         if not math.isfinite(limit):
             raise ValueError(_describe_not_finite(self.query, self.key))
         if self.softcap is not None:

@@ -144,6 +144,40 @@ def answer(
         multiply_transposed(exps, weights / divisor, transposed)
 
 
+def finish(
+    total: Tensor,
+    highest: Tensor | None,
+    expected: Tensor | None,
+    mass: Tensor | None,
+    forward: Tensor | None,
+    sinks: Tensor | None,
+    unit: float,
+    to_log2: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Divide what `answer` wrote by the totals; each row's log-sum-exp, in nats, and its entropy.
+
+    The entropy is ``Σ P (log Σ e^s − s)`` over the keys, beside which a sink has its share of Σ e^s. A row that sees
+    nothing has a total of 0.
+    """
+    divisor = total.masked_fill(total == 0, 1.0)
+    logsumexp = total.log()
+    entropy: Tensor | None = None
+    if expected is not None:
+        logsum = logsumexp
+        if sinks is not None:
+            of_sinks = torch.zeros_like(total)
+            add_sinks(of_sinks, sinks, highest, to_log2)
+            logsum = logsum * (1 - of_sinks / divisor)
+        entropy = torch.sub(logsum, expected.div_(divisor), alpha=0.6931471805599453).clamp_(min=0)  # log 2
+    if highest is not None:
+        logsumexp.add_(highest, alpha=unit)
+    if forward is not None:
+        forward.div_(divisor.unsqueeze(-1))
+    if mass is not None:
+        mass.div_(divisor.unsqueeze(-1))
+    return logsumexp, entropy
+
+
 def gradient(
     matrix: Tensor,
     values: Tensor | None,
@@ -229,3 +263,10 @@ def backward(
         multiply(d_logits, key, d_query)
     if d_key is not None:
         multiply_transposed(d_logits, query, d_key)
+
+
+def largest_product(query: Tensor, key: Tensor) -> float:
+    """The largest norm of a query times that of a key, in float32 at least: no product of the two is larger."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    of_queries = torch.linalg.vector_norm(query, 2.0, [-1], False, dtype=dtype).amax()
+    return float((of_queries * torch.linalg.vector_norm(key, 2.0, [-1], False, dtype=dtype).amax()).item())

@@ -1,8 +1,9 @@
 """How calls of attention are found in a model, where they stand, and the chain of blocks that they go through."""
 
 from regard.runtime.attention import attend, edited_map, read, run, stored
-from regard.runtime.call import AttentionCall, Call, Column, Factor, HiddenCall, Place, unpacked
+from regard.runtime.call import AttentionCall, Call, Column, Factor, HiddenCall, Place
 from regard.runtime.chain import Block, Proceed, intercept, interceptors, looked_at, unseen
+from regard.runtime.entry import Entry, Reentrant
 from regard.runtime.reading import Reading
 from regard.runtime.seams import entered
 from regard.runtime.text import Text
@@ -14,11 +15,13 @@ __all__ = [
     "Block",
     "Call",
     "Column",
+    "Entry",
     "Factor",
     "HiddenCall",
     "Place",
     "Proceed",
     "Reading",
+    "Reentrant",
     "Site",
     "Text",
     "Tracker",
@@ -32,6 +35,5 @@ __all__ = [
     "read",
     "run",
     "stored",
-    "unpacked",
     "unseen",
 ]

@@ -93,6 +93,8 @@ def _laid_out(output: Tensor, call: AttentionCall) -> Tensor:
     """The output in memory as PyTorch's operator would have left it, for models take views of it."""
     if call.is_stored or call.softcap is not None or call.sinks is not None:  # which it does not know
         return output
+    if call.query.shape[2] == 1:  # as in a step of decoding: it is the same either way
+        return output.contiguous()
     choice = torch._fused_sdp_choice(
         call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal,
         scale=call.scale, enable_gqa=call.enable_gqa,
@@ -207,7 +209,7 @@ def _softmax_product(call: AttentionCall, value: Tensor) -> Tensor:
 
 
 def _without_operator(call: AttentionCall, value: Tensor) -> Tensor:
-    """The same with a soft cap or sinks, which PyTorch's operator knows neither of."""
+    """``P V`` with a soft cap or sinks, of which PyTorch's operator knows neither."""
     attention = edited_map(call)
     if not call.dropout_p:
         return attention @ value
@@ -216,7 +218,7 @@ def _without_operator(call: AttentionCall, value: Tensor) -> Tensor:
 
 
 def _with_bias(call: AttentionCall, value: Tensor) -> Tensor:
-    """The same for a few queries, as in a decoding step: a bias of (queries, keys) instead of wider keys."""
+    """``P V`` for a few queries, as in a decoding step: with a bias of (queries, keys) instead of wider keys."""
     key = ("bias", *map(id, call.columns), id(call.attn_mask), call.is_causal)
     bias, blind, *_ = call.place.remember(key, lambda: (*_bias(call), call.columns, call.attn_mask))
     output = _attend(call, call.query, call.key, value, bias, False, call.scale)

@@ -330,13 +330,9 @@ def _unpack_grouped_heads(call: AttentionCall, module: Module | None, tokens: in
     groups = getattr(module, "num_key_value_groups", 1)
     if tokens != 1 or groups == 1 or call.query.ndim != 4:
         return call
-    packed = call.query.shape[2] == groups and call.query.shape[1] == call.key.shape[1]
-    return unpacked(call) if packed else call
-
-
-def unpacked(call: AttentionCall) -> AttentionCall:
-    """A decoding step with its query heads as heads: with a mask, transformers passes those of a group as if tokens."""
-    batch, rows, groups, width = call.query.shape
+    batch, rows, packed, width = call.query.shape
+    if packed != groups or rows != call.key.shape[1]:
+        return call
     mask = call.attn_mask
     if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
         mask = mask.reshape(mask.shape[0], rows * groups, 1, -1)

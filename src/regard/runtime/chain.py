@@ -210,9 +210,14 @@ def looked_at() -> bool:
     return bool(_everywhere) and not (_busy() or torch.compiler.is_compiling() or recomputing()) and bool(_here_open())
 
 
-def edited() -> bool:
-    """Whether some block here may change what is computed."""
-    return any(block.interceptor.edits for block in _here_open())
+def edited(module: Module | None = None) -> bool:
+    """Whether a block here may change what is computed: what runs, with ``module`` as its innermost, is of its model."""
+    blocks = [block for block in _here_open() if block.interceptor.edits] if looked_at() else []
+    if not blocks:
+        return False
+    stack, parts = Stack(module), set() if module is None else set(module.modules())
+    trackers = [block.tracker for block in blocks]
+    return any(tracker.model in parts or tracker.frames(stack) is not None for tracker in trackers)
 
 
 def interceptors() -> list[Interceptor]:
@@ -235,18 +240,42 @@ def intercept(call: Any, finish: Callable[[Any, Any], Tensor], *, label: str = "
         past: the number of tokens before the call's own, where its maker knows.
     """
     blocks = [] if _busy() or torch.compiler.is_compiling() else _here_open()
-    links = _links(blocks, label, call) if blocks else []
+    links: list[Link] = []
+    if blocks:
+        stack = Stack()
+        if isinstance(call, AttentionCall) and stack.frames and is_over_channels(call, stack.frames[0]):
+            label += ".channels"
+        links = _links(blocks, stack, label, isinstance(call, HiddenCall))
     if not links or _is_empty(call):
         return _finish(call, call, finish)
-    normal = normalize(call, *links[0][1].maker) if isinstance(call, AttentionCall) else call
-    with unseen():
-        output = _Passage(links, lambda last: _finish(last, normal, finish), past).enter(normal)
+    output = _pass(links, call, finish, past)
     if isinstance(call, HiddenCall) or output.shape[:-1] == call.query.shape[:-1]:
         return output
     return output.reshape(*output_shape(call)[:-1], output.shape[-1])
 
 
+def read_beside(make: Callable[[], AttentionCall], finish: Callable[[Any, Any], Tensor], maker: Module | None) -> None:
+    """Have a call be read that was answered past the chain.
+
+    Args:
+        make: the call, asked for only where some block wants it.
+        finish: as for `intercept`.
+        maker: the module that would have made it, where it is not the one that runs.
+    """
+    links = _links(_here_open(), Stack(maker), "", False)
+    call = make() if links else None
+    if call is not None and not _is_empty(call):
+        _pass(links, call, finish, None)
+
+
 Link = tuple[Block, Site]
+
+
+def _pass(links: list[Link], call: Any, finish: Callable[[Any, Any], Tensor], past: int | None) -> Tensor:
+    """The output of a call that these blocks want, in its normal form."""
+    normal = normalize(call, *links[0][1].maker) if isinstance(call, AttentionCall) else call
+    with unseen():
+        return _Passage(links, lambda last: _finish(last, normal, finish), past).enter(normal)
 
 
 def _is_empty(call: AttentionCall | HiddenCall) -> bool:
@@ -261,15 +290,11 @@ def _finish(last: Any, normal: Any, finish: Callable[[Any, Any], Tensor]) -> Ten
     return finish(last, normal)
 
 
-def _links(blocks: list[Block], label: str, call: AttentionCall | HiddenCall) -> list[Link]:
+def _links(blocks: list[Block], stack: Stack, label: str, hidden: bool) -> list[Link]:
     """The blocks that want the call, each with where it stands there; who gives a call its keys goes first."""
-    stack = Stack()
     if recomputing():
         _refuse_edits(blocks, stack)
         return []
-    hidden = isinstance(call, HiddenCall)
-    if isinstance(call, AttentionCall) and stack.frames and is_over_channels(call, stack.frames[0]):
-        label += ".channels"
     sites: dict[int, Site | None] = {}
     links: list[Link] = []
     for block in blocks:
@@ -321,8 +346,9 @@ class _Passage:
                 queries = call.queries if isinstance(call, HiddenCall) else call.query.shape[2]
                 found[id(tracker)] = tracker.place(site, call.value, queries, self._past)
             place = found[id(tracker)]
-            same = place.pass_index == site.pass_index
-            self._places[number] = place if same else replace(place, pass_index=site.pass_index)
+            mask = call.place.token_mask  # where the model itself tells its padding
+            same = place.pass_index == site.pass_index and mask is None
+            self._places[number] = place if same else replace(place, pass_index=site.pass_index, token_mask=mask)
 
 
 def _place_of(site: Site) -> Place:
@@ -337,8 +363,7 @@ def _place_of(site: Site) -> Place:
 def _refuse_edits(blocks: list[Block], stack: Stack) -> None:
     """A part of a model that runs again without the rest has lost where its calls stand."""
     for block in blocks:
-        model = block.tracker.model
-        if block.interceptor.edits and (model is None or stack.within(model) is not None):
+        if block.interceptor.edits and block.tracker.frames(stack) is not None:
             raise RuntimeError(
                 "attention cannot be steered or compressed under gradient checkpointing; disable it, or leave the block"
             )

@@ -2,9 +2,9 @@
 
 ``scaled_dot_product_attention`` is replaced in PyTorch's dispatcher, below every name that it was imported under, once for
 the process: to register kernels and take them away again under calls of other threads crashes PyTorch. While some block
-is open, what would go around it is led back: the fast path of PyTorch's transformer layers, the kernels that a `CausalBias`
-picks by itself, ``need_weights=True`` of `nn.MultiheadAttention`, compiled code, and threads that begin there; and the eager
-attention of the model's own files goes through the chain too.
+is open, what would go around it is led back: the kernels that a `CausalBias` picks by itself, ``need_weights=True`` of
+`nn.MultiheadAttention`, compiled code, and threads that begin there; the eager attention of the model's own files goes
+through the chain too, and the fast path of PyTorch's transformer layers is read beside it, or closed where it is edited.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, functional
 
-from regard.runtime import attention, beams, chain, eager, multi_head, softmax
+from regard.runtime import attention, beams, chain, eager, fast_path, multi_head, softmax
 from regard.runtime.call import AttentionCall
 from regard.runtime.chain import Block, Interceptor
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _KERNELS = ("CompositeExplicitAutograd", "Autograd")  # every device, without and with gradients
 _MULTI_HEAD = "multi_head_attention_forward"
+_plain_compile: Callable[..., Any] = torch.compile
 _lock = threading.RLock()
 _library: list[Any] = []
 _put_back: list[Callable[[], object]] = []  # the steps that undo, in the order of what they undo
@@ -108,19 +109,34 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _lead_back() -> None:
-    mha = torch.backends.mha
-    _put_back.append(functools.partial(mha.set_fastpath_enabled, mha.get_fastpath_enabled()))
-    mha.set_fastpath_enabled(False)
+    _replace(torch.backends.mha, "get_fastpath_enabled", fast_path.enabled)
+    _replace(torch, "_native_multi_head_attention", fast_path.multi_head)
+    _replace(torch, "_transformer_encoder_layer_fwd", fast_path.encoder_layer)
     _replace(threading.Thread, "start", chain.start)
     for owner in _holders():
         _replace(owner, _MULTI_HEAD, multi_head.forward)
     bias = sys.modules.get("torch.nn.attention.bias")
     if bias is not None:
         _replace(bias.CausalBias, "_dispatch", staticmethod(_with_plain_mask))
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:  # or nothing was compiled yet
-        stance = torch.compiler.set_stance("force_eager")
-        _put_back.append(functools.partial(stance.__exit__, None, None, None))
+    if "torch._dynamo" in sys.modules:
+        _run_uncompiled()
+    else:  # nothing was compiled yet
+        _replace(torch, "compile", _compile)
+
+
+def _run_uncompiled() -> None:
+    stance = torch.compiler.set_stance("force_eager")
+    _put_back.append(functools.partial(stance.__exit__, None, None, None))
+
+
+def _compile(*args: Any, **kwargs: Any) -> Any:
+    """``torch.compile`` in the block in which it is called for the first time, where there is a compiler only then."""
+    compiled = _plain_compile(*args, **kwargs)
+    with _lock:
+        if vars(torch)["compile"] is _compile:
+            _replace(torch, "compile", _plain_compile)
+            _run_uncompiled()
+    return compiled
 
 
 @functools.lru_cache(maxsize=1)

@@ -31,32 +31,24 @@ class Frame:
 
 
 class Stack:
-    """The modules that run where it is made, the innermost first."""
+    """The modules that run where it is made, the innermost first; ``inner`` is as if called by the one that runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: Module | None = None) -> None:
         self._start = sys._getframe(1)
-        self.frames = list(_called(self._start))
+        self._inner = [] if inner is None else [Frame(inner, (), {}, object())]
+        self.frames = [*self._inner, *_called(self._start)]
         self._direct: list[Frame] | None = None
 
     def above(self, model: Module) -> list[Frame] | None:
         """The frames from the innermost to the model's own outermost; None where it does not run."""
-        found = _up_to(model, self.frames)
-        if found is not None:
-            return found
-        if self._direct is None:  # a forward that was called by itself has no frame of a call
-            self._direct = list(_forwarded(self._start))
-        found = _up_to(model, self._direct)
-        if found is not None:
-            return found
-        return self.within(model)
+        return _up_to(model, self.frames) or _up_to(model, self.direct)
 
-    def within(self, model: Module) -> list[Frame] | None:
-        """The frames up to the outermost part of the model: it may run by itself, as a tower that ``generate`` asks."""
-        if not self.frames:
-            return None
-        parts = set(model.modules())
-        inside = [number for number, frame in enumerate(self.frames) if frame.module in parts]
-        return self.frames[: inside[-1] + 1] if inside else None
+    @property
+    def direct(self) -> list[Frame]:
+        """The frames with those of a ``forward`` that was called by itself."""
+        if self._direct is None:
+            self._direct = [*self._inner, *_forwarded(self._start)]
+        return self._direct
 
 
 def caller() -> tuple[Module | None, str]:
@@ -88,6 +80,14 @@ def _called(frame: Any) -> Iterator[Frame]:
         frame = frame.f_back
 
 
+def _is_direct(frame: Any) -> bool:
+    """Whether a frame is that of a ``forward`` of which it is not known yet that it was called as a module is."""
+    code = frame.f_code
+    if code.co_name != "forward" or not code.co_argcount or code.co_varnames[0] != "self":
+        return False
+    return frame.f_back is None or frame.f_back.f_code is not _CALL
+
+
 def _forwarded(frame: Any) -> Iterator[Frame]:
     """Modules by their ``__call__`` or, where that was passed by, their ``forward``."""
     inner: Frame | None = None
@@ -100,7 +100,7 @@ def _forwarded(frame: Any) -> Iterator[Frame]:
                 yield inner
             inner = None
             yield called
-        elif code.co_name == "forward" and code.co_argcount and code.co_varnames[0] == "self":
+        elif _is_direct(frame):
             named = frame.f_locals
             if isinstance(named.get("self"), Module) and (inner is None or inner.module is not named["self"]):
                 if inner is not None:

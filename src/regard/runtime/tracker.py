@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -84,7 +85,9 @@ def _given(frame: Frame) -> Tensor | None:
     hidden = frame.arguments.get("hidden_states")
     if hidden is None and frame.positional:
         hidden = frame.positional[0]
-    return hidden if isinstance(hidden, Tensor) and hidden.ndim in (3, 4) else None
+    if not isinstance(hidden, Tensor) or hidden.is_nested:
+        return None
+    return hidden if hidden.ndim in (3, 4) else None
 
 
 class Tracker:
@@ -99,6 +102,7 @@ class Tracker:
         self.passes = 0
         self._numbers: dict[str, int] = {}
         self._names: WeakKeyDictionary[Module, dict[Module, str]] = WeakKeyDictionary()
+        self._strangers: WeakKeyDictionary[Module, WeakSet[Module]] = WeakKeyDictionary()
         self._of_parts: set[str] = set()  # paths of what parts of the model did by themselves since its last pass
         self._running: dict[int, _Pass] = {}  # by thread: several may run the model at once
         self._texts: dict[str, Text] = {}
@@ -107,7 +111,7 @@ class Tracker:
 
     def find(self, stack: Stack, label: str = "") -> Site | None:
         """Count a call that is made now; None if the model did not make it. ``label`` is added to its module's path."""
-        frames = stack.frames if self.model is None else stack.above(self.model)
+        frames = self.frames(stack)
         if frames is None:
             return None
         running = self._pass_of(frames)
@@ -121,6 +125,20 @@ class Tracker:
             self._numbers[path] = len(self._numbers)
             self.layers.append(path)
         return Site(path, self._numbers[path], running.index, frames, running)
+
+    def frames(self, stack: Stack) -> list[Frame] | None:
+        """What runs of the model, the innermost first; None if nothing does.
+
+        Its outermost may be a part of it that runs by itself, as a tower that ``generate`` asks.
+        """
+        if self.model is None:
+            return stack.direct
+        found = stack.above(self.model)
+        if found is not None or not stack.direct:
+            return found
+        parts = self._names_in(self.model, [frame.module for frame in stack.direct])
+        inside = [number for number, frame in enumerate(stack.direct) if frame.module in parts]
+        return stack.direct[: inside[-1] + 1] if inside else None
 
     def place(self, site: Site, value: Tensor, queries: int, past: int | None = None) -> Place:
         """The call's positions and token ids in the text that it goes on with or begins.
@@ -179,14 +197,19 @@ class Tracker:
         if not frames:
             return _BARE
         root, module = self.model or frames[-1].module, frames[0].module
-        names = self._names.get(root)
-        if names is None or module not in names:  # a module may be made while the model runs
-            names = {inner: _without_wrappers(name) for name, inner in root.named_modules()}
-            self._names[root] = names
-        name = names.get(module, type(module).__name__)
+        name = self._names_in(root, [module]).get(module, type(module).__name__)
         if self.model is not None:
             return name or type(root).__name__
         return f"{type(root).__name__}.{name}" if name else type(root).__name__
+
+    def _names_in(self, root: Module, modules: Iterable[Module]) -> Mapping[Module, str]:
+        """The paths of a module's parts, those among ``modules`` included that were made while it runs."""
+        names, strangers = self._names.setdefault(root, {}), self._strangers.setdefault(root, WeakSet())
+        unknown = [module for module in modules if module not in names and module not in strangers]
+        if unknown:
+            names.update({inner: _without_wrappers(name) for name, inner in root.named_modules()})
+            strangers.update(module for module in unknown if module not in names)
+        return names
 
     # --- token ids ----------------------------------------------------------------------------------------------------
 

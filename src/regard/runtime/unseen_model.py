@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -53,7 +54,15 @@ def warn(model: Module | None, seen: Iterable[str], softmaxes: Mapping[str, str]
         if not any(_within(one, [path]) for one in paths):
             own[path or type(model).__name__] = f"runs attn_implementation={implementation!r}, if it ran"
     if own:
-        warnings.warn(f"attention that was not seen{_listed(own)}", UserWarning, stacklevel=4)
+        warnings.warn(f"attention that was not seen{_listed(own)}", UserWarning, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """How far up the stack of `warn` the user's own code is."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("regard."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def name_softmaxes(model: Module | None, softmaxes: Iterable[tuple[Module, str]]) -> dict[str, str]:
@@ -74,12 +83,10 @@ def _other_implementations(model: Module) -> Iterator[tuple[str, str]]:
     """Parts of the model that have a configuration of their own with attention that is not seen."""
     taken: list[str] = []
     for path, module in model.named_modules():
+        if not hasattr(type(module), "set_attn_implementation"):  # of few modules, and asked at every exit
+            continue
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if (
-            not hasattr(module, "set_attn_implementation")
-            or implementation in _KNOWN
-            or not isinstance(implementation, str)
-        ):
+        if implementation in _KNOWN or not isinstance(implementation, str):
             continue
         if not any(_within(path, [outer]) for outer in taken):
             taken.append(path)

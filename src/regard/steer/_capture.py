@@ -8,7 +8,7 @@ from types import TracebackType
 from torch import Tensor
 from torch.nn import Module
 
-from regard.runtime import AttentionCall, HiddenCall, Proceed, Site, entered
+from regard.runtime import AttentionCall, Entry, HiddenCall, Proceed
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def check_source(edit: object, source: object) -> None:
         )
 
 
-class capture:  # noqa: N801 - a context manager, named as what one writes
+class capture(Entry):  # noqa: N801 - a context manager, named as what one writes
     """Keep what every attention call that a model makes in the block looks at, for `Mutual`, `PatchOutput` and `PatchMap`.
 
     Keys and values are always kept. What is kept is the run's with the edits of blocks around this one, the outputs with
@@ -62,8 +62,6 @@ class capture:  # noqa: N801 - a context manager, named as what one writes
     torch.Size([1, 2, 5, 4])
     """
 
-    edits = outermost = False
-
     def __init__(self, model: Module | None, *, outputs: bool = False, maps: bool = False) -> None:
         self._model = model
         self._outputs = outputs
@@ -72,16 +70,15 @@ class capture:  # noqa: N801 - a context manager, named as what one writes
 
     def __enter__(self) -> capture:
         self._kept.clear()
-        self._entered = entered(self, self._model)
-        self._block = self._entered.__enter__()
+        self.enter(self._model)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._entered.__exit__(None, None, None)
+        self.leave()
         if kind is None:
-            self._block.check()
+            self.check()
 
     def __repr__(self) -> str:
         return f"capture of {', '.join(self._kept) or 'nothing yet'}"
@@ -90,10 +87,6 @@ class capture:  # noqa: N801 - a context manager, named as what one writes
     def paths(self) -> list[str]:
         """The paths of the calls that were captured."""
         return list(self._kept)
-
-    def wants(self, site: Site) -> bool:
-        """Every call."""
-        return True
 
     def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
         """Keep what the call is and puts out; a mixer has no keys to keep."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.runtime import AttentionCall, HiddenCall, Place, Proceed, Site, entered
+from regard.runtime import AttentionCall, Entry, HiddenCall, Place, Proceed, Reentrant, Site
 from regard.steer.edit import Edit
 from regard.tokens import Selection, check
 
 
-class steer:  # noqa: N801 - a context manager, named as what one writes
+class steer(Reentrant["_Entry"]):  # noqa: N801 - a context manager, named as what one writes
     """Edit every chosen attention call of a model, exactly, while it runs as it always does.
 
     Edits are applied in their order, those of an inner block after those of the blocks around it. They work in ``generate``,
@@ -43,6 +41,7 @@ class steer:  # noqa: N801 - a context manager, named as what one writes
     """
 
     def __init__(self, model: Module | None, *edits: Edit) -> None:
+        super().__init__()
         if model is not None and not isinstance(model, Module):
             raise TypeError(
                 f"steer needs an nn.Module, or None for every call in the block; got {type(model).__name__}"
@@ -55,53 +54,35 @@ class steer:  # noqa: N801 - a context manager, named as what one writes
                 raise TypeError(f"steer takes edits such as regard.Reweight(keys=[0], by=0.5), got {edit!r}{hint}")
         self.model = model
         self.edits = edits
-        self._blocks: list[_Block] = []
 
     def __enter__(self) -> steer:
-        block = _Block(self.model, self.edits)
-        block.enter()
-        self._blocks.append(block)
+        self._enter(_Entry(self.edits), self.model)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        block = self._blocks.pop()
-        block.exit()
-        if kind is None:
-            block.check()
 
-
-class _Block:
+class _Entry(Entry):
     """One entry into a steer: has the model's calls edited."""
 
-    edits, outermost = True, False
+    edits = True
 
-    def __init__(self, model: Module | None, edits: tuple[Edit, ...]) -> None:
+    def __init__(self, edits: tuple[Edit, ...]) -> None:
         self._edits = [(edit, Selection(edit.layers, edit.heads, edit.passes)) for edit in edits]
-        self._entered = entered(self, model)
         self._plan: dict[object, list[tuple[Edit, Selection, Tensor]]] = {}
         self._masks: dict[object, Tensor] = {}
         self._queries = self._keys = 0  # as far as the texts seen went
 
-    def enter(self) -> None:
-        self._block = self._entered.__enter__()
-
-    def exit(self) -> None:
-        self._entered.__exit__(None, None, None)
-
     def check(self) -> None:
         """Refuse a block in which something that was asked for did not happen."""
-        self._block.check()
-        seen = {number: path for number, path in self._block.seen.items() if number not in self._block.mixers}
+        super().check()
+        seen = {number: path for number, path in self.block.seen.items() if number not in self.block.mixers}
         for edit, selection in self._edits:
-            selection.check(seen, len(self._block.seen), self._block.passes)
+            selection.check(seen, len(self.block.seen), self.block.passes)
             for name, where in edit.positions().items():
                 check(where, self._queries if name == "queries" else self._keys, f"{edit}: {name}")
 
     def wants(self, site: Site) -> bool:
         """Whether some edit is of this layer and pass."""
-        return any(self._block.chooses(selection, site) for _, selection in self._edits)
+        return any(self.block.chooses(selection, site) for _, selection in self._edits)
 
     def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
         """The output of the call as the edits of its layer make it; mixers are left as they are."""
@@ -122,12 +103,12 @@ class _Block:
             self._plan[key] = [
                 (edit, selection, self._mask(self._heads(selection, place, number), call))
                 for edit, selection in self._edits
-                if selection.wants(place.path, place.layer, self._block.layers(selection))
+                if selection.wants(place.path, place.layer, self.block.layers(selection))
             ]
         return [(edit, heads) for edit, selection, heads in self._plan[key] if selection.wants_pass(place.pass_index)]
 
     def _heads(self, selection: Selection, place: Place, number: int) -> list[int] | None:
-        return selection.heads(place.path, place.layer, number, self._block.layers(selection))
+        return selection.heads(place.path, place.layer, number, self.block.layers(selection))
 
     def _mask(self, heads: list[int] | None, call: AttentionCall) -> Tensor:
         """The chosen heads as booleans, (Hq,), or of length 1 where all are chosen; one tensor for all layers."""

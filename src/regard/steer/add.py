@@ -143,9 +143,13 @@ class AddToOutput(Edit):
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """More to add."""
         direction = _direction(self, call, call.value.shape[3])
-        rows = query_set(self.queries, call, heads)[..., None]
-        more = torch.where(rows, direction, direction.new_zeros(()))
-        return replace(call, added=more if call.added is None else call.added + more)
+        return with_added(call, query_set(self.queries, call, heads), direction)
+
+
+def with_added(call: AttentionCall, rows: Tensor, more: Tensor) -> AttentionCall:
+    """The call with ``more`` (B|1, H|1, N|1, Dv) added to what it puts out in these rows."""
+    more = torch.where(rows[..., None], more, more.new_zeros(()))
+    return replace(call, added=more if call.added is None else call.added + more)
 
 
 def _keys(where: Where | None, call: AttentionCall, heads: Tensor) -> Tensor:

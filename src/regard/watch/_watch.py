@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,14 +14,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.maps import AttentionMap, TokenMap
-from regard.runtime import AttentionCall, Call, HiddenCall, Place, Proceed, Reading, Site, entered
+from regard.runtime import AttentionCall, Call, Entry, HiddenCall, Place, Proceed, Reading, Reentrant, Site
 from regard.tokens import Heads, Layers, Passes, Selection, check
 from regard.watch._sequence import Part, Sequence
 from regard.watch.recording import Recording
 from regard.watch.statistic import Measured, Statistic
 
 
-class watch:  # noqa: N801 - a context manager, named as what one writes
+class watch(Reentrant["_Entry"]):  # noqa: N801 - a context manager, named as what one writes
     """Read statistics from every attention call of a model, while it runs as it always does.
 
     The model is not changed, and everything is restored on exit. Blocks may be nested, and several models may run in
@@ -43,7 +42,8 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
         keep_maps: keep each call's `AttentionMap` (and with it copies of its query and key) in ``seen.maps``.
         share: let the statistics of a float32 model ride in the model's own attention call, which is faster and changes
             its output by rounding (about 1e-6); False leaves each bit as it was. In half precision, or where gradients
-            are wanted, it is left as it was in any case.
+            are wanted, it is left as it was in any case; so it is on the fast path of PyTorch's own transformer layers in
+            evaluation, where projection and attention are computed once more to be read.
 
     Raises:
         RuntimeError: at the end of a block in which no attention call was seen, naming what was found.
@@ -84,6 +84,7 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
             statistics, watched = (model, *statistics), None
         else:
             watched = model
+        super().__init__()
         _check(watched, statistics, keep_maps)
         self.model = watched
         self.statistics = statistics
@@ -91,52 +92,31 @@ class watch:  # noqa: N801 - a context manager, named as what one writes
         self.keep_maps = keep_maps
         self.share = share
         self._selection = Selection(layers, heads, passes)
-        self._blocks: list[_Block] = []
 
     def __enter__(self) -> Recording:
-        block = _Block(self, self._selection)
-        block.enter()
-        self._blocks.append(block)
-        return block.recording
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        block = self._blocks.pop()
-        block.exit()
-        if kind is None:
-            block.check()
+        return self._enter(_Entry(self, self._selection), self.model).recording
 
 
-class _Block:
+class _Entry(Entry):
     """One entry into a watch: has the calls of the model read, and puts together what is measured."""
-
-    edits = outermost = False
 
     def __init__(self, options: watch, selection: Selection) -> None:
         self.recording = Recording(options.statistics)
         self._options = options
         self._selection = selection
-        self._entered = entered(self, options.model)
         self._tokens = 0  # of the longest text seen
-
-    def enter(self) -> None:
-        self._block = self._entered.__enter__()
-
-    def exit(self) -> None:
-        self._entered.__exit__(None, None, None)
 
     def check(self) -> None:
         """Refuse a block in which there was nothing to see, or not what was chosen."""
-        self._block.check()
-        self._selection.check(self._block.seen, passes=self._block.passes)
+        super().check()
+        self._selection.check(self.block.seen, passes=self.block.passes)
         for statistic in self._options.statistics:
             for name, where in statistic.named_positions().items():
                 check(where, self._tokens, name)
 
     def wants(self, site: Site) -> bool:
         """Whether its layer was chosen."""
-        return self._block.chooses(self._selection, site)
+        return self.block.chooses(self._selection, site)
 
     def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
         """Have what is run in the end be read."""
@@ -147,7 +127,7 @@ class _Block:
     def _ask(self, place: Place, attention: TokenMap, last: AttentionCall | HiddenCall) -> Callable[[], None]:
         """Have each statistic announce what it needs; what is returned measures them."""
         call: Call = last.at(place)
-        heads = self._selection.heads(place.path, place.layer, attention.shape[1], self._block.layers(self._selection))
+        heads = self._selection.heads(place.path, place.layer, attention.shape[1], self.block.layers(self._selection))
         if heads is not None:
             attention, call = attention.heads(heads), call.heads(heads)
         asked: dict[Statistic, Callable[[], Measured]] = {}
@@ -170,7 +150,7 @@ class _Block:
     def _record(
         self, place: Place, attention: TokenMap, heads: list[int] | None, measured: Mapping[str, Tensor]
     ) -> None:
-        recording, text = self.recording, self._block.tracker.text_of(place)
+        recording, text = self.recording, self.block.tracker.text_of(place)
         if text.token_ids is not None and text.token_ids.shape[1] == text.end:
             recording.token_ids = text.token_ids
         if place.path not in recording.layers:
@@ -188,9 +168,9 @@ class _Block:
             recording.maps.setdefault(place.path, []).append(kept)
 
     def _mask_of(self, call: AttentionCall | HiddenCall) -> Tensor | None:
-        mask = self._options.token_mask
+        mask, real = self._options.token_mask, call.place.token_mask
         if mask is None:
-            return None
+            return real
         place, batch = call.place, call.value.shape[0]
         queries = call.queries if isinstance(call, HiddenCall) else call.query.shape[2]
         end = place.query_start + queries
@@ -200,7 +180,8 @@ class _Block:
                 "watch only the layers that it belongs to, with layers="
             )
         mask = mask.repeat_interleave(batch // mask.shape[0], dim=0)  # the beams of one text follow one another
-        return torch.nn.functional.pad(mask, (0, max(end - mask.shape[1], 0)), value=True)[:, place.query_start : end]
+        mask = torch.nn.functional.pad(mask, (0, max(end - mask.shape[1], 0)), value=True)[:, place.query_start : end]
+        return mask if real is None else mask.to(real.device) & real
 
 
 def _masked(values: Tensor, dims: tuple[str, ...], mask: Tensor | None) -> Tensor:

@@ -33,9 +33,9 @@ from torch.nn import Module
 
 from regard.runtime import AttentionCall, run
 from regard.steer import steer
+from regard.steer.add import with_added
 from regard.steer.edit import Edit, check_number
 from regard.steer.gate import Gate
-from regard.steer.language._outputs import with_output
 from regard.steer.language.example import Example, Progress, accuracy, answer_probability, mean_measure
 from regard.steer.language.heads import Head, every_head, only
 
@@ -51,7 +51,7 @@ class JustRunTwice(Edit):
         by: α, any finite number.
 
     Raises:
-        ValueError: α infinite or NaN; a batch that has no two halves; cross-attention.
+        ValueError: α infinite or NaN; a batch that has no two halves.
 
     >>> import torch, regard
     >>> from torch.nn.functional import scaled_dot_product_attention as attention
@@ -68,14 +68,14 @@ class JustRunTwice(Edit):
         check_number(self, "by")
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
-        """Both halves, with the first added to the second."""
+        """More to add to the second half: what the first puts out."""
         if call.query.shape[0] % 2:
             raise ValueError(
                 f"JustRunTwice needs a batch whose first half is the clean run, but {call.place.path} has a batch of "
                 f"{call.query.shape[0]}; use run_twice or generate_twice"
             )
-        clean, steered = run(call).chunk(2)
-        return with_output(call, heads, torch.cat([clean, steered + self.by * clean]))
+        clean, _ = run(call).chunk(2)
+        return with_added(call, heads[None, :, None], torch.cat([torch.zeros_like(clean), self.by * clean]))
 
 
 @dataclass(frozen=True)

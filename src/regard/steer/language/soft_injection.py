@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.runtime import AttentionCall, run
+from regard.runtime import AttentionCall
 from regard.steer import steer
+from regard.steer.add import AddToOutput
 from regard.steer.custom import Custom
-from regard.steer.edit import Edit, query_set
-from regard.steer.language._outputs import with_output
+from regard.steer.edit import Edit
+from regard.steer.gate import Gate
 from regard.steer.language.example import Example, Progress, answer_log_probability, next_logits
 from regard.tokens import Where
 
@@ -43,7 +44,7 @@ class InjectTask(Edit):
         queries: where; all by default.
 
     Raises:
-        ValueError: tensors of another shape; cross-attention.
+        ValueError: tensors of another shape.
 
     >>> import torch, regard
     >>> from torch.nn.functional import scaled_dot_product_attention as attention
@@ -60,7 +61,7 @@ class InjectTask(Edit):
     queries: Where | None = None
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
-        """Mixed outputs, where a chosen query is among the call's."""
+        """The heads' own outputs, scaled, and the task's part added to them."""
         number, width = call.query.shape[1], call.value.shape[3]
         embedding, coefficients = (
             torch.as_tensor(given, device=call.query.device) for given in (self.embedding, self.coefficients)
@@ -71,13 +72,8 @@ class InjectTask(Edit):
                 f"InjectTask needs an embedding of shape ({number}, {width}) and coefficients of shape ({number},) for "
                 f"{call.place.path}, got {shapes[0]} and {shapes[1]}"
             )
-        rows = query_set(self.queries, call, heads)
-        if not bool(rows.any()):
-            return call
-        output = run(call)
-        share = coefficients.to(output.dtype)[:, None, None]
-        mixed = (1 - share) * output + share * embedding.to(output.dtype)[:, None]
-        return with_output(call, heads, torch.where(rows[..., None], mixed, output))
+        call = Gate(1 - coefficients, queries=self.queries).apply(call, heads)
+        return AddToOutput(coefficients[:, None] * embedding, queries=self.queries).apply(call, heads)
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def blind_tokens(model: Module, inputs: Inputs, gamma: float = 0.5, deviations: 
 
 
 def stared_at(gaze: Tensor, image: Tensor, gamma: float, deviations: float) -> Tensor:
-    """The same (batch, tokens), from the attention to the image (layers, batch, tokens), 0 elsewhere."""
+    """Blind tokens (batch, tokens) by the attention to the image, (layers, batch, tokens), which is 0 elsewhere."""
     share = gaze.sum(dim=-1) / gaze.sum(dim=(0, 2))
     ordered = share.sort(dim=0, descending=True)
     among = ordered.values.cumsum(dim=0) - ordered.values < gamma  # until γ is reached

@@ -222,25 +222,17 @@ def _hold_outputs(plain: list[Tensor], watched: list[Tensor], check: dict[str, A
 
 
 def _hold_matrices(witnessed: list[Matrix], seen: list[Matrix], check: dict[str, Any]) -> None:
-    """Each matrix seen to the one most like it that its module multiplied with values."""
+    """Each matrix seen to the one most like it, if there is any, that its module or one beside it multiplied with values."""
     left = list(witnessed)
     for matrix in seen:
-        path = matrix.module.split("#")[0]
-        of_module = [one for one in left if _related(one.module, path)]
-        alike = [one for one in of_module if one.sums.numel() == matrix.sums.numel()]
-        if not alike:
-            if of_module:
-                check["wrong"].append(f"{matrix.module} is seen with {matrix.sums.numel()} sums")
-            continue  # else who made it passed the witness by
-        nearest = min(alike, key=lambda one: float((one.sums - matrix.sums).abs().max()))
-        left.remove(nearest)
-        check["agree"] += _hold(nearest.sums, matrix.sums, matrix.module, check)
+        parent = matrix.module.split("#")[0].rpartition(".")[0]
+        near = [one for one in left if one.module == parent or one.module.startswith(f"{parent}." if parent else "")]
+        alike = [one for one in near if one.sums.shape == matrix.sums.shape]
+        if alike:
+            nearest = min(alike, key=lambda one: float((one.sums - matrix.sums).abs().max()))
+            left.remove(nearest)
+            check["agree"] += _hold(nearest.sums, matrix.sums, matrix.module, check)
     check["unseen"] = sorted({matrix.module for matrix in left})
-
-
-def _related(one: str, other: str) -> bool:
-    """Whether one path is within the other: a product is made by the module itself, or by the one whose softmax it is."""
-    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 def _hold(wanted: Tensor, value: Tensor, what: str, check: dict[str, Any]) -> bool:

@@ -185,9 +185,13 @@ class Witness(TorchFunctionMode):
     def following(self) -> Iterator[None]:
         """Follow the model's modules and its eager attention in the block."""
         handles = []
+
+        def ended(*_: Any) -> None:
+            self._stack.pop()
+
         for module in self._names:
             handles.append(module.register_forward_pre_hook(lambda m, _: self._stack.append(m)))
-            handles.append(module.register_forward_hook(lambda m, _, __: self._stack.pop() and None, always_call=True))
+            handles.append(module.register_forward_hook(ended, always_call=True))
         wrapped = list(_eager_functions())
         for owner, function in wrapped:
             owner.eager_attention_forward = self._wrap(function)

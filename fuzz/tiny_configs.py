@@ -59,15 +59,21 @@ _OWN: dict[str, dict[str, Any]] = {
     "AutoformerConfig": {"context_length": 8, "label_length": 4},
     "BambaConfig": {"attn_layer_indices": [1]},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 100, "IMGIMGAZ": 5}},
-    "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 1e4},
+    "CohereCompassTextConfig": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
+    "DiffusionGemmaTextConfig": {"top_k_experts": 2},
     "Dots3NoteTextConfig": {"per_layer_config": {}},
     "Dots3NoteVisionConfig": {"per_layer_config": {}},
     "Emu3Config": {"vocabulary_map": {"<image>": 100, "<|extra_200|>": 101, "<|visual token 000000|>": 5}},
     "Ernie4_5_VLMoeTextConfig": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
     "EsmConfig": {"pad_token_id": 1, "mask_token_id": 2},
     "FalconH1Config": {"mamba_d_ssm": 2 * WIDTH, "mamba_d_head": 2 * HEAD_WIDTH},
-    "Granite4VisionConfig": {"deepstack_layer_map": [[-1, 0]]},
+    "Granite4VisionConfig": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"]},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},

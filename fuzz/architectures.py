@@ -13,21 +13,22 @@ import resource
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.auto import configuration_auto
 
 import regard
-from fuzz.softmaxes import Witness
+from fuzz.softmaxes import Matrix, Witness, tensors
 from fuzz.tiny_models import inputs_of, model_classes, model_types, tiny_model
 
-LIMIT = 20  # seconds of computing for one type; ten times as much by the clock, for the machine may be busy
+TOLERANCE = 1e-4
+LIMIT = 60  # seconds of computing for one type; ten times as much by the clock, for the machine may be busy
 
 
 def main() -> None:
@@ -45,25 +46,28 @@ def main() -> None:
         for row in rows(names, arguments.workers, started + arguments.seconds):
             file.write(json.dumps(row) + "\n")
             file.flush()
-            print(f"{row['type']:32} {row.get('class') or row['errors'][-1][:90]:40} {row.get('regard', '')[:80]}")
-            for module in unseen(row):
-                print(f"    not seen: {module}")
-    print(f"{time.monotonic() - started:.0f} s")
-
-
-def unseen(row: dict[str, Any]) -> list[str]:
-    """The modules whose softmax over keys the witness saw to enter a product with values, and regard did not see."""
-    layers = [layer.split("#")[0] for layer in row.get("layers", ())]
-    return sorted(
-        {
-            softmax["module"]
-            for softmax in row.get("softmaxes", ())
-            if softmax["consumer"] in ("matmul", "__matmul__", "bmm", "einsum")
-            and len(softmax["shape"]) >= 3
-            # The product is made by the module itself, or by the one whose nn.Softmax it is.
-            and not any(softmax["module"] == layer or softmax["module"].startswith(f"{layer}.") for layer in layers)
-        }
+            print(f"{row['type']:32} {row['verdict']:16} {row.get('class') or row['errors'][0][:120]}", flush=True)
+            for check in row.get("checks", ()):
+                for what in ("wrong", "unseen", "named", "refused"):
+                    if check[what] and row["verdict"] != "agrees":
+                        print(f"    {check['attention']}, {what}: {str(check[what])[:300]}")
+    print(
+        f"{time.monotonic() - started:.0f} s: {dict(Counter(json.loads(line)['verdict'] for line in arguments.out.open()))}"
     )
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """What came of a type: one word, or two."""
+    checks = row.get("checks")
+    if not checks:
+        return "not run"
+    if any(check["wrong"] for check in checks):
+        return "wrong"
+    if any(check["unseen"] and not (check["named"] or check["refused"]) for check in checks):
+        return "unseen, unnamed"
+    if any(check["unseen"] for check in checks):
+        return "refused" if any(check["refused"] for check in checks) else "unseen, named"
+    return "agrees" if any(check["agree"] for check in checks) else "no attention"
 
 
 def rows(names: list[str], workers: int, until: float) -> Iterator[dict[str, Any]]:
@@ -90,7 +94,7 @@ def rows(names: list[str], workers: int, until: float) -> Iterator[dict[str, Any
             process.kill()
             process.join()
             del running[name]
-            yield row | {"seconds": round(time.monotonic() - began, 2)}
+            yield row | {"verdict": verdict(row), "seconds": round(time.monotonic() - began, 2)}
 
 
 def _send(name: str, sender: Any) -> None:
@@ -111,22 +115,20 @@ def observe(model_type: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     errors: list[str] = []
     for model, inputs, how in _runs(model_type, errors):
-        witness = Witness(model)
-        with torch.no_grad(), _counted() as counts, witness.following():
-            model(**inputs)
-        for softmax in witness.softmaxes:
-            softmax.returned = False
-        row = {
-            "type": model_type, "class": type(model).__name__, "how": how, "attention": model.config._attn_implementation,
-            "supports_sdpa": bool(getattr(model, "_supports_sdpa", False)),
+        row: dict[str, Any] = {
+            "type": model_type, "class": type(model).__name__, "how": how, "errors": errors,
             "implementations": _implementations(model),
             "inputs": {name: list(value.shape) for name, value in inputs.items() if hasattr(value, "shape")},
-            "sdpa": witness.sdpa, "sdpa_dispatched": counts["scaled_dot_product_attention"],
-            "softmax_dispatched": counts["softmax.int"], "eager": witness.eager,
-            "softmaxes": [softmax.row() for softmax in witness.softmaxes], "errors": errors,
-            "witness_error": repr(getattr(witness, "error", "")),
+            "checks": [_check(model, inputs)],
         }  # fmt: skip
-        return row | _regard(model, inputs)
+        if row["implementations"] != ["eager"]:
+            try:
+                model.set_attn_implementation("eager")
+            except Exception as error:  # a part of it has none
+                errors.append(_said(error))
+            else:
+                row["checks"].append(_check(model, inputs))
+        return row
     return {"type": model_type, "errors": errors}
 
 
@@ -164,44 +166,83 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip()[:200]} ({Path(place.filename).name}:{place.lineno})"
 
 
-def _regard(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    try:
-        with torch.no_grad(), regard.watch(model, regard.Received()) as seen:
-            model(**inputs)
-        data = seen.dataset()
-        return {"regard": f"sees {data.sizes.get('layer', 0)}", "layers": [str(layer) for layer in data.layer.values]}
-    except BaseException as error:
-        return {"regard": f"{type(error).__name__}: {str(error)[:300]}"}
+def _check(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Where the model attends, by the witness, held to what regard sees there."""
+    witness = Witness(model)
+    plain = _outputs(model, inputs, witness.following())
+    check: dict[str, Any] = {
+        "attention": _implementations(model), "agree": 0, "worst": 0.0, "wrong": [], "unseen": [], "named": "",
+        "refused": "", "witness_error": repr(getattr(witness, "error", "")),
+    }  # fmt: skip
+    if any(bool(tensor.isnan().any()) for tensor in plain if tensor.is_floating_point()):
+        return check | {"refused": "the model's own output holds NaN"}
+    seen: list[Matrix] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            watched = _outputs(model, inputs, regard.watch(model, _Sums(seen)))
+            _hold_outputs(plain, watched, check)
+        except Exception as error:
+            if "no attention call was seen" in str(error):
+                check["refused"] = str(error)
+            else:
+                check["wrong"].append(_said(error))
+    check["named"] = "; ".join(str(one.message) for one in caught if "was not seen" in str(one.message))
+    _hold_matrices(witness.matrices, seen, check)
+    return check
 
 
-@contextmanager
-def _counted() -> Iterator[dict[str, int]]:
-    """How often each is dispatched in the block, whoever calls it."""
-    counts = {"scaled_dot_product_attention": 0, "softmax.int": 0}
-    inside = [False]
-    library = torch.library.Library("aten", "IMPL")
+class _Sums(regard.Statistic):
+    """What `weighted` says of each matrix that regard sees, in the order of the calls."""
 
-    def counting(name: str, overload: Any) -> Any:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            outer, inside[0] = inside[0], inside[0] or name.startswith("scaled")
-            counts[name] += not outer
-            try:
-                return overload._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-            finally:
-                inside[0] = outer
+    name, dims = "sums", ("key",)
 
-        return counted
+    def __init__(self, seen: list[Matrix]) -> None:
+        self.seen = seen
 
-    try:
-        for name, overload in (
-            ("scaled_dot_product_attention", torch.ops.aten.scaled_dot_product_attention.default),
-            ("softmax.int", torch.ops.aten.softmax.int),
-        ):
-            for key in ("CompositeExplicitAutograd", "Autograd"):
-                library.impl(name, counting(name, overload), key)
-        yield counts
-    finally:
-        library._destroy()
+    def measure(self, attention: Any, call: Any) -> Tensor:
+        weights = torch.arange(attention.shape[2]).cos()
+        sums = (attention.T @ weights.expand(*attention.shape[:2], -1).unsqueeze(-1)).squeeze(-1)
+        self.seen.append(Matrix(call.place.path, sums.double().flatten()))
+        return sums
+
+
+def _outputs(model: nn.Module, inputs: dict[str, Any], following: Any) -> list[Tensor]:
+    torch.manual_seed(0)  # some models draw numbers
+    with torch.no_grad(), following:
+        return list(tensors(model(**inputs)))
+
+
+def _hold_outputs(plain: list[Tensor], watched: list[Tensor], check: dict[str, Any]) -> None:
+    for one, other in zip(plain, watched, strict=True):
+        if one.shape != other.shape:
+            check["wrong"].append(f"an output is {list(other.shape)} and was {list(one.shape)}")
+        elif one.numel():
+            _hold(one.double(), other.double(), "an output", check)
+
+
+def _hold_matrices(witnessed: list[Matrix], seen: list[Matrix], check: dict[str, Any]) -> None:
+    """Each matrix seen to the one most like it, if there is any, that its module or one beside it multiplied with values."""
+    left = list(witnessed)
+    for matrix in seen:
+        parent = matrix.module.split("#")[0].rpartition(".")[0]
+        near = [one for one in left if one.module == parent or one.module.startswith(f"{parent}." if parent else "")]
+        alike = [one for one in near if one.sums.shape == matrix.sums.shape]
+        if alike:
+            nearest = min(alike, key=lambda one: float((one.sums - matrix.sums).abs().max()))
+            left.remove(nearest)
+            check["agree"] += _hold(nearest.sums, matrix.sums, matrix.module, check)
+    check["unseen"] = sorted({matrix.module for matrix in left})
+
+
+def _hold(wanted: Tensor, value: Tensor, what: str, check: dict[str, Any]) -> bool:
+    """Note how far it is off, by its largest number, and whether that is wrong."""
+    wanted, value = wanted.nan_to_num(), value.nan_to_num()
+    off = float((wanted - value).abs().max() / wanted.abs().max().clamp(min=1.0))
+    check["worst"] = max(check["worst"], off)
+    if off > TOLERANCE:
+        check["wrong"].append(f"{what} is off by {off:.1e}")
+    return off <= TOLERANCE
 
 
 if __name__ == "__main__":

@@ -66,6 +66,21 @@ class Softmax:
         return {name: value for name, value in self.__dict__.items() if name != "output"}
 
 
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix that a module multiplied values with, by the sums over its queries, each query weighted: see `weighted`."""
+
+    module: str
+    sums: Tensor
+
+
+def weighted(matrix: Tensor) -> Tensor:
+    """``Σ_i cos(i) P_ij`` of (…, queries, keys), flat: it tells a matrix from its transpose and from its rows reordered."""
+    matrix = matrix.to(torch.float64)
+    weights = torch.arange(matrix.shape[-2], dtype=torch.float64).cos()
+    return torch.einsum("i,...ij->...j", weights, matrix).flatten()
+
+
 class Witness(TorchFunctionMode):
     """Follows softmaxes through a forward pass, function by function."""
 
@@ -74,6 +89,7 @@ class Witness(TorchFunctionMode):
         self.model = model
         self.softmaxes: list[Softmax] = []
         self.sdpa: list[str] = []
+        self.matrices: list[Matrix] = []
         self.eager: list[dict[str, Any]] = []
         self.inside_eager = 0
         self._names = {module: name for name, module in model.named_modules()}
@@ -95,12 +111,13 @@ class Witness(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if func is functional.scaled_dot_product_attention:
             self.sdpa.append(self._module())
+            self.matrices.append(Matrix(self._module(), weighted(_of_sdpa(*args, **kwargs))))
             return
-        inputs = list(_tensors([args, kwargs]))
+        inputs = list(tensors([args, kwargs]))
         if func in _SOFTMAXES:
             self._softmax(args, kwargs, output)
             return
-        outputs = list(_tensors([output]))
+        outputs = list(tensors([output]))
         tracked = [(i, t) for i, t in enumerate(inputs) if id(t) in self._from_softmax]
         if func in _PRODUCTS or name in ("linear", "conv2d", "conv1d", "addmm", "mm", "mv", "dot"):
             for i, t in tracked:
@@ -111,6 +128,9 @@ class Witness(TorchFunctionMode):
                     softmax.consumer, softmax.operand, softmax.way = name, i, way
                     softmax.shapes = [list(x.shape) for x in inputs]
                     softmax.equation = args[0] if name == "einsum" else ""
+                    matrix = _of_product(name, args, i, t) if func in _PRODUCTS else None
+                    if matrix is not None:
+                        self.matrices.append(Matrix(softmax.module, weighted(matrix)))
                 if name in ("linear", "conv2d"):
                     for out in outputs:
                         self._keep(out)
@@ -165,9 +185,13 @@ class Witness(TorchFunctionMode):
     def following(self) -> Iterator[None]:
         """Follow the model's modules and its eager attention in the block."""
         handles = []
+
+        def ended(*_: Any) -> None:
+            self._stack.pop()
+
         for module in self._names:
             handles.append(module.register_forward_pre_hook(lambda m, _: self._stack.append(m)))
-            handles.append(module.register_forward_hook(lambda m, _, __: self._stack.pop() and None, always_call=True))
+            handles.append(module.register_forward_hook(ended, always_call=True))
         wrapped = list(_eager_functions())
         for owner, function in wrapped:
             owner.eager_attention_forward = self._wrap(function)
@@ -204,6 +228,39 @@ class Witness(TorchFunctionMode):
         return eager_attention_forward
 
 
+def _of_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """The matrix of a call of scaled_dot_product_attention, in float64."""
+    query, key = query.double(), key.double()
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        logits = logits + attn_mask
+    return logits.softmax(-1).nan_to_num(0)  # a query that sees nothing
+
+
+def _of_product(name: str, args: Any, operand: int, matrix: Tensor) -> Tensor | None:
+    """The matrix that is an operand of a product, as (…, queries, keys); None where that is no product with values."""
+    if name != "einsum":
+        is_left = operand == (1 if name == "baddbmm" else 0)
+        return None if matrix.ndim < 2 else matrix if is_left else matrix.mT
+    named, _, output = args[0].replace(" ", "").partition("->")
+    mine, other = named.split(",")[operand], named.split(",")[1 - operand]
+    keys = [index for index in mine if index in other and index not in output]
+    queries = [index for index in mine if index not in other and index in output]
+    if not len(keys) == len(queries) == 1:
+        return None
+    lead = "".join(index for index in output if index in mine and index not in queries)
+    return torch.einsum(f"{mine}->{lead}{queries[0]}{keys[0]}", matrix)
+
+
 def _eager_functions() -> Iterator[tuple[Any, Callable[..., Any]]]:
     for name, module in list(sys.modules.items()):
         if name.startswith("transformers.models.") and "modeling" in name and "eager_attention_forward" in vars(module):
@@ -216,15 +273,16 @@ def _brief(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Those in anything nested."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors(part)
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _tensors(part)
+            yield from tensors(part)
 
 
 def _place() -> str:

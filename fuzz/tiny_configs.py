@@ -48,8 +48,47 @@ _NEEDED: dict[str, Any] = {
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
     "vocab_size": WORDS,
+    "head_dim": HEAD_WIDTH,
+    "image_token_id": _TOKENS["image"],
+    "image_token_index": _TOKENS["image"],
+    "moe_intermediate_size": WIDTH,
 }
 _FIXED: dict[str, Any] = {"attention_types": [[["global", "local"], 1]]}
+# What follows from no name: kinds of layers where the default has none of attention, sizes that have to fit together.
+_OWN: dict[str, dict[str, Any]] = {
+    "AutoformerConfig": {"context_length": 8, "label_length": 4},
+    "BambaConfig": {"attn_layer_indices": [1]},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": 100, "IMGIMGAZ": 5}},
+    "CohereCompassTextConfig": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
+    "DiffusionGemmaTextConfig": {"top_k_experts": 2},
+    "Dots3NoteTextConfig": {"per_layer_config": {}},
+    "Dots3NoteVisionConfig": {"per_layer_config": {}},
+    "Emu3Config": {"vocabulary_map": {"<image>": 100, "<|extra_200|>": 101, "<|visual token 000000|>": 5}},
+    "Ernie4_5_VLMoeTextConfig": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
+    "EsmConfig": {"pad_token_id": 1, "mask_token_id": 2},
+    "FalconH1Config": {"mamba_d_ssm": 2 * WIDTH, "mamba_d_head": 2 * HEAD_WIDTH},
+    "Granite4VisionConfig": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
+    "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"]},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
+    "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
+    "NemotronConfig": {"num_key_value_heads": 2},
+    "NemotronHConfig": {"n_groups": 2},
+    "Pix2StructVisionConfig": {"patch_embed_hidden_size": 768},
+    "Qwen2_5OmniThinkerConfig": {"vision_start_token_id": 105},
+    "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": 105},
+    "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": WIDTH},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_WIDTH, "indexer_budget": 8,
+        "indexer_compress_ratio": 2, "num_experts_per_tok": 2,
+    },
+    "Step3p7TextConfig": {"sliding_window": 8},
+}  # fmt: skip
 
 
 def tiny(config: PreTrainedConfig, narrow: bool = True, shallow: bool = True) -> PreTrainedConfig:
@@ -68,25 +107,41 @@ def tiny(config: PreTrainedConfig, narrow: bool = True, shallow: bool = True) ->
         if value is None and name in _NEEDED:
             changed[name] = _NEEDED[name]
             continue
-        if value is None or (plain is not None and _derived(type(config), name) and _same(value, _value(plain, name))):
+        if value is None:
+            continue
+        nested = isinstance(value, PreTrainedConfig)
+        if plain is not None and not nested and _derived(type(config), name) and _same(value, _value(plain, name)):
             continue
         small = _small(name, value, config, narrow, shallow)
-        if isinstance(value, PreTrainedConfig) or not _same(small, value) or not _same(value, _value(plain, name)):
+        if nested or not _same(small, value) or not _same(value, _value(plain, name)):
             changed[name] = small
     kinds = changed.get("layer_types") or _value(config, "layer_types")
     if shallow and isinstance(kinds, list) and "layer_types" in _names(config):
         changed |= _one_layer_of_each(config, list(dict.fromkeys(kinds)))
-    if "mrope_section" in getattr(type(config), "ignore_keys_at_rope_validation", ()) or type(
-        config
-    ).__name__.startswith("Qwen2VLText"):
+    rope = _value(config, "rope_parameters")
+    if rope != {} and (
+        "mrope_section" in getattr(type(config), "ignore_keys_at_rope_validation", ())
+        or type(config).__name__.startswith("Qwen2VLText")
+    ):
         changed["rope_parameters"] = _small_rope(
             {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}
             | _partial(config)
-            | dict(_value(config, "rope_parameters") or {}),
+            | dict(rope or {}),
             narrow,
         )
     changed |= dict(_special_tokens(config).items())
-    return type(config)(**changed)
+    changed |= _OWN.get(type(config).__name__, {}) if narrow and shallow else {}
+    return _with_stages(type(config), changed, _value(config, "out_features"))
+
+
+def _with_stages(kind: type[PreTrainedConfig], changed: dict[str, Any], stages: Any) -> PreTrainedConfig:
+    """A backbone gives the features that it gave, if it has so many layers; others give the last."""
+    if isinstance(stages, list) and len(stages) > 1:
+        try:
+            return kind(**changed | {"out_features": stages})
+        except ValueError:
+            pass
+    return kind(**changed)
 
 
 def _partial(config: PreTrainedConfig) -> dict[str, Any]:
@@ -165,16 +220,15 @@ def _small_number(name: str, value: int, config: PreTrainedConfig, narrow: bool,
             return value
         patch = getattr(config, "patch_size", None)
         return min(value, patch * PATCHES) if isinstance(patch, int) and patch >= 8 else _IMAGE
-    if (
-        re.fullmatch(r"(num_|n_)?(\w+_)?heads?|num_(\w+_)?(key_value|kv)_(heads|groups)|n_head_kv", name)
-        and "dim" not in name
-    ):
+    if re.fullmatch(
+        r"(num_|n_)?(\w+_)?heads?|num_(\w+_)?(key_value|kv)_(heads|groups)|n_head_kv", name
+    ) and not re.search("dim|d_head", name):
         if not narrow:
             return value
         queries = max(
-            getattr(config, other, 0) or 0
+            _value(config, other) or 0
             for other in ("num_attention_heads", "num_heads", "n_heads", "n_head")
-            if not isinstance(getattr(config, other, 0), (list, tuple))
+            if not isinstance(_value(config, other), (list, tuple))
         )
         return min(value, 2 if value < queries else HEADS)
     for pattern, most in _RULES:

@@ -210,6 +210,13 @@ def _ids(model: PreTrainedModel, variant: int, length: int = TEXT) -> Tensor:
     return ids
 
 
+def _codes(model: PreTrainedModel, variant: int) -> Tensor:
+    """Words, or for those that take several books of them at once, as many rows."""
+    ids = _ids(model, variant)
+    books = getattr(model.config, "num_codebooks", None)
+    return ids.expand(books, -1) if isinstance(books, int) and type(model).__name__.startswith("Musicgen") else ids
+
+
 def _first(value: Any) -> int:
     return int(value[0]) if isinstance(value, (list, tuple)) else int(value)
 
@@ -309,7 +316,7 @@ def _history(model: PreTrainedModel) -> int:
 
 
 _MAKERS: dict[str, Any] = {
-    "input_ids": _ids,
+    "input_ids": _codes,
     "decoder_input_ids": lambda model, variant: _ids(model, 0, 6),
     "attention_mask": lambda model, variant: torch.ones(1, TEXT, dtype=torch.long),
     "token_type_ids": lambda model, variant: torch.zeros(1, TEXT, dtype=torch.long),
@@ -337,7 +344,10 @@ _MAKERS: dict[str, Any] = {
     ),
     "query_embeds": _embeddings,
     "image": _pixels,
-    "past_values": lambda model, variant: torch.rand(1, _history(model)),
+    "past_values": lambda model, variant: torch.rand(
+        (1, _history(model))
+        + ((model.config.num_input_channels,) if hasattr(model.config, "num_input_channels") else ())
+    ),
     "past_time_features": lambda model, variant: torch.rand(
         1, _history(model), _find(model, ("num_time_features",), 0)
     ),
@@ -359,6 +369,21 @@ _MAKERS: dict[str, Any] = {
     "context": _embeddings,
     "high_res_pixel_values": lambda model, variant: torch.randn(1, 3, 1024, 1024),
     "pixel_mask": lambda model, variant: None,
+    "past_values_padding": lambda model, variant: torch.zeros(1, _history(model)),
+    "freq": lambda model, variant: torch.zeros(1, 1, dtype=torch.long),
+    "feature_lens": lambda model, variant: torch.tensor([_features(model, 4).shape[-1]]),
+    "mask": lambda model, variant: torch.ones(1, _features(model, 1).shape[1], dtype=torch.bool),
+    "merge_sizes": lambda model, variant: torch.tensor([2]),
+    "pixel_attention_mask": lambda model, variant: torch.ones(1, 16, dtype=torch.long),
+    "spatial_shapes": lambda model, variant: torch.tensor([[4, 4]]),
+    "prompt_pixel_values": _pixels,
+    "prompt_masks": _pixels,
+    "flattened_patches": lambda model, variant: torch.randn(
+        1, 16, 2 + 3 * _first(_find(model, ("patch_size",), 16, "vision")) ** 2
+    ),
+    "image_attention_mask": lambda model, variant: torch.ones(1, TEXT, 1, dtype=torch.long),
+    "aspect_ratio_ids": lambda model, variant: torch.ones(1, 1, dtype=torch.long),
+    "aspect_ratio_mask": lambda model, variant: torch.ones(1, 1, _find(model, ("max_num_tiles",), 1), dtype=torch.long),
 }
 _WANTED = (
     "input_ids",
@@ -374,6 +399,9 @@ _WANTED = (
     "visual_feats",
     "visual_pos",
     "high_res_pixel_values",
+    "flattened_patches",
+    "image_attention_mask",
+    "feature_lens",
     "input_features_mask",
     "feature_attention_mask",
     "future_values",

@@ -18,12 +18,17 @@ DECODERS = {
     "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GROUPED, sliding_window=8, sliding_window_pattern=3)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
 }
+MORE = {  # attention of its own: a sink beside the keys
+    "gpt_oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(**GROUPED, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 3)
+    ),
+}
 
 
 def decoder(name: str) -> hf.PreTrainedModel:
     """A random model with attention far from uniform."""
     torch.manual_seed(0)
-    model = DECODERS[name]().eval()
+    model = (DECODERS | MORE)[name]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

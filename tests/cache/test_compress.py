@@ -62,7 +62,7 @@ def test_a_text_in_a_padded_batch_is_as_alone(policy: Policy, name: str, way: st
 
 @pytest.mark.parametrize("lengths", [(12,), (12, 5)], ids=["one", "padded"])
 @pytest.mark.parametrize("by_head", ["uniform", "adaptive"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [*DECODERS, "gpt_oss"])
 def test_a_step_attends_to_what_is_left_at_its_own_position(name: str, by_head: str, lengths: tuple[int, ...]) -> None:
     """Logits of steps after compression are those of the whole text with the dropped entries hidden by a mask."""
     model, inputs = decoder(name), texts(*lengths)
@@ -91,7 +91,7 @@ def test_a_step_attends_to_what_is_left_at_its_own_position(name: str, by_head: 
             gone = ~left[call.place.layer].repeat_interleave(shared, 1)
             visible[:, :, 12:, :12] &= ~gone[:, :, None]
         return regard.AttentionCall(
-            call.query, call.key, call.value, visible, scale=call.scale, enable_gqa=True,
+            call.query, call.key, call.value, visible, scale=call.scale, enable_gqa=True, sinks=call.sinks,
         )  # fmt: skip
 
     with torch.no_grad(), regard.steer(model, regard.Custom(hide)):
@@ -183,6 +183,24 @@ def test_watching_changes_nothing_and_sees_what_is_left(
     if policy.every is None:
         left = torch.stack([layer.positions for layer in cache.report().layers]).repeat_interleave(2, 2)
         assert not rows[..., 0, :12][~left[..., :12]].any()
+
+
+def test_a_cache_follows_its_texts(llama: hf.PreTrainedModel) -> None:
+    """Repeated, some alone, begun anew."""
+    inputs, word = texts(12, 12), torch.tensor([[5], [6]])
+    with torch.no_grad(), regard.compress(llama, Knorm(budget=4, by_head="adaptive")):
+        first = llama(**inputs)
+        past = first.past_key_values
+        wanted = llama(word, past_key_values=copy.deepcopy(past)).logits
+        past.batch_repeat_interleave(2)
+        repeated = llama(word.repeat_interleave(2, 0), past_key_values=copy.deepcopy(past)).logits
+        past.batch_select_indices(torch.tensor([2, 0]))
+        turned = llama(word.flip(0), past_key_values=past).logits
+        past.reset()
+        anew = llama(**inputs, past_key_values=past).logits
+    torch.testing.assert_close(repeated, wanted.repeat_interleave(2, 0))
+    torch.testing.assert_close(turned, wanted.flip(0))
+    torch.testing.assert_close(anew, first.logits)
 
 
 def test_steering_a_compressed_model(llama: hf.PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 import math
 from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from regard import AttentionMap
 from regard.maps import ConcatenatedHeads, Identity, TokenMap, mixed_heads, token_map
-from tests.maps.answers import check_answers, hidden, normal
+from tests.maps.answers import attention, check_answers, hidden, normal
 
 Shape = tuple[int, int, int, int]
 Pair = tuple[TokenMap, Tensor]
@@ -117,3 +118,30 @@ def test_every_answer_of_every_composition(data: st.DataObject) -> None:
     numbers = data.draw(st.sampled_from([1, 60, 2**22]))  # strips of one row, of some rows, of all
     with patch.object(token_map, "_NUMBERS_AT_ONCE", numbers), patch.object(mixed_heads, "_NUMBERS_AT_ONCE", numbers):
         check_answers(A, matrix)
+
+
+@pytest.mark.parametrize("question", ["entropy", "mass"])
+def test_what_is_expected_is_answered_alike(question: str) -> None:
+    segments = {"first": [0], "others": slice(1, None)}
+
+    def made() -> list[TokenMap]:
+        A, B = (attention(2, 2, 6, 6, seed=seed)[0] for seed in (1, 5))
+        return [
+            A.restrict([4, 1]),
+            ConcatenatedHeads(A, B),
+            A.mix_heads(torch.eye(2, dtype=torch.float64).flip(0)),
+            A.heads([1]),
+        ]
+
+    for plain, told in zip(made(), made(), strict=True):
+        if question == "entropy" and not plain.has_probability_rows:
+            continue
+        arguments: tuple[object, ...] = (segments,) if question == "mass" else ()
+        told.expect(question, *arguments)
+        wanted, found = (getattr(one, question)(*arguments) for one in (plain, told))
+        torch.testing.assert_close(found, wanted)
+
+
+def test_viewers_of_some_rows() -> None:
+    A, P = attention(1, 2, 6, 6)
+    torch.testing.assert_close(A.restrict([4, 1, 1]).viewers(), (P[:, :, [4, 1, 1]] > 0).double().sum(2)[:, :1])

@@ -261,6 +261,10 @@ def test_mask_mods_and_block_masks_are_those_of_flex_attention() -> None:
 def test_masks_are_readable() -> None:
     mask = (masks.causal() | masks.window(2, 2)) & ~masks.documents([4, 4])
     assert repr(mask) == "(causal() | window(left=2, right=2)) & ~documents([4, 4])"
+    assert repr(masks.prefix([2, 3])) == "prefix([2, 3])"
+    assert repr(masks.strided(4) & masks.fixed(4, 2)) == "strided(4) & fixed(4, summary=2)"
+    assert repr(masks.blocks(torch.eye(2).bool()[None, None], 4)) == "blocks(2 of (1, 1, 2, 2), block_size=(4, 4))"
+    assert repr(mask.heads([0, 2])) == f"({mask!r}).heads([0, 2])"
     assert repr((~mask).offset(3)) == f"(~({mask!r})).offset(query_start=3, key_start=0)"
     assert repr(masks.neighbourhood((4, 4), 3, stride=(1, 2))) == "neighbourhood((4, 4), (3, 3), stride=(1, 2))"
 
@@ -287,6 +291,25 @@ def test_masks_are_readable() -> None:
             lambda: masks.neighbourhood((3, 3), 3).dense(1, 1, 10, 9),
         ),
         ("2 lengths, but a batch of 3", lambda: masks.prefix([1, 2]).dense(3, 1, 4, 4)),
+        ("one to three dimensions of at least one token", lambda: masks.neighbourhood((4, 0), 1)),
+        ("one number of tokens, or one of each batch element", lambda: masks.prefix(torch.ones(2, 2).long())),
+        ("the stride is 1 or more, got 0", lambda: masks.strided(0)),
+        (r"ids are integers.* got torch.float32 \(3,\)", lambda: masks.documents(ids=torch.rand(3))),
+        (
+            r"goes from 0 to the number of tokens; got \[1, 4\]",
+            lambda: masks.documents(cu_seqlens=torch.tensor([1, 4])),
+        ),
+        ("lengths are numbers of tokens", lambda: masks.documents([3, -1])),
+        (
+            "ids of 2 batch elements, but a batch of 3",
+            lambda: masks.documents(ids=torch.zeros(2, 4).long()).dense(3, 1, 4, 4),
+        ),
+        ("at least one query and one key, got 0", lambda: masks.blocks(torch.ones(1, 1, 2, 2).bool(), 0)),
+        (
+            r"do not broadcast to a batch of 2 and 4 heads",
+            lambda: masks.blocks(torch.ones(1, 3, 2, 2).bool(), 4).dense(2, 4, 8, 8),
+        ),
+        ("one of 2 chosen heads, but the call has 3", lambda: masks.causal().heads([0, 2]).dense(1, 3, 4, 4)),
         ("cover 8 queries and 8 keys", lambda: masks.blocks(torch.ones(1, 1, 2, 2).bool(), 4).dense(1, 1, 9, 8)),
     ],
 )

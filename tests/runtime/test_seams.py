@@ -108,3 +108,37 @@ def test_triangles_of_their_own_class_are_steered() -> None:
     mask = torch.ones(3, 7, dtype=torch.bool).tril(4)
     mask[:, 0] = False
     torch.testing.assert_close(steered, scaled_dot_product_attention(q, k, k, mask))
+
+
+class Channels(nn.Module):
+    """Attention from channels to channels, of (B, N, C) or of (B, C, H, W)."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2) if x.ndim == 4 else x.mT
+        query = key = value = tokens.unflatten(1, (2, -1))
+        if self.fused:
+            return functional.scaled_dot_product_attention(query, key, value).flatten(1, 2)
+        return ((query @ key.mT).softmax(-1) @ value).flatten(1, 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 8), (1, 16, 8), (2, 12, 3, 3)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_channels_are_not_taken_for_tokens(shape: tuple[int, ...], fused: bool) -> None:
+    model = nn.Sequential(Channels(fused))
+    with torch.no_grad(), regard.watch(model, regard.Received()) as seen:
+        model(torch.randn(shape))
+    assert seen.layers == ["0.channels"]
+    assert seen.dataset().sizes["key"] == (4 if len(shape) == 3 else 6)
+
+
+@pytest.mark.parametrize("tokens", [4, 8, 9])
+def test_tokens_as_many_as_a_head_is_wide_are_tokens(tokens: int) -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(1, tokens, 8)
+    with torch.no_grad(), regard.watch(layer, regard.Received()) as seen:
+        layer(x, x[:, :4], x[:, :4])
+    assert seen.layers == ["MultiheadAttention"]

@@ -171,6 +171,48 @@ def test_a_softmax_that_is_not_followed_is_named() -> None:  # R4
         model["lost"](logits)
 
 
+class InParts(nn.Module):
+    """One softmax, the values of whose keys are multiplied a few at a time, as Longformer's and BigBird's are."""
+
+    def __init__(self, *ends: int) -> None:
+        super().__init__()
+        self.ends = ends
+
+    def forward(self, logits: Tensor, values: Tensor) -> Tensor:
+        weights, total = logits.softmax(-1), torch.zeros(())
+        for start, end in zip((0, *self.ends), self.ends, strict=False):
+            total = total + weights[..., start:end] @ values[..., start:end, :]
+        return total
+
+
+def test_a_softmax_in_parts_is_named_and_left_alone() -> None:
+    logits, values = torch.randn(2, 2, 5, 6), torch.randn(2, 2, 6, 3)
+    model = nn.ModuleDict({"whole": InParts(6), "parts": InParts(2, 4, 6)})
+    model.forward = lambda: model["whole"](logits, values) + model["parts"](logits, values)  # type: ignore[method-assign]
+    plain = model()
+    named = pytest.warns(UserWarning, match=r"not seen: parts \(softmax of InParts at .*, some of its keys at a time\)")
+    with named, regard.watch(model, regard.Received()) as seen:
+        assert torch.equal(model(), plain)
+    assert seen.layers == ["whole"]
+    with (
+        pytest.raises(RuntimeError, match="some of its keys at a time"),
+        regard.watch(model["parts"], regard.Received()),
+    ):
+        model["parts"](logits, values)
+
+
+def test_a_sink_put_beside_the_keys_is_no_part() -> None:
+    logits, values = torch.randn(2, 2, 5, 6), torch.randn(2, 2, 6, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = InParts(5)
+        with regard.watch(model, regard.Received()) as seen:
+            model(logits, values)
+    torch.testing.assert_close(
+        torch.as_tensor(seen.dataset().received.values)[0], logits.softmax(-1)[..., :5].sum(2), atol=1e-5, rtol=1e-5
+    )
+
+
 def test_what_is_all_seen_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

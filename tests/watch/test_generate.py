@@ -9,16 +9,16 @@ import transformers as hf
 from torch import Tensor
 
 import regard
-from tests.watch.test_models import GROUPED, built, ids, kind_of
+from tests.watch.test_models import GROUPED, built, ids, kind_of, set_attention
 
 STEPS = 8
 
 
 def stored(model: torch.nn.Module, attribute: str, **options: Any) -> Any:
-    model.set_attn_implementation("eager")
+    set_attention(model, "eager")
     options |= {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "return_dict_in_generate": True}
     output = model.generate(**options, output_attentions=True)
-    model.set_attn_implementation("sdpa")
+    set_attention(model, "sdpa")
     return output, getattr(output, attribute)
 
 
@@ -97,6 +97,21 @@ def test_padded_prompts(name: str) -> None:
         expected[0, :, :4] = np.nan
         np.testing.assert_allclose(data.entropy.isel(layer=layer), expected, atol=2e-5)
         np.testing.assert_allclose(data.received.isel(layer=layer), matrix.sum(2), atol=2e-5)
+
+
+@pytest.mark.parametrize("prompt", [[[3, 4, 5, 6, 7, 7]], [[3, 4, 5, 6, 7]]], ids=["longer", "as long"])
+def test_one_word_again_in_a_sliding_window(prompt: list[list[int]]) -> None:
+    # The first layer's values are the word's, wherever it stands; they were taken for keys that stay.
+    torch.manual_seed(0)
+    config = hf.MistralConfig(**GROUPED | {"num_key_value_heads": 4}, sliding_window=5)
+    model, ids = hf.MistralForCausalLM(config).eval(), torch.tensor(prompt)
+    torch.nn.init.eye_(model.model.layers[0].self_attn.v_proj.weight)  # no sums, whose last bits differ
+    options: Any = {"do_sample": False, "prefix_allowed_tokens_fn": lambda *_: [7]}
+    _, steps = stored(model, "attentions", input_ids=ids, **options)
+    seen, _ = generate(model, regard.Received(), input_ids=ids, **options)
+    for layer in range(2):
+        received = joined(steps, layer).sum(2)
+        np.testing.assert_allclose(seen.dataset().received.isel(layer=layer), received, atol=2e-5)
 
 
 def of_different_heads() -> torch.nn.Module:

@@ -155,6 +155,35 @@ def test_pooled_and_rows(tensors: tuple[Tensor, ...]) -> None:
     np.testing.assert_allclose(data.rows[0], matrix[:, :, [0, 7]], atol=1e-6)
 
 
+def test_rows_are_chosen_by_slices_and_masks_too(tensors: tuple[Tensor, ...]) -> None:
+    chosen = torch.arange(TOKENS) % 4 == 1
+    data = [seen(tensors, regard.Rows(where)).dataset().rows[0] for where in (slice(2, 5), chosen)]
+    matrix = matrix_of(tensors)
+    np.testing.assert_allclose(data[0], matrix[:, :, 2:5], atol=1e-6)
+    np.testing.assert_allclose(data[1], matrix[:, :, [1, 5, 9]], atol=1e-6)
+
+
+def test_a_picture_leaves_out_padded_queries(tensors: tuple[Tensor, ...]) -> None:
+    mask = torch.arange(TOKENS) >= torch.tensor([[0], [3]])
+    with regard.watch(regard.Pooled(4), token_mask=mask) as recording:
+        F.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
+    matrix = matrix_of(tensors) * mask[:, None, :, None].numpy()
+    blocks = np.add.reduceat(np.add.reduceat(matrix, [0, 4, 8], axis=2), [0, 4, 8], axis=3)
+    np.testing.assert_allclose(recording.dataset().pooled[0], blocks, atol=1e-5)
+    with pytest.raises(ValueError, match=r"token_mask must be \(batch, tokens\), got shape \(11,\)"):
+        regard.watch(regard.Pooled(4), token_mask=mask[0])
+
+
+@pytest.mark.parametrize("heads", [[2], [3, 0]])
+def test_chosen_heads_have_their_own_masks(tensors: tuple[Tensor, ...], heads: list[int]) -> None:
+    bias = torch.randn(1, 4, TOKENS, TOKENS)
+    with regard.watch(regard.Received(), heads=heads) as recording:
+        F.scaled_dot_product_attention(*tensors, bias, enable_gqa=True)
+    logits = tensors[0].double() @ tensors[1].double().repeat_interleave(2, 1).mT * 8**-0.5 + bias
+    received = recording.dataset().received[0].sel(head=heads)
+    np.testing.assert_allclose(received, logits.softmax(-1).sum(2)[:, heads], atol=1e-5)
+
+
 def test_value_norm(tensors: tuple[Tensor, ...]) -> None:
     data = seen(tensors, regard.ValueNorm()).dataset()
     matrix, value = matrix_of(tensors), tensors[2].double().repeat_interleave(2, dim=1).numpy()

@@ -362,6 +362,26 @@ def test_no_call_names_the_implementation_and_the_remedy() -> None:
         pass
 
 
+def test_parts_that_are_not_seen_are_named_beside_those_that_are() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text, self.image = built("llama"), hf.BertModel(hf.BertConfig(**SMALL, **TEXT)).eval()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.text(input_ids=tokens).logits
+
+    pair = Pair()
+    pair.image.config._attn_implementation = "flash_attention_2"
+    with (
+        pytest.warns(UserWarning, match=r"not seen: image \(runs attn_implementation='flash_attention_2', if it ran\)"),
+        torch.no_grad(),
+        regard.watch(pair, regard.Entropy()) as seen,
+    ):
+        pair(ids())
+    assert seen.layers == ["text.model.layers.0.self_attn", "text.model.layers.1.self_attn"]
+
+
 def test_no_call_in_other_models_and_blocks() -> None:
     model = nn.Linear(3, 3)
     with (

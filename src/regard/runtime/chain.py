@@ -21,7 +21,7 @@ from torch.nn import Module
 from regard.runtime import unseen_model
 from regard.runtime.call import AttentionCall, HiddenCall, Place, normalize, output_shape
 from regard.runtime.stack import Stack
-from regard.runtime.tracker import Site, Tracker
+from regard.runtime.tracker import Site, Tracker, is_over_channels
 from regard.tokens import Selection
 
 Proceed = Callable[[Any], Tensor]
@@ -188,6 +188,12 @@ def note_softmax(module: Module, line: str) -> None:
         block.softmaxes[module, line] = None
 
 
+def note_part(module: Module, line: str) -> None:
+    """One over keys enters several products, each with some of its keys: who sees one of them has not seen the matrix."""
+    forget_softmax(module, line)
+    note_softmax(module, f"{line}, {unseen_model.IN_PARTS}")
+
+
 def forget_softmax(module: Module, line: str) -> None:
     """It has entered one."""
     for block in _here_open():
@@ -234,7 +240,12 @@ def intercept(call: Any, finish: Callable[[Any, Any], Tensor], *, label: str = "
         past: the number of tokens before the call's own, where its maker knows.
     """
     blocks = [] if _busy() or torch.compiler.is_compiling() else _here_open()
-    links = _links(blocks, Stack(), label, isinstance(call, HiddenCall)) if blocks else []
+    links: list[Link] = []
+    if blocks:
+        stack = Stack()
+        if isinstance(call, AttentionCall) and stack.frames and is_over_channels(call, stack.frames[0]):
+            label += ".channels"
+        links = _links(blocks, stack, label, isinstance(call, HiddenCall))
     if not links or _is_empty(call):
         return _finish(call, call, finish)
     output = _pass(links, call, finish, past)

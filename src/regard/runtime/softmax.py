@@ -156,6 +156,11 @@ def _call(function: Callable[..., Any], args: Any, kwargs: dict[str, Any], layou
     matrix: Any = layout.matrix
     way: _Way = matrix._way
     release(way.softmax)
+    if (
+        way.softmax.logits.shape[way.softmax.dim] - matrix.shape[layout.key_dim] > 1
+    ):  # one is a sink that was put beside the keys
+        chain.note_part(way.softmax.module, way.softmax.line)
+        return function(*args, **kwargs)  # type: ignore[no-any-return]
     dtypes = []
 
     def product() -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.runtime import beams
-from regard.runtime.call import Place
+from regard.runtime.call import AttentionCall, Place
 from regard.runtime.stack import Frame, Stack
 from regard.runtime.text import Text
 
@@ -48,9 +48,8 @@ class Site:
         if not self.frames:
             return None, None
         frame = self.frames[0]
-        given = [frame.arguments.get("hidden_states"), *frame.positional[:1]]
-        hidden = (tensor for tensor in given if isinstance(tensor, Tensor) and tensor.ndim == 3)
-        return frame.module, next((tensor.shape[1] for tensor in hidden if not tensor.is_nested), None)
+        given = _given(frame)
+        return frame.module, None if given is None or given.ndim != 3 else given.shape[1]
 
     @property
     def token_ids(self) -> Tensor | None:
@@ -62,6 +61,33 @@ class Site:
     def cache(self) -> tuple[Any, int | None]:
         """The key–value cache that the call's layer was given, and the layer's number in it; None where there is none."""
         return _cache_of(self.frames)
+
+
+def is_over_channels(call: AttentionCall, frame: Frame) -> bool:
+    """Whether queries and keys are the channels of what the call's module was given, and its tokens the values' width.
+
+    So it is in cross-covariance and channel attention: El-Nouby et al., "XCiT" (2021), Ding et al., "DaViT" (2022).
+    """
+    given = _given(frame)
+    if given is None or call.query.ndim != 4:
+        return False
+    channels, tokens = given.shape[-1], given.shape[-2]
+    if given.ndim == 4:  # an image, (B, C, H, W)
+        channels, tokens = given.shape[1], given.shape[2] * given.shape[3]
+    heads, queries = call.query.shape[1:3]
+    if call.value.shape[3] != tokens or queries == tokens:
+        return False
+    return queries == call.key.shape[2] and heads * queries == channels
+
+
+def _given(frame: Frame) -> Tensor | None:
+    """What a module was given to attend from: (B, tokens, channels), or (B, C, H, W)."""
+    hidden = frame.arguments.get("hidden_states")
+    if hidden is None and frame.positional:
+        hidden = frame.positional[0]
+    if not isinstance(hidden, Tensor) or hidden.is_nested:
+        return None
+    return hidden if hidden.ndim in (3, 4) else None
 
 
 class Tracker:

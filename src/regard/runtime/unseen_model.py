@@ -14,6 +14,9 @@ _SEEN = (
     "that enters a product with values"
 )
 _KNOWN = (None, "sdpa", "eager")
+IN_PARTS = "some of its keys at a time"
+"""Said of a softmax over keys that enters no one product with values."""
+
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 
 
@@ -41,7 +44,11 @@ def explain(model: Module | None, softmaxes: Mapping[str, str] | None = None) ->
 def warn(model: Module | None, seen: Iterable[str], softmaxes: Mapping[str, str]) -> None:
     """For a block in which some calls were seen: name those that were not, before what was seen is taken for all."""
     paths = list(seen)
-    own = {path: where for path, where in softmaxes.items() if _ATTENTION.search(where) and not _within(path, paths)}
+    own = {
+        path: where
+        for path, where in softmaxes.items()
+        if IN_PARTS in where or (_ATTENTION.search(where) and not _within(path, paths))
+    }
     other = [] if model is None else list(_other_implementations(model))
     for path, implementation in other:
         if not any(_within(one, [path]) for one in paths):

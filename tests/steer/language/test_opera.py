@@ -140,10 +140,12 @@ def with_rollback(
     return text, taken_back
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("threshold", [2, 4])
-def test_rollback(llama: LlamaForCausalLM, ids: Tensor, threshold: int) -> None:
+def test_rollback(llama: LlamaForCausalLM, ids: Tensor, threshold: int, masked: bool) -> None:
     settings = SETTINGS | {"warmup": 1}
-    penalty = OverTrustPenalty(llama, {"input_ids": ids[:, :6]}, threshold=threshold, **settings)
+    inputs = {"input_ids": ids[:, :6]} | ({"attention_mask": torch.ones(1, 6, dtype=torch.long)} if masked else {})
+    penalty = OverTrustPenalty(llama, inputs, threshold=threshold, **settings)
     generated = generate_with_rollback(llama, penalty, 12, do_sample=False)
     wanted, times = with_rollback(llama, ids[:, :6], 12, threshold, settings)
     assert times > 0

@@ -78,5 +78,11 @@ def test_no_sink(seer: Seer) -> None:
         var(seer.model, seer.inputs, layers=["layers.9"])
     with pytest.raises(ValueError, match="text 0 of the batch has no image token"):
         var(seer.model, {"input_ids": torch.tensor([[1, 2, 3]])})
+    with pytest.raises(
+        ValueError, match=r"needed to find the image, got the inputs pixel_values; pass what a processor"
+    ):
+        var(seer.model, {"pixel_values": torch.zeros(1, 3, 4, 4)})
+    with pytest.raises(ValueError, match=r"needed to find the image, got shape \(3,\)"):
+        var(seer.model, {"input_ids": torch.tensor([1, 2, 3])})
     with pytest.raises(ValueError, match="RedistributeSinks needs share to be a number from 0 to 1, got 2"):
         RedistributeSinks(0, 1, share=2)

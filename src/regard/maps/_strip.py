@@ -9,6 +9,7 @@ These functions keep to what TorchScript compiles: see `unlocked`.
 
 # No `from __future__ import annotations`: TorchScript reads the annotations themselves.
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -16,6 +17,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+_compiling = threading.Lock()
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -28,7 +30,7 @@ def unlocked(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
     operator does; two of them were slower than one. Where TorchScript has no source to read or has gone, the function itself
     computes as much, only slower.
     """
-    with warnings.catch_warnings():
+    with _compiling, warnings.catch_warnings():  # which two threads would mix up
         warnings.simplefilter(
             "ignore", DeprecationWarning
         )  # in favour of compilers that need one on the user's machine

@@ -171,6 +171,9 @@ class AttentionCall:
 
     def detached(self) -> AttentionCall:
         """The call apart from the model's graph."""
+        tensors = (self.query, self.key, self.value, self.attn_mask, self.sinks)
+        if not self.columns and not any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return self
         mask, sinks = self.attn_mask, self.sinks
         return replace(
             self, query=self.query.detach(), key=self.key.detach(), value=self.value.detach(),

@@ -42,7 +42,7 @@ def inputs(length: int, retention: Retention, depth: int, seed: int = 0) -> list
     threshold, gain = torch.rand(2, 2, length, 8, generator=generator), torch.rand(2, 8, generator=generator) + 0.5
     shapes = Memory(depth, 3).shapes(8, 8)
     weights = [retention.begin(torch.randn(2, 2, *shape, generator=generator)) for shape in shapes]
-    return [q, k, v, 0.03 * step, -0.2 * decay, -momentum, threshold, gain, *weights]
+    return [q, k, v, 0.03 * step, -0.02 * decay, -momentum, threshold, gain, *weights]
 
 
 @pytest.mark.parametrize("case", CASES)

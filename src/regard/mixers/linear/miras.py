@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
@@ -21,23 +22,25 @@ _PAPER = (
     "A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, "
     "Retention, and Online Optimization"
 )
-_KEEP = 4.5  # 1 − α begins at sigmoid(4.5), 0.99: what is written lasts for about 100 tokens
+_KEEP = 7.0  # 1 − α begins at sigmoid(7), 0.999: what is written lasts for about 1,000 tokens
 _RANK = 32
-_THRESHOLD = 0.54  # softplus of it is 1
+_THRESHOLD = 1.8545  # softplus of it is 2
 
 
 class Miras(Mixer):
     """A layer around `neural_memory`, made by four choices: gradient steps on ``ℓ(W; k_t, v_t) + Ret(W, W_{t−1})``.
 
     Short convolutions and SiLU before queries, keys and values, keys and queries of length 1, an RMS norm of each head's
-    output, a SiLU gate of the tokens on it. One memory for each head; its first weights are learned, from variance 1, the
-    last matrix from nothing, so that the memory begins empty, or as the identity if it is a network.
+    output, a SiLU gate of the tokens on it. One memory for each head; its first weights are learned: a matrix begins empty,
+    those of a network such that what each gives is about of variance 1 (of a last matrix of zeros, the layer norm would make
+    as much of the first token as of all that follow).
 
     The paper makes step, decay and threshold of each channel from the token and leaves their activations open. Here step and
-    decay are one for each head, so that a chunk is products of matrices, and sigmoids: ``1 − α`` begins at 0.99, η at 0.5,
+    decay are one for each head, so that a chunk is products of matrices, and sigmoids: ``1 − α`` begins at 0.999, η at 0.5,
     and ``θ = (1 − η) · largest_step · sigmoid(·)``: a long momentum takes no longer steps, and a matrix does not write keys
     that repeat through a chunk beyond their value, as long as ``largest_step · chunk`` is at most 1. The threshold is of
-    each channel, by a projection of low rank and softplus, and begins at 1.
+    each channel, by a projection of low rank and softplus, and begins at 2, beyond the errors of most: a network's output has
+    variance 1, and errors that were all cut would pull it to the corners of a cube, from wherever it is.
 
     Args:
         dim: of the tokens.
@@ -99,8 +102,12 @@ class Miras(Mixer):
     def _memory(self, width: int) -> tuple[ParameterList, Parameter | None]:
         """What is held before the first token, and the gain of a network."""
         memory, retention = self.design.memory, self.design.retention
-        first = [torch.randn(self.heads, *shape) for shape in memory.shapes(width, width)]
-        first[-1].zero_()
+        first = [
+            torch.randn(self.heads, *shape) / (1 if layer == 0 else math.sqrt(shape[1]))  # keys are of length 1
+            for layer, shape in enumerate(memory.shapes(width, width))
+        ]
+        if memory.depth == 1:
+            first[0].zero_()
         gain = Parameter(torch.ones(self.heads, width)) if memory.depth > 1 else None
         return ParameterList([Parameter(retention.begin(weight)) for weight in first]), gain
 

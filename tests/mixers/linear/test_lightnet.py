@@ -86,6 +86,15 @@ def test_one_scan_does_not_know_the_order() -> None:
     torch.testing.assert_close(mixed, whole[:, :, order])
 
 
+def test_a_sum_that_begins_at_one_is_that_of_the_authors_code() -> None:
+    q, k, v, _, _ = (tensor.double() for tensor in inputs(12))
+    found, _ = lightnet(q, k, v, (torch.zeros(2, 3, 4, 5).double(), torch.zeros(2, 3, 4).double()))
+    weights = k.exp()
+    expected = torch.einsum("bhid,bhijd,bhje->bhie", q / (1 + weights.cumsum(2)), weights[:, :, None].expand(
+        -1, -1, 12, -1, -1) * torch.ones(12, 12).tril()[:, :, None], v)  # fmt: skip
+    torch.testing.assert_close(found, expected)
+
+
 def test_half_precision() -> None:
     q, k, v, _, _ = inputs(100)
     expected, _ = lightnet(q, k, v)

@@ -77,6 +77,13 @@ def test_no_map_where_the_output_is_not_linear_in_values() -> None:
             kind(8, heads=2).map(torch.randn(1, 5, 8))
 
 
+def test_moneta_keeps_as_its_facts_say() -> None:
+    assert "W_t = A_t / (mean |A|^q + 1)^{(q−2)/q}" in Moneta.facts.formula
+    mixer, held = Moneta(8, heads=2, q=5.0), 3 * torch.randn(2, 4, 6, dtype=torch.float64)
+    scale = (held.abs().pow(5).mean((1, 2), keepdim=True) + 1) ** (3 / 5)
+    torch.testing.assert_close(mixer.design.retention.weights(held, held), held / scale)
+
+
 def test_bad_layers() -> None:
     with pytest.raises(ValueError, match=r"Yaad: dim must be a multiple of heads, got dim=10 and heads=4"):
         Yaad(10, heads=4)

@@ -170,7 +170,7 @@ class LightningAttention(Mixer):
         self.inputs = Linear(dim, 4 * dim, bias=False)
         self.output = Linear(dim, dim, bias=False)
         # The rates and not the decays: near 1 those of late heads would be one and the same in bfloat16.
-        self.register_buffer("rates", _rates(heads, layer, layers, schedule), persistent=False)
+        self.register_buffer("rates", _rates(heads, layer, layers, schedule))
         self.theta: Parameter | None = None
         if turned if turned is not None else layer == 0:
             self.theta = Parameter((10000 ** (-2 * torch.arange(dim) / dim)).view(heads, -1))

@@ -231,8 +231,8 @@ class Moneta(Miras):
     """An ℓ_p bias and ℓ_q retention: ``A_t = (1 − α_t) A_{t−1} − θ_t ∇ℓ_p,  W_t = A_t / (mean |A|^q + 1)^{(q−2)/q}``, p = 3,
     q = 4.
 
-    The paper divides by ``‖A_t‖_q^{q−2}``; here by that of the mean power, with a floor, at each chunk's start, of each matrix
-    of a head (`Lq`). The loss is ``‖r‖_p^p / p``, its factor p left to the step.
+    The paper divides by ``‖A_t‖_q^{q−2}``; here by that of the mean power, with a floor, at each chunk's start, of each
+    matrix of a head (`Lq`). The loss is ``‖r‖_p^p / p``, its factor p left to the step.
 
     Args:
         dim: of the tokens.
@@ -252,7 +252,8 @@ class Moneta(Miras):
 
     facts: ClassVar[Facts] = Facts(
         paper=_PAPER,
-        formula="A_t = (1 − α_t) A_{t−1} − θ_t ∇‖M(k_t) − v_t‖_p^p,  W_t = A_t / (mean |A|^q + 1)^{(q−2)/q},  o_t = M(W_t, q_t)",
+        formula="A_t = (1 − α_t) A_{t−1} − θ_t ∇‖M(k_t) − v_t‖_p^p,  W_t = A_t / (mean |A|^q + 1)^{(q−2)/q},  "
+        "o_t = M(W_t, q_t)",
         time="O(8 N D²/H)",
         state="16 D²/H",
     )

@@ -22,8 +22,7 @@ from rich.table import Table
 
 from bench.results import Report, command_line
 from bench.small_models import Batch, Results, SmallModel, maker, state_bytes, train
-from regard.mixers import catalogue
-from regard.mixers.linear import Memory
+from regard.mixers import Memory, catalogue
 
 DIM, LAYERS, PARAMETERS, RATE = 64, 2, 62_000, 1e-2
 KEYS = VALUES = 32

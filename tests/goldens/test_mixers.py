@@ -11,8 +11,8 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
-from regard.mixers.linear import GatedDeltaRule, SelectiveSSM, delta_rule, lightning_attention, lightning_decay
-from regard.mixers.linear.forms import Form
+from regard.mixers import GatedDeltaRule, SelectiveSSM, delta_rule, lightning_attention, lightning_decay
+from regard.mixers.forms import Form
 
 FORMS: tuple[Form, ...] = ("parallel", "chunked", "recurrent")
 

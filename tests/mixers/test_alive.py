@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regard.mixers import catalogue
-from regard.mixers.linear import Design, Huber, Memory, Miras, Mixer
+from regard.mixers import Design, Huber, Memory, Miras, Mixer, catalogue
 
 DIM = 64
 REACH = [1, 5, 8, 15]

@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 import regard
 from regard.cli import app
-from regard.mixers import catalogue
-from regard.mixers.linear import Mixer
+from regard.mixers import Mixer, catalogue
 
 NAMES = sorted(catalogue.mixers())
 runner = CliRunner()

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import regard
-from regard.mixers import HiddenMap
-from regard.mixers.linear import (
+from regard.mixers import (
     DeltaRule,
     Facts,
+    HiddenMap,
     Memory,
     MemoryAsContext,
     Mixer,

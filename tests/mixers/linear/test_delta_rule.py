@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from regard.mixers.linear import DeltaRule, GatedDeltaRule, delta_rule
-from tests.mixers.linear.contract import check_forms, check_mixer
+from regard.mixers import DeltaRule, GatedDeltaRule, delta_rule
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(length: int) -> list[Tensor]:

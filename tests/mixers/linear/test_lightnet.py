@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regard.mixers.linear import MDLRPE, MDTPE, TPE, LightNet, lightnet
-from tests.mixers.linear.contract import check_forms, check_mixer
+from regard.mixers import MDLRPE, MDTPE, TPE, LightNet, lightnet
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(length: int, turned: bool = False) -> list[Tensor]:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import silu
 
-from regard.mixers.linear import LightningAttention, lightning_attention, lightning_decay, linear_attention
-from tests.mixers.linear.contract import check_forms, check_mixer
+from regard.mixers import LightningAttention, lightning_attention, lightning_decay, linear_attention
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(length: int) -> list[Tensor]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Module, ModuleList, Parameter, RMSNorm, Sequential, functional
 
+from regard.mixers.dynamical_system import DynamicalSystem
+from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear._lrpe import positions_after, turn
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.forms import Form, check_form, check_heads
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
 
 CHUNK = 64
 NOTHING = -1e4

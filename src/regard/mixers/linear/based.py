@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, functional
 
+from regard.mixers.dynamical_system import DynamicalSystem, of_features
+from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import CHUNK, linear_attention
-from regard.mixers.linear.dynamical_system import DynamicalSystem, of_features
-from regard.mixers.linear.forms import Form, check_form, check_heads
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
-from regard.mixers.linear.sliding_window import SlidingWindow, check_window
+from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.softmax.sliding_window import SlidingWindow, check_window
 
 _PAPER = (
     "S. Arora et al. (2024), Simple Linear Attention Language Models Balance the Recall-Throughput Tradeoff, "

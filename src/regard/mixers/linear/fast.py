@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import Linear, functional
 from torch.utils.checkpoint import checkpoint
 
+from regard.mixers.dynamical_system import DynamicalSystem, of_features
+from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import CHUNK, linear_attention
-from regard.mixers.linear.dynamical_system import DynamicalSystem, of_features
-from regard.mixers.linear.forms import Form, check_form, check_heads
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
-from regard.mixers.linear.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.rotary import check_rotary, rotary_rates, rotate
 
 Order = Literal[1, 2]
 PIECE = 1024

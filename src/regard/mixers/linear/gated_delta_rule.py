@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Linear, Parameter, functional
 
 from regard.mixers.linear._delta_rule import DeltaRule
-from regard.mixers.linear.mixer import Facts, join_heads
+from regard.mixers.mixer import Facts, join_heads
 
 
 class GatedDeltaRule(DeltaRule):

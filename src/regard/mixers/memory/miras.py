@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter, ParameterList, RMSNorm, Sequential, functional
 
+from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear._neural_memory import CHUNK, neural_memory
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.memory_choices import KL, Decay, Design, DotProduct, Huber, Lp, Lq, Memory
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
 from regard.mixers.linear.short_convolution import ShortConvolution
+from regard.mixers.memory._neural_memory import CHUNK, neural_memory
+from regard.mixers.memory.choices import KL, Decay, Design, DotProduct, Huber, Lp, Lq, Memory
+from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
 
 _PAPER = (
     "A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, "
@@ -54,7 +54,7 @@ class Miras(Mixer):
     Online Optimization.
 
     >>> import torch
-    >>> from regard.mixers.linear import Design, Huber, Memory
+    >>> from regard.mixers import Design, Huber, Memory
     >>> mixer = Miras(32, heads=4, design=Design(Memory(depth=1), Huber(), momentum=True))
     >>> y, state = mixer(torch.randn(2, 20, 32))
     >>> y.shape, state.tensors["held0"].shape

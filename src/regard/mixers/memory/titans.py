@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter, RMSNorm, functional
 
-from regard.mixers.linear._neural_memory import CHUNK
-from regard.mixers.linear.aligned import Aligned
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.memory_choices import Design, Memory
-from regard.mixers.linear.memory_network import recall
-from regard.mixers.linear.miras import OfDesign
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
-from regard.mixers.linear.prefixed_attention import PrefixedWindow, prefixed_attention
-from regard.mixers.linear.rotary import check_rotary
+from regard.mixers.dynamical_system import DynamicalSystem
+from regard.mixers.memory._neural_memory import CHUNK
+from regard.mixers.memory.aligned import Aligned
+from regard.mixers.memory.choices import Design, Memory
+from regard.mixers.memory.miras import OfDesign
+from regard.mixers.memory.network import recall
+from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.rotary import check_rotary
+from regard.mixers.softmax.prefixed_attention import PrefixedWindow, prefixed_attention
 
 _PAPER = "A. Behrouz, P. Zhong and V. Mirrokni (2024), Titans: Learning to Memorize at Test Time"
 

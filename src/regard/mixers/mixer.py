@@ -1,4 +1,4 @@
-"""What every mixer of this folder is: a layer on (batch, tokens, dim) with a state that goes on."""
+"""What every mixer is: a layer on (batch, tokens, dim) with a state that goes on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.maps import AttentionMap
+from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear.dynamical_system import DynamicalSystem
 from regard.runtime import HiddenCall, Place, intercept, looked_at, read, unseen
 
 _PIECE = 2048  # tokens of all texts together

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.mixers.linear.forms import Form, check_form
-from regard.mixers.linear.key_values import KeyValues
-from regard.mixers.linear.mixer import Facts
-from regard.mixers.linear.softmax import SoftmaxAttention, visible_keys
+from regard.mixers.forms import Form, check_form
+from regard.mixers.mixer import Facts
+from regard.mixers.softmax.key_values import KeyValues
+from regard.mixers.softmax.softmax_attention import SoftmaxAttention, visible_keys
 from regard.runtime import AttentionCall, attend, intercept, looked_at
 
 QUERY_CHUNK = 512

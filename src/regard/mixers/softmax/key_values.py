@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Linear
 
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.mixer import Mixer, check_divides, join_heads, split_heads
+from regard.mixers.dynamical_system import DynamicalSystem
+from regard.mixers.mixer import Mixer, check_divides, join_heads, split_heads
 
 
 class KeyValues(NamedTuple):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from regard.mixers.linear import (
+from regard.mixers import (
     KL,
     Decay,
     DotProduct,
@@ -19,9 +19,9 @@ from regard.mixers.linear import (
     linear_attention,
     neural_memory,
 )
-from regard.mixers.linear.memory_choices import Bias, Retention
-from regard.mixers.linear.memory_network import slopes
-from tests.mixers.linear.contract import check_forms
+from regard.mixers.memory.choices import Bias, Retention
+from regard.mixers.memory.network import slopes
+from tests.mixers.contract import check_forms
 
 CASES: dict[str, tuple[Bias, Retention, bool, int]] = {
     "matrix": (Lp(2), Decay(), True, 1),

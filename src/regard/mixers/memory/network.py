@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.mixers.linear.memory_choices import Bias
+from regard.mixers.memory.choices import Bias
 
 _EPSILON = 1e-5
 """Of the layer norm. As long as it is small beside the variance, what the network gives does not depend on its weights'

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear.chunked_softmax import KEY_CHUNK, QUERY_CHUNK, Tile, attend_by_tiles
-from regard.mixers.linear.forms import Form, check_form, check_heads
-from regard.mixers.linear.key_values import KeyValueMixer, KeyValues, positions_of
-from regard.mixers.linear.mixer import Facts, State
-from regard.mixers.linear.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.mixer import Facts, State
+from regard.mixers.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.softmax.chunked_softmax import KEY_CHUNK, QUERY_CHUNK, Tile, attend_by_tiles
+from regard.mixers.softmax.key_values import KeyValueMixer, KeyValues, positions_of
 
 
 class Dynamics(NamedTuple):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regard.mixers.linear import (
+from regard.mixers import (
     Design,
     DotProduct,
     Huber,
@@ -15,8 +15,8 @@ from regard.mixers.linear import (
     Moneta,
     Yaad,
 )
-from tests.mixers.linear.contract import check_mixer
-from tests.mixers.linear.learning import recall_losses
+from tests.mixers.contract import check_mixer
+from tests.mixers.learning import recall_losses
 
 KINDS = [LongTermMemory, Moneta, Yaad, Memora]
 MATRIX = Memory(depth=1)

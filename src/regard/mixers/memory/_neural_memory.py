@@ -13,10 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from regard.mixers.linear.aligned import Aligned
-from regard.mixers.linear.forms import Form, check_form, check_heads
-from regard.mixers.linear.memory_choices import Bias, Decay, Lp, Retention
-from regard.mixers.linear.memory_network import network, recall, slopes
+from regard.mixers.forms import Form, check_form, check_heads
+from regard.mixers.memory.aligned import Aligned
+from regard.mixers.memory.choices import Bias, Decay, Lp, Retention
+from regard.mixers.memory.network import network, recall, slopes
 
 CHUNK = 16
 

@@ -5,8 +5,9 @@ from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear import *
 from regard.mixers.memory import *
-from regard.mixers.mixer import Facts, Mixer, State
+from regard.mixers.mixer import Facts, Mixer
 from regard.mixers.softmax import *
+from regard.mixers.state import State
 
 __all__ = ["DynamicalSystem", "Facts", "HiddenMap", "Mixer", "State", "linear", "memory", "softmax"]
 __all__ += linear.__all__

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,24 +16,11 @@ from torch.nn import Module
 from regard.maps import AttentionMap
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.state import State
 from regard.runtime import HiddenCall, Place, intercept, looked_at, read, unseen
 
 _PIECE = 2048  # tokens of all texts together
 _SMALLEST_PIECE = 256  # below, the pieces' number costs more than their size saves
-
-
-@dataclass(frozen=True)
-class State:
-    """What a mixer remembers of the tokens so far: tensors with a row for each text, by name."""
-
-    mixer: str
-    tensors: Mapping[str, Tensor]
-    seen: int
-
-    @property
-    def bytes(self) -> int:
-        """What it takes for one text."""
-        return sum(tensor.numel() * tensor.element_size() // max(len(tensor), 1) for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -85,6 +73,16 @@ class Mixer(Module, ABC):
     padding_first: ClassVar[bool] = True
     """Whether `mix` must have padding before the tokens."""
 
+    _arguments: Mapping[str, str]
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:
+        """Keep what it is made of, by which it knows its own states."""
+        mixer = super().__new__(cls)
+        bound = inspect.signature(cls).bind_partial(*arguments, **named)
+        bound.apply_defaults()
+        mixer.__dict__["_arguments"] = {name: repr(value) for name, value in bound.arguments.items()}
+        return mixer
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim < 1:
@@ -122,7 +120,11 @@ class Mixer(Module, ABC):
         else:
             y, after = self._read(x.masked_fill(~mask[..., None], 0.0), tensors, mask)
             y = y.masked_fill(~mask[..., None], 0.0)
-        return y, State(type(self).__name__, after, seen)
+        return y, self.state(after, seen, x.dtype)
+
+    def state(self, tensors: Mapping[str, Tensor], seen: int, dtype: torch.dtype) -> State:
+        """These tensors, as a state of this layer after so many tokens of a dtype."""
+        return State(type(self).__name__, tensors, seen, dtype, self._arguments)
 
     def _hidden_map(self, x: Tensor, state: State | None, mask: Tensor | None) -> HiddenMap | None:
         """The map of the real tokens; None where there is none, or where it is that of a call of attention."""
@@ -182,20 +184,37 @@ class Mixer(Module, ABC):
 
     def _check(self, x: Tensor, state: State | None, mask: Tensor | None) -> None:
         name = type(self).__name__
-        if x.ndim != 3 or x.shape[2] != self.dim or not x.shape[1]:
-            raise ValueError(f"{name} takes x of shape (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        if x.ndim != 3 or x.shape[2] != self.dim or not x.shape[0] or not x.shape[1]:
+            raise ValueError(
+                f"{name} takes x of shape (batch, tokens, {self.dim}), at least one of each, got {tuple(x.shape)}"
+            )
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
             raise ValueError(
                 f"{name} takes a boolean mask of shape {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}"
             )
-        if state is None:
-            return
+        if state is not None:
+            self._check_state(x, state)
+
+    def _check_state(self, x: Tensor, state: State) -> None:
+        name = type(self).__name__
         if not isinstance(state, State) or state.mixer != name:
             what = f"of {state.mixer}" if isinstance(state, State) else type(state).__name__
             raise ValueError(f"{name} goes on from a state of its own, got a state {what}")
+        if state.arguments != self._arguments:
+            pairs = {key: (self._arguments.get(key), state.arguments.get(key)) for key in self._arguments}
+            own, other = (
+                ", ".join(f"{key}={pair[side]}" for key, pair in pairs.items() if pair[0] != pair[1]) for side in (0, 1)
+            )
+            raise ValueError(f"{name}({own}) goes on from a state of its own, got that of {name}({other})")
         rows = {len(tensor) for tensor in state.tensors.values()}
         if rows - {x.shape[0]}:
             raise ValueError(f"{name} was given {x.shape[0]} texts, and a state of {', '.join(map(str, sorted(rows)))}")
+        devices = {tensor.device for tensor in state.tensors.values()}
+        if state.dtype != x.dtype or devices - {x.device}:
+            found = ", ".join([str(state.dtype), *(str(device) for device in devices)])
+            raise ValueError(
+                f"{name} was given tokens of {x.dtype}, {x.device}, and a state of {found}: state.to(x.device, x.dtype) fits"
+            )
 
 
 def _stable_order(late: Tensor) -> Tensor:

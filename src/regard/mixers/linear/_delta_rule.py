@@ -13,7 +13,8 @@ from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, check_heads, cut, initial_state
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear.short_convolution import ShortConvolution
-from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.state import State
 
 CHUNK = 64
 

@@ -15,7 +15,8 @@ from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear._lrpe import positions_after, turn
-from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.state import State
 
 CHUNK = 64
 NOTHING = -1e4

@@ -13,8 +13,9 @@ from regard.mixers.dynamical_system import DynamicalSystem, of_features
 from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import CHUNK, linear_attention
-from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
 from regard.mixers.softmax.sliding_window import SlidingWindow, check_window
+from regard.mixers.state import State
 
 _PAPER = (
     "S. Arora et al. (2024), Simple Linear Attention Language Models Balance the Recall-Throughput Tradeoff, "

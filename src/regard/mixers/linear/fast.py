@@ -15,8 +15,9 @@ from regard.mixers.dynamical_system import DynamicalSystem, of_features
 from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import CHUNK, linear_attention
-from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
 from regard.mixers.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.state import State
 
 Order = Literal[1, 2]
 PIECE = 1024

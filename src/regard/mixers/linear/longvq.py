@@ -14,8 +14,9 @@ from regard.mixers.forms import Form, check_form, check_heads, cut
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._long_convolution import LongConvolution
 from regard.mixers.linear.mega_gate import MegaGate
-from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
 from regard.mixers.softmax.sliding_window import check_window, distances, join, slots, windows
+from regard.mixers.state import State
 
 
 class CodebookState(NamedTuple):

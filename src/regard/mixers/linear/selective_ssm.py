@@ -16,7 +16,8 @@ from regard.mixers.forms import Form, check_form, cut
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear.short_convolution import ShortConvolution
-from regard.mixers.mixer import Facts, Mixer, State
+from regard.mixers.mixer import Facts, Mixer
+from regard.mixers.state import State
 
 CHUNK = 32
 _CHUNKS_AT_ONCE = 32  # a long text goes through in pieces of this many chunks, each computed again in the backward pass

@@ -16,7 +16,8 @@ from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear.short_convolution import ShortConvolution
 from regard.mixers.memory._neural_memory import CHUNK, neural_memory
 from regard.mixers.memory.choices import KL, Decay, Design, DotProduct, Huber, Lp, Lq, Memory
-from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.state import State
 
 _PAPER = (
     "A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, "

@@ -15,7 +15,7 @@ from regard.mixers.memory.aligned import Aligned
 from regard.mixers.memory.choices import Design, Memory
 from regard.mixers.memory.miras import OfDesign
 from regard.mixers.memory.network import recall
-from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
 from regard.mixers.rotary import check_rotary
 from regard.mixers.softmax.prefixed_attention import PrefixedWindow, prefixed_attention
 
@@ -304,7 +304,7 @@ class MemoryAsContext(_Titan):
             (places <= places[low:, None]).repeat(1, 2),
         )  # fmt: skip
         near: Tensor = self.attention.output(join_heads(mixed))
-        far_state = State(type(self.memory).__name__, _of(now, "memory"), 0)
+        far_state = self.memory.state(_of(now, "memory"), 0, near.dtype)
         after, memory = self.memory(near, far_state, real)
         return self.gate(near, after), now | {"key": key, "value": value} | _named("memory", dict(memory.tensors))
 

@@ -11,10 +11,11 @@ from torch.nn import Parameter
 
 from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.mixer import Facts, State
+from regard.mixers.mixer import Facts
 from regard.mixers.rotary import check_rotary, rotary_rates, rotate
 from regard.mixers.softmax.chunked_softmax import KEY_CHUNK, QUERY_CHUNK, Tile, attend_by_tiles
 from regard.mixers.softmax.key_values import KeyValueMixer, KeyValues, positions_of
+from regard.mixers.state import State
 
 
 class Dynamics(NamedTuple):

@@ -12,8 +12,9 @@ from torch.nn import Linear, functional
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, check_heads, cut
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
 from regard.mixers.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.state import State
 
 _SMALLEST_BLOCK = 16
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from regard.maps import AttentionMap
-from regard.mixers.mixer import Facts, State
+from regard.mixers.mixer import Facts
 from regard.mixers.rotary import check_rotary, rotary_rates, rotate
 from regard.mixers.softmax.key_values import KeyValueMixer, KeyValues
+from regard.mixers.state import State
 
 
 class SoftmaxAttention(KeyValueMixer):

@@ -50,9 +50,11 @@ class Outer(Mixer):
         heads = x[:, None]
         return self.one(x)[0] + self.other(x)[0] + F.scaled_dot_product_attention(heads, heads, heads)[:, 0], {}
 
+    @property
+    def hides_map(self) -> bool:
+        return self.mapped
+
     def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        if not self.mapped:
-            raise NotImplementedError("no map")
         return self.one.map(x)
 
 

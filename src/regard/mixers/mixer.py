@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,7 +19,7 @@ from regard.maps import AttentionMap
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.state import State
-from regard.runtime import HiddenCall, Place, intercept, looked_at, read, unseen
+from regard.runtime import HiddenCall, Place, Reading, intercept, looked_at, read, unseen
 
 _PIECE = 2048  # tokens of all texts together
 _SMALLEST_PIECE = 256  # below, the pieces' number costs more than their size saves
@@ -72,6 +74,8 @@ class Mixer(Module, ABC):
     """Whether reading in pieces costs no more than at once, as it does where the state is all tokens so far."""
     padding_first: ClassVar[bool] = True
     """Whether `mix` must have padding before the tokens."""
+    causal: bool = True
+    """Whether a token sees those up to it alone; otherwise all, and no call goes on from a state."""
 
     _arguments: Mapping[str, str]
 
@@ -92,8 +96,7 @@ class Mixer(Module, ABC):
     def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
         """The mixed tokens, and the state after them."""
         self._check(x, state, mask)
-        hidden = self._hidden_map(x, state, mask) if looked_at() else None
-        if hidden is None:
+        if not (self.hides_map and looked_at()):
             return self._forward(x, state, mask)
         after: list[State] = []
 
@@ -104,7 +107,13 @@ class Mixer(Module, ABC):
             after.append(next_state)
             return y
 
-        return intercept(_as_call(hidden, state), finish, past=0 if state is None else state.seen), after[0]
+        call = MixerCall(cache(lambda: self._hidden_map(x, state, mask)), x.shape[1], state)
+        return intercept(call, finish, past=0 if state is None else state.seen), after[0]
+
+    @property
+    def hides_map(self) -> bool:
+        """Whether `map` is a `HiddenMap`, by which this layer is watched, and not by the calls of attention within it."""
+        return type(self).map is not Mixer.map
 
     def _forward(self, x: Tensor, state: State | None, mask: Tensor | None) -> tuple[Tensor, State]:
         """Mix the tokens, real ones brought to where `mix` wants them, whether anyone watches or not."""
@@ -126,27 +135,33 @@ class Mixer(Module, ABC):
         """These tensors, as a state of this layer after so many tokens of a dtype."""
         return State(type(self).__name__, tensors, seen, dtype, self._arguments)
 
-    def _hidden_map(self, x: Tensor, state: State | None, mask: Tensor | None) -> HiddenMap | None:
-        """The map of the real tokens; None where there is none, or where it is that of a call of attention."""
+    def _hidden_map(self, x: Tensor, state: State | None, mask: Tensor | None) -> HiddenMap:
+        """The map of the real tokens."""
         with torch.inference_mode(False), torch.no_grad():
             x = x.clone() if x.is_inference() else x.detach()  # or autograd would refuse it, which transposes maps
-            try:
-                if mask is None:
-                    found = self.map(x, state)
-                    return found if isinstance(found, HiddenMap) else None
-                # No token sees those after it: with padding last, real tokens have the map of a text without any.
-                order = _stable_order(~mask)
-                found = self.map(_moved(x, order, mask.gather(1, order)), state)
-                return found.rearranged(order, mask) if isinstance(found, HiddenMap) else None
-            except NotImplementedError:
-                return None
+            if mask is None:
+                return self._own_map(x, state)
+            if not self.causal:
+                raise ValueError(
+                    f"{type(self).__name__}(causal=False) is watched without padding only: run each text by itself, or leave "
+                    "the layer out with layers="
+                )
+            # No token sees those after it: with padding last, real tokens have the map of a text without any.
+            order = _stable_order(~mask)
+            return self._own_map(_moved(x, order, mask.gather(1, order)), state).rearranged(order, mask)
+
+    def _own_map(self, x: Tensor, state: State | None) -> HiddenMap:
+        found = self.map(x, state)
+        if not isinstance(found, HiddenMap):
+            raise TypeError(f"{type(self).__name__} says that it hides a map, and its map is {type(found).__name__}")
+        return found
 
     def _read(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`mix`, in pieces where that is better."""
         piece = max(_PIECE // max(len(x), 1), _SMALLEST_PIECE)
-        if x.shape[1] <= piece or torch.is_grad_enabled() or not self.in_pieces:
+        if x.shape[1] <= piece or torch.is_grad_enabled() or not (self.in_pieces and self.causal):
             return self.mix(x, state, mask)
         texts = x.split(piece, dim=1)
         masks = [None] * len(texts) if mask is None else mask.split(piece, dim=1)
@@ -195,8 +210,16 @@ class Mixer(Module, ABC):
         if state is not None:
             self._check_state(x, state)
 
+    def _check_causal(self) -> None:
+        if not self.causal:
+            raise NotImplementedError(
+                f"{type(self).__name__}(causal=False) is no dynamical system: what sees all tokens has no state on its way"
+            )
+
     def _check_state(self, x: Tensor, state: State) -> None:
         name = type(self).__name__
+        if not self.causal:
+            raise ValueError(f"{name}(causal=False) goes on from no state: every token sees all others of its call")
         if not isinstance(state, State) or state.mixer != name:
             what = f"of {state.mixer}" if isinstance(state, State) else type(state).__name__
             raise ValueError(f"{name} goes on from a state of its own, got a state {what}")
@@ -227,20 +250,45 @@ def _moved(x: Tensor, order: Tensor, real: Tensor) -> Tensor:
     return x.gather(1, order[..., None].expand_as(x)).masked_fill(~real[..., None], 0.0)
 
 
-def _as_call(hidden: HiddenMap, state: State | None) -> HiddenCall:
-    """A call for `intercept`, which says how its map is to be read."""
-    *_, queries, keys = hidden.shape
+class MixerCall(HiddenCall):
+    """A mixer's call, whose map and values are made once somebody asks: where no block wants it, it costs nothing."""
 
-    def map_at(place: Place) -> HiddenMap:
-        if state is not None and keys == queries:
-            raise ValueError(
-                f"{place.path} ({state.mixer}) goes on from a state, and its map tells of the {queries} tokens of this call "
-                "alone, not of what they take from those before: run the whole text in one call, or leave the layer out "
-                "with layers="
-            )
-        return hidden
+    def __init__(self, made: Callable[[], HiddenMap], queries: int, state: State | None) -> None:
+        def map_at(place: Place) -> HiddenMap:
+            hidden = made()
+            *_, own, keys = hidden.shape
+            if state is not None and keys == own:
+                raise ValueError(
+                    f"{place.path} ({state.mixer}) goes on from a state, and its map tells of the {own} tokens of this call "
+                    "alone, not of what they take from those before: run the whole text in one call, or leave the layer out "
+                    "with layers="
+                )
+            return hidden
 
-    return HiddenCall(hidden.values, queries, map_at)
+        self.__dict__.update(made=made, queries=queries, map=map_at, place=Place(), readings=())
+
+    @property
+    def value(self) -> Tensor:
+        """Which the map mixes."""
+        values: Tensor = self.__dict__["made"]().values
+        return values
+
+    def at(self, place: Place) -> MixerCall:
+        """This call, as it stands elsewhere."""
+        return self._changed(place=place)
+
+    def with_reading(self, reading: Reading) -> MixerCall:
+        """With one more reading of the matrix."""
+        return self._changed(readings=(*self.readings, reading))
+
+    def heads(self, index: list[int]) -> HiddenCall:
+        """The call with these heads alone."""
+        return HiddenCall(self.value[:, index], self.queries, self.map, self.place, self.readings)
+
+    def _changed(self, **changes: Any) -> MixerCall:
+        other = copy(self)
+        other.__dict__.update(changes)
+        return other
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -48,7 +48,7 @@ class Miras(Mixer):
         heads: that divide it.
         design: the four choices.
         chunk: tokens whose gradients are taken at the same weights; fewer are nearer to a step for each token, and slower.
-        largest_step: of the gradient; by default 1 / chunk for a matrix, half of that for a network, which is steeper.
+        largest_step: of the gradient; by default 1 / chunk for a matrix, twice that for a network, whose decay bounds it.
         convolution: tokens that the short convolutions see.
 
     A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention, and
@@ -87,7 +87,7 @@ class Miras(Mixer):
                 f"largest_step={largest_step}"
             )
         self.heads, self.chunk, self.design = heads, chunk, design or Design()
-        self.largest_step = largest_step or 1 / (chunk if self.design.memory.depth == 1 else 2 * chunk)
+        self.largest_step = largest_step or (1 if self.design.memory.depth == 1 else 2) / chunk
         self.inputs = Linear(dim, 3 * dim, bias=False)
         self.convolution = ShortConvolution(3 * dim, convolution)
         self.step, self.keep = Linear(dim, heads), Linear(dim, heads)
@@ -176,13 +176,18 @@ class Miras(Mixer):
         start = torch.where(last[..., None], held, torch.cat([none, one, none], dim=-1))  # after the last, what is held
         return torch.cat([held, start, surprise], dim=-2), torch.cat([written, written * last, written], dim=-1)
 
+    @property
+    def hides_map(self) -> bool:
+        """Only where its choices make the output linear in values."""
+        choices = self.design
+        return choices.memory.depth == 1 and choices.bias in (Lp(2), DotProduct()) and choices.retention == Decay()
+
     def _check_linear(self) -> None:
         """Refuse choices by which the output is not linear in values."""
-        choices = self.design
-        if choices.memory.depth > 1 or choices.bias not in (Lp(2), DotProduct()) or choices.retention != Decay():
+        if not self.hides_map:
             raise NotImplementedError(
                 f"{type(self).__name__} mixes values by a matrix only where its memory is one, kept by decay and written by "
-                f"ℓ₂ or a dot product; this is {choices}"
+                f"ℓ₂ or a dot product; this is {self.design}"
             )
 
     def _inputs(

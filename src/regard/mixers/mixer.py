@@ -18,6 +18,7 @@ from torch.nn import Module
 from regard.maps import AttentionMap
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.packed import unpack
 from regard.mixers.state import State
 from regard.runtime import HiddenCall, Place, Reading, intercept, looked_at, read, unseen
 
@@ -57,7 +58,8 @@ class Mixer(Module, ABC):
 
     ``x`` is (batch, tokens, dim) and so is ``y``. Given the state that a call returned, the next call goes on where that one
     ended: a prompt and then token by token is the same as all at once. ``mask`` (batch, tokens) tells real tokens
-    from padding, on either side: padding leaves the state as it is, and its outputs are zeros.
+    from padding, on either side: padding leaves the state as it is, and its outputs are zeros. Of texts that are packed into
+    one row, ``cu_seqlens`` (texts + 1) tells the borders, which nothing crosses: each has a state of its own.
 
     Where no gradients are wanted, a long text is read piece by piece, each from the state of the one before: what it takes
     beside x and y does not grow with the text, and stays in the processor's cache.
@@ -93,8 +95,18 @@ class Mixer(Module, ABC):
             raise ValueError(f"{type(self).__name__}: dim must be at least 1, got {dim}")
         self.dim = dim
 
-    def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        """The mixed tokens, and the state after them."""
+    def forward(
+        self, x: Tensor, state: State | None = None, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The mixed tokens, and the state after them; of packed texts, a row for each."""
+        if cu_seqlens is not None:
+            if mask is not None:
+                raise ValueError(
+                    f"{type(self).__name__} takes a mask or cu_seqlens, got both: packed texts have no padding"
+                )
+            texts, real = unpack(x, cu_seqlens)
+            y, after = self(texts, state, None if bool(real.all()) else real)
+            return y[real][None], after
         self._check(x, state, mask)
         if not (self.hides_map and looked_at()):
             return self._forward(x, state, mask)

@@ -4,8 +4,9 @@
 
 Multi-query associative recall, as in Zoology (S. Arora et al., 2023): pairs of a key and a value, and between them keys of
 earlier pairs again, each to be answered with its value. Models of two layers and equal parameter counts are trained on 4 to
-24 pairs, few at first, and tested on each number. Prints one table, and draws recall against the bytes of state. A run that
-was interrupted goes on.
+24 pairs, few at first, and tested on each number, and on the mean of them after other texts, which bind the same keys to
+other values: up to 2,048 tokens, 26 times those of training. Prints one table, and draws recall against the bytes of state.
+A run that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from rich.table import Table
 
 from bench.results import Report, command_line
 from bench.small_models import Batch, Results, SmallModel, maker, state_bytes, train
-from regard.mixers import catalogue
-from regard.mixers.linear import Memory
+from regard.mixers import Memory, catalogue
 
 DIM, LAYERS, PARAMETERS, RATE = 64, 2, 62_000, 1e-2
 KEYS = VALUES = 32
 TOKENS, PAIRS, BATCH = 80, (4, 8, 16, 24), 32
+EARLIER = (240, 960, 1968)  # tokens of other texts before the one that is asked for
 Size = dict[str, Any]
 MEMORIES = ("Moneta", "Yaad", "Memora", "LongTermMemory", "MemoryAsContext", "MemoryAsGate", "MemoryAsLayer")
 LINES: dict[str, tuple[str, list[Size]]] = {  # mixers of several sizes of state, by what makes it larger
@@ -79,15 +80,24 @@ def recall(name: str, size: Size, steps: int, seed: int) -> dict[str, Any]:
         return texts(BATCH, pairs, generator)
 
     train(model, batches, steps, RATE)
-    right = {}
     held_out = torch.Generator().manual_seed(10_000 + seed)
-    with torch.no_grad():
-        for pairs in PAIRS:
-            ids, targets = texts(256, pairs, held_out)
-            asked = targets >= 0
-            right[pairs] = float((model(ids).argmax(-1) == targets)[asked].float().mean())
+    right = {pairs: answered(model, 256, pairs, 0, held_out) for pairs in PAIRS}
+    late = {
+        earlier: sum(answered(model, 64, pairs, earlier, held_out) for pairs in PAIRS) / len(PAIRS)
+        for earlier in EARLIER
+    }
     weights = sum(parameter.numel() for parameter in model.parameters())
-    return {"recall": right, "state": state_bytes(model, TOKENS), "weights": weights}
+    return {"recall": right, "late": late, "state": state_bytes(model, TOKENS), "weights": weights}
+
+
+@torch.no_grad()
+def answered(model: SmallModel, batch: int, pairs: int, earlier: int, generator: torch.Generator) -> float:
+    """The share of right answers in texts, each after so many tokens of others."""
+    before = [texts(batch, pairs, generator)[0] for _ in range(-(-earlier // TOKENS))]
+    ids, targets = texts(batch, pairs, generator)
+    logits = model(torch.cat([*before, ids], dim=1)[:, -(earlier + TOKENS) :])[:, -TOKENS:]
+    asked = targets >= 0
+    return float((logits.argmax(-1) == targets)[asked].float().mean())
 
 
 def arguments_of(size: Size) -> dict[str, Any]:
@@ -146,9 +156,10 @@ def main() -> None:
         {keys[label]: partial(recall, name, size, steps, arguments.seed) for label, (name, size) in runs.items()}
     )
     found = {label: results[key] for label, key in keys.items()}
-    table = Table("mixer", "weights", "state, bytes", *(f"{pairs} pairs" for pairs in PAIRS))
+    late = (f"after {earlier:,}" for earlier in EARLIER)
+    table = Table("mixer", "weights", "state, bytes", *(f"{pairs} pairs" for pairs in PAIRS), *late)
     for label, result in sorted(found.items(), key=lambda item: item[1]["state"]):
-        cells = [f"{right:.2f}" for right in result["recall"].values()]
+        cells = [f"{right:.2f}" for right in (*result["recall"].values(), *result["late"].values())]
         table.add_row(label, f"{result['weights']:,}", f"{result['state']:,}", *cells)
     with Report("recall", arguments.save, width=130) as report:
         report.show(table)

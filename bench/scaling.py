@@ -25,8 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.measuring import Run, allocated, clock, compare, extra_memory
 from bench.results import Report, command_line
-from regard.mixers import catalogue
-from regard.mixers.linear import Mixer, lightning_attention
+from regard.mixers import Mixer, catalogue, lightning_attention
 
 DIM = 256
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)

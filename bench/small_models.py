@@ -17,8 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import Embedding, Linear, Module, ModuleList, RMSNorm, functional
 
-from regard.mixers import catalogue
-from regard.mixers.linear import Mixer
+from regard.mixers import Mixer, catalogue
 from regard.mixers.linear.short_convolution import ShortConvolution
 
 Batch = tuple[Tensor, Tensor]  # token ids, and targets of which −100 do not count

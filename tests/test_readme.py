@@ -61,7 +61,7 @@ def test_contributing_example_is_a_policy(mini: tuple[Any, Any]) -> None:
 
 
 def test_contributing_example_is_a_mixer() -> None:
-    from tests.mixers.linear.contract import check_mixer
+    from tests.mixers.contract import check_mixer
 
     text = (README.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}

@@ -21,7 +21,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from regard.cache.trial import Trial
-    from regard.mixers.linear import Mixer
+    from regard.mixers import Mixer
     from regard.steer import SweepResult
     from regard.steer.compare import Comparison
 

@@ -11,8 +11,8 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
-from regard.mixers.linear import SelectiveSSM, delta_rule, lightning_attention, lightning_decay
-from regard.mixers.linear.forms import Form
+from regard.mixers import GatedDeltaRule, SelectiveSSM, delta_rule, lightning_attention, lightning_decay
+from regard.mixers.forms import Form
 
 FORMS: tuple[Form, ...] = ("parallel", "chunked", "recurrent")
 
@@ -76,3 +76,25 @@ def test_lightning_attention_of_minimax(form: Form) -> None:
         found: Tensor = theirs.out_proj(theirs.output_gate(x).sigmoid() * theirs.norm(mixed.transpose(1, 2).flatten(2)))
     torch.testing.assert_close(state, expected_state, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_gated_delta_rule_is_the_layer_of_qwen3_next() -> None:
+    """The whole layer, as it is initialised: small queries beside the norm's epsilon, which weigh there."""
+    config = hf.Qwen3NextConfig(
+        hidden_size=32, linear_num_key_heads=4, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        linear_conv_kernel_dim=4, rms_norm_eps=1e-5, hidden_act="silu",
+    )  # fmt: skip
+    theirs, ours = qwen3_next.Qwen3NextGatedDeltaNet(config, layer_idx=0).eval(), GatedDeltaRule(32, heads=4).eval()
+    with torch.no_grad():
+        mine = dict(ours.named_parameters())
+        query, key, value = (part.unflatten(0, (4, 8)) for part in mine["inputs.weight"].chunk(3))
+        gate = mine["gate.weight"].unflatten(0, (4, 8))
+        theirs.in_proj_qkvz.weight.copy_(torch.cat([query, key, value, gate], dim=1).flatten(0, 1))
+        theirs.in_proj_ba.weight.copy_(torch.stack([mine["beta.weight"], mine["rate.weight"]], dim=1).flatten(0, 1))
+        theirs.conv1d.weight.copy_(mine["convolution.weight"].flip(-1))
+        theirs.A_log.copy_(mine["log_scale"])
+        theirs.dt_bias.copy_(mine["bias"])
+        theirs.norm.weight.copy_(mine["norm.weight"])
+        theirs.out_proj.weight.copy_(mine["output.weight"])
+        x = 0.1 * torch.randn(2, 70, 32)
+        torch.testing.assert_close(ours(x)[0], theirs(x), atol=1e-6, rtol=1e-4)

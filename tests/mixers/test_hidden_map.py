@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.maps import token_map
-from regard.mixers import HiddenMap
-from regard.mixers.linear import chunked_attention
+from regard.mixers import HiddenMap, chunked_attention
 
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 9, 11
 

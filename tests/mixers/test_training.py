@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.mixers import catalogue
-from regard.mixers.linear import mixer as mixer_module
+from regard.mixers import mixer as mixer_module
 
 DIM, LAYERS, TOKENS = 32, 8, 4
 VOCABULARY = TOKENS**2  # a target for each pair of tokens

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import regard
-from regard.mixers.linear import DeltaRule
+from regard.mixers import DeltaRule
 
 HEADS, WIDTH = 3, 4
 close = torch.testing.assert_close

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regard.mixers.linear import (
+from regard.mixers import (
     AdaptiveFilterAttention,
     Based,
     ChunkedSoftmaxAttention,
@@ -21,7 +21,7 @@ from regard.mixers.linear import (
     SlidingWindow,
     SoftmaxAttention,
 )
-from regard.mixers.linear.memory_choices import Design
+from regard.mixers.memory.choices import Design
 
 DIM, TOKENS = 8, 11
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 import regard
 from regard.maps import TokenMap
-from regard.mixers import HiddenMap
-from regard.mixers.linear import (
+from regard.mixers import (
+    HiddenMap,
     SoftmaxAttention,
 )
 from regard.runtime import Call, looked_at

@@ -10,7 +10,7 @@ from functools import cache
 from importlib import resources
 
 from regard import mixers as package
-from regard.mixers.linear.mixer import Mixer
+from regard.mixers.mixer import Mixer
 
 
 def mixers() -> dict[str, type[Mixer]]:

@@ -31,7 +31,7 @@ class HiddenMap(TokenMap):
         NotImplementedError: for a question that has no answer here.
 
     >>> import torch
-    >>> from regard.mixers.linear import linear_attention
+    >>> from regard.mixers import linear_attention
     >>> q, k, v = torch.randn(3, 1, 2, 50, 16)
     >>> P = HiddenMap(lambda v: linear_attention(q, k, v)[0], (1, 2, 50, 50), v)
     >>> bool(torch.allclose(P.dense(), (q @ k.mT).tril(), atol=1e-4))
@@ -72,7 +72,7 @@ class HiddenMap(TokenMap):
         """The map of these heads alone; it costs what that of all costs.
 
         >>> import torch
-        >>> from regard.mixers.linear import DeltaRule
+        >>> from regard.mixers import DeltaRule
         >>> DeltaRule(32, heads=4).map(torch.randn(1, 10, 32)).heads([0, 3]).shape
         (1, 2, 10, 10)
         """

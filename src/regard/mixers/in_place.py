@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers.cache_utils import Cache
 
-from regard.mixers.linear.mixer import Mixer
+from regard.mixers.mixer import Mixer
 from regard.mixers.state_cache import StateLayer, layer_of
 from regard.tokens import Layers, Selection
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from regard.mixers.catalogue import mixer_named
-from regard.mixers.linear.mixer import Mixer
+from regard.mixers.mixer import Mixer
 from regard.mixers.state_cache import StateLayer, layer_of
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from regard.mixers.linear.mixer import Mixer, State
+from regard.mixers.mixer import Mixer
+from regard.mixers.state import State
 
 
 class StateLayer(CacheLayerMixin):
@@ -39,11 +39,11 @@ class StateLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """No limit: −1."""
+        """−1: there is no limit."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """No limit, by the method's former name: −1."""
+        """−1: there is no limit; by the method's former name."""
         return -1
 
     def reset(self) -> None:
@@ -53,8 +53,7 @@ class StateLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Have row i be that of text ``beam_idx[i]``."""
         if self.state is not None:
-            tensors = {name: tensor[beam_idx.to(tensor.device)] for name, tensor in self.state.tensors.items()}
-            self.state = replace(self.state, tensors=tensors)
+            self.state = self.state.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these texts alone."""
@@ -63,11 +62,10 @@ class StateLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every text so many times, side by side."""
         if self.state is not None:
-            texts = len(next(iter(self.state.tensors.values())))
-            self.reorder_cache(torch.arange(texts).repeat_interleave(repeats))
+            self.reorder_cache(torch.arange(self.state.texts).repeat_interleave(repeats))
 
     def crop(self, *_: Any) -> NoReturn:
-        """Refused."""
+        """Refuse to take tokens back."""
         raise ValueError(
             "the state of a mixer cannot be cropped: it has taken the tokens in. Assisted and prompt-lookup generation, "
             "which take tokens back, do not go with mixers"
@@ -83,7 +81,7 @@ class StateLayer(CacheLayerMixin):
         """Do nothing: the first call of `mix` makes the state."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> NoReturn:
-        """Refused: there are no keys and values."""
+        """Refuse keys and values, of which it holds none."""
         raise TypeError("this layer of the cache holds the state of a mixer, and takes no keys and values")
 
 

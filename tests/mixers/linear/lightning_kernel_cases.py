@@ -8,7 +8,7 @@ import json
 import torch
 from torch import Tensor
 
-from regard.mixers.linear import lightning_attention, linear_attention
+from regard.mixers import lightning_attention, linear_attention
 from regard.mixers.linear._lightning_kernel import sweep
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regard.mixers.linear import Based, TaylorAttention, taylor_attention, taylor_features
+from regard.mixers import Based, TaylorAttention, taylor_attention, taylor_features
 from regard.mixers.linear.based import taylor_width
-from tests.mixers.linear.contract import check_forms, check_mixer
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(length: int) -> list[Tensor]:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import conv1d, pad
 
-from regard.mixers.linear import CHELA, LongConvolution, long_convolution
-from tests.mixers.linear.contract import check_forms, check_mixer
+from regard.mixers import CHELA, LongConvolution, long_convolution
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(length: int) -> list[Tensor]:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from regard.mixers.linear import DeltaRule, GatedDeltaRule, delta_rule
-from tests.mixers.linear.contract import check_forms, check_mixer
+from regard.mixers import DeltaRule, GatedDeltaRule, delta_rule
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(length: int) -> list[Tensor]:
@@ -94,7 +94,9 @@ def test_bad_layers_and_states() -> None:
     _, state = mixer(x)
     with pytest.raises(ValueError, match=r"was given 1 texts, and a state of 2"):
         mixer(x[:1], state)
-    with pytest.raises(ValueError, match=r"takes x of shape \(batch, tokens, 8\), got \(2, 5, 7\)"):
+    with pytest.raises(
+        ValueError, match=r"takes x of shape \(batch, tokens, 8\), at least one of each, got \(2, 5, 7\)"
+    ):
         mixer(x[..., :7])
     with pytest.raises(ValueError, match=r"takes a boolean mask of shape \(2, 5\), got torch.int64 \(2, 5\)"):
         mixer(x, mask=torch.ones(2, 5, dtype=torch.long))

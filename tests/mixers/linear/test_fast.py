@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regard.mixers.linear import FAST, fast_attention
+from regard.mixers import FAST, fast_attention
 from regard.mixers.linear.fast import factors, normalized
-from regard.mixers.linear.mixer import join_heads
-from tests.mixers.linear.contract import check_forms, check_mixer
+from regard.mixers.mixer import join_heads
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(length: int, order: int, width: int = 6) -> list[Tensor]:

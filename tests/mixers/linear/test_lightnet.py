@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regard.mixers.linear import MDLRPE, MDTPE, TPE, LightNet, lightnet
-from tests.mixers.linear.contract import check_forms, check_mixer
+from regard.mixers import MDLRPE, MDTPE, TPE, LightNet, lightnet
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(length: int, turned: bool = False) -> list[Tensor]:
@@ -84,6 +84,15 @@ def test_one_scan_does_not_know_the_order() -> None:
     whole, _ = lightnet(q, k, v, causal=False)
     mixed, _ = lightnet(q[:, :, order], k[:, :, order], v[:, :, order], causal=False)
     torch.testing.assert_close(mixed, whole[:, :, order])
+
+
+def test_a_sum_that_begins_at_one_is_that_of_the_authors_code() -> None:
+    q, k, v, _, _ = (tensor.double() for tensor in inputs(12))
+    found, _ = lightnet(q, k, v, (torch.zeros(2, 3, 4, 5).double(), torch.zeros(2, 3, 4).double()))
+    weights = k.exp()
+    expected = torch.einsum("bhid,bhijd,bhje->bhie", q / (1 + weights.cumsum(2)), weights[:, :, None].expand(
+        -1, -1, 12, -1, -1) * torch.ones(12, 12).tril()[:, :, None], v)  # fmt: skip
+    torch.testing.assert_close(found, expected)
 
 
 def test_half_precision() -> None:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import silu
 
-from regard.mixers.linear import LightningAttention, lightning_attention, lightning_decay, linear_attention
-from tests.mixers.linear.contract import check_forms, check_mixer
+from regard.mixers import LightningAttention, lightning_attention, lightning_decay, linear_attention
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(length: int) -> list[Tensor]:
@@ -154,3 +154,13 @@ def test_bad_layers() -> None:
         LightningAttention(8, layer=8, layers=8)
     with pytest.raises(ValueError, match=r"schedule must be one of released, paper; got 'own'"):
         lightning_decay(4, schedule="own")
+
+
+def test_rates_are_part_of_what_is_loaded() -> None:
+    made = LightningAttention(8, heads=2, layer=1, layers=4)
+    with torch.device("meta"):
+        empty = LightningAttention(8, heads=2, layer=1, layers=4)
+    loaded = empty.to_empty(device="cpu")
+    loaded.load_state_dict(made.state_dict())
+    x = torch.randn(1, 9, 8)
+    torch.testing.assert_close(loaded(x)[0], made(x)[0])

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regard.mixers import HiddenMap
-from regard.mixers.linear import linear_attention
-from tests.mixers.linear.contract import check_forms
+from regard.mixers import HiddenMap, linear_attention
+from tests.mixers.contract import check_forms
 
 KINDS = ["none", "head", "token", "channel"]
 

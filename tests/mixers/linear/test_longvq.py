@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from regard.mixers.linear import CodebookState, LongVQ, codebook_attention
+from regard.mixers import CodebookState, LongVQ, codebook_attention
 from regard.mixers.linear.longvq import look_up, quantise
-from tests.mixers.linear.contract import check_forms, check_mixer
+from tests.mixers.contract import check_forms, check_mixer
 
 CODES = 6
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from regard.mixers.linear import SelectiveSSM, selective_scan
-from tests.mixers.linear.contract import check_forms, check_mixer
+from regard.mixers import SelectiveSSM, selective_scan
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(length: int) -> list[Tensor]:

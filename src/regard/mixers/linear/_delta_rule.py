@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, RMSNorm, functional
+from torch.nn import Linear, RMSNorm
 
+from regard.mixers.dynamical_system import DynamicalSystem
+from regard.mixers.forms import Form, check_form, check_heads, cut, initial_state
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear._linear_attention import cut
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.forms import Form, check_form, check_heads, initial_state
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
 from regard.mixers.linear.short_convolution import ShortConvolution
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.state import State
 
 CHUNK = 64
 
@@ -112,9 +112,14 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, bef
     return torch.cat(outputs, dim=2), before
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Of length 1, zeros as they are; with the epsilon of flash-linear-attention, which weighs for short vectors."""
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
 class DeltaRule(Mixer):
-    """The layer of DeltaNet: short convolutions and SiLU before queries, keys and values, keys and queries of length 1,
-    ``β = sigmoid(W x)``, an RMS norm of each head's output.
+    """The layer of DeltaNet: short convolutions and SiLU before queries, keys and values, keys of length 1, queries of length
+    1/√D, ``β = sigmoid(W x)``, an RMS norm of each head's output.
 
     Args:
         dim: of the tokens.
@@ -133,7 +138,7 @@ class DeltaRule(Mixer):
 
     facts: ClassVar[Facts] = Facts(
         paper="S. Yang et al. (2024), Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
-        formula="S_i = (I − β_i k_i k_iᵀ) S_{i−1} + β_i k_i v_iᵀ,  o_i = S_iᵀ q_i",
+        formula="S_i = (I − β_i k_i k_iᵀ) S_{i−1} + β_i k_i v_iᵀ,  o_i = S_iᵀ q_i / √D,  β = σ(W x)",
         time="O(N D²/H)",
         state="D²/H",
     )
@@ -144,7 +149,7 @@ class DeltaRule(Mixer):
         self.heads = heads
         self.inputs = Linear(dim, 3 * dim, bias=False)
         self.convolution = ShortConvolution(3 * dim, convolution)
-        self.beta = Linear(dim, heads)
+        self.beta = Linear(dim, heads, bias=False)
         self.norm = RMSNorm(dim // heads, eps=1e-5)
         self.output = Linear(dim, dim, bias=False)
 
@@ -186,7 +191,8 @@ class DeltaRule(Mixer):
         """Queries, keys and values (B, H, N, D), and the convolution's tail."""
         convolved, tail = self.convolution(self.inputs(x), None if state is None else state["tail"], mask)
         query, key, value = (split_heads(part, self.heads) for part in convolved.chunk(3, dim=-1))
-        return functional.normalize(query, dim=-1), functional.normalize(key, dim=-1), value, tail
+        query = _unit(query) * query.shape[3] ** -0.5  # which the norm does not undo, as long as its epsilon weighs
+        return query, _unit(key), value, tail
 
     def _beta(self, x: Tensor, mask: Tensor | None) -> Tensor:
         beta: Tensor = self.beta(x).sigmoid().mT

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Module, ModuleList, Parameter, RMSNorm, Sequential, functional
 
+from regard.mixers.dynamical_system import DynamicalSystem
+from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear._lrpe import positions_after, turn
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.forms import Form, check_form, check_heads
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.state import State
 
 CHUNK = 64
 NOTHING = -1e4
@@ -174,7 +175,8 @@ class TPE(Module):
     """A Toeplitz positional encoding along one axis: ``y_i = Σ_{j≤i} c_{i−j} x_j,  c_τ = Σ_e b_e λ_e^τ``.
 
     Linear attention with constant queries and keys, hence with a state; ``λ = exp(−exp w)``. At first its terms remember for
-    1 to 64 tokens, and c_0 is 1; that, the rank, and b for queries and keys together are choices, the paper's not at hand.
+    1 to 64 tokens, and c_0 is 1; that, the rank, and b for queries and keys together are choices. The first author's later
+    code, xmixers, has a ``Tpe`` and an ``MdTpe`` of its own, which these do not follow.
 
     Args:
         dim: of the tokens.
@@ -247,8 +249,10 @@ class LightNet(Mixer):
     """The layer of LightNet: ``[norm(O) ∘ sigmoid(x U₁ U₂)] W``, queries under SiLU, queries and keys turned.
 
     As a mixer it is causal, and positions are those of the text; `scan` is for images and videos, where each token sees all.
-    The norm (RMS, each head by itself), the gate and its rank (a head's width) are those of the first author's later code;
-    what the paper's models had was not at hand.
+    What the paper's models had was not at hand. The gate and its rank (a head's width) are those of the first author's later
+    code, xmixers, from which this differs in three things: there the gate comes before the norm, the norm is one of all heads
+    (here of each, after which the gate), and the sum of weights begins at 1 and not at nothing, which is
+    ``lightnet(q, k, v, (memory, total))`` with zeros for both.
 
     Args:
         dim: of the tokens.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.mixers.linear.forms import Form, check_form, check_heads, initial_state
+from regard.mixers.forms import Form, check_form, check_heads, cut, initial_state
 
 CHUNK = 64
 _CHUNK_OF_CHANNELS = 16  # with a decay for each channel, a chunk holds (chunk, chunk, channels) numbers
@@ -151,12 +151,6 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, c
         before = factor[..., None] * before + key * value
         outputs.append(query @ before)
     return torch.cat(outputs, dim=2), before
-
-
-def cut(tensor: Tensor, chunk: int) -> Tensor:
-    """Whole chunks; zeros at the end neither add to the state nor decay it."""
-    padded = functional.pad(tensor, (0, 0, 0, -tensor.shape[2] % chunk))
-    return padded.reshape(*padded.shape[:2], -1, chunk, padded.shape[3])
 
 
 def _spread(log_decay: Tensor | None, query: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter, functional
 
-from regard.mixers.linear.forms import Form, check_form
+from regard.mixers.forms import Form, check_form
 
 CHUNK = 64
 

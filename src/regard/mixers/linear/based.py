@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, functional
 
+from regard.mixers.dynamical_system import DynamicalSystem, of_features
+from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import CHUNK, linear_attention
-from regard.mixers.linear.dynamical_system import DynamicalSystem, of_features
-from regard.mixers.linear.forms import Form, check_form, check_heads
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
-from regard.mixers.linear.sliding_window import SlidingWindow, check_window
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.softmax.sliding_window import SlidingWindow, check_window
+from regard.mixers.state import State
 
 _PAPER = (
     "S. Arora et al. (2024), Simple Linear Attention Language Models Balance the Recall-Throughput Tradeoff, "
@@ -113,6 +114,7 @@ class TaylorAttention(Mixer):
         dim: of the tokens.
         heads: that divide it.
         features: F, dimensions of a head's queries and keys.
+        causal: else each token sees all, and no call goes on from a state.
 
     S. Arora et al. (2024), Simple Linear Attention Language Models Balance the Recall-Throughput Tradeoff.
 
@@ -130,8 +132,9 @@ class TaylorAttention(Mixer):
         bidirectional=True,
     )
 
-    def __init__(self, dim: int, heads: int = 4, features: int = 16) -> None:
+    def __init__(self, dim: int, heads: int = 4, features: int = 16, *, causal: bool = True) -> None:
         super().__init__(dim)
+        self.causal = causal
         name = type(self).__name__
         check_divides(name, dim, heads)
         if features < 1:
@@ -144,7 +147,9 @@ class TaylorAttention(Mixer):
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Project, remember, read."""
-        mixed, after = taylor_attention(*self._inputs(x), None if state is None else state["memory"], mask)
+        mixed, after = taylor_attention(
+            *self._inputs(x), None if state is None else state["memory"], mask, causal=self.causal
+        )
         return self._outputs(mixed), {"memory": after}
 
     def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
@@ -157,12 +162,13 @@ class TaylorAttention(Mixer):
             if state is not None:  # earlier tokens count, with values of zero
                 counts = state.tensors["memory"][..., -1:]
                 before = torch.cat([counts.new_zeros(*counts.shape[:3], values.shape[3]), counts], dim=-1)
-            return taylor_attention(query, key, values, before)[0]
+            return taylor_attention(query, key, values, before, causal=self.causal)[0]
 
         return HiddenMap(apply, (batch, heads, tokens, tokens), value)
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = 1, b = φ(k), c = φ(q) / Σ_j φ(q)·φ(k_j)``."""
+        self._check_causal()
         query, key, _ = self._inputs(x)
         return of_features(taylor_features(query), taylor_features(key), _SMALLEST)
 

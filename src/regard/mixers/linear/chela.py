@@ -8,13 +8,14 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 from torch.nn import Linear, RMSNorm, functional
 
+from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear._long_convolution import LongConvolution
-from regard.mixers.linear.dynamical_system import DynamicalSystem
 from regard.mixers.linear.mega_gate import MegaGate
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
 from regard.mixers.linear.short_convolution import ShortConvolution
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.state import State
 
 
 class _Inputs(NamedTuple):

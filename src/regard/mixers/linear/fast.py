@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import Linear, functional
 from torch.utils.checkpoint import checkpoint
 
+from regard.mixers.dynamical_system import DynamicalSystem, of_features
+from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import CHUNK, linear_attention
-from regard.mixers.linear.dynamical_system import DynamicalSystem, of_features
-from regard.mixers.linear.forms import Form, check_form, check_heads
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
-from regard.mixers.linear.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.state import State
 
 Order = Literal[1, 2]
 PIECE = 1024
@@ -201,7 +202,7 @@ def _check(
 
 
 class FAST(Mixer):
-    """Multi-head attention with FAST in the softmax's place, causal, with rotary positions.
+    """Multi-head attention with FAST in the softmax's place, with rotary positions.
 
     The paper's own normalisation divides by a maximum over all tokens, which would look ahead; here each token is normalised
     by itself (see `normalized`), and turned after that, which keeps its length, so that the bounds hold and distances alone
@@ -212,6 +213,7 @@ class FAST(Mixer):
         heads: that divide it; the state has about (D/H)²/2 features of each for order 2, so that more heads are cheaper.
         order: 1 or 2.
         rotary: the base of rotary positions, or None for none.
+        causal: else each token sees all, and no call goes on from a state.
 
     Raises:
         ValueError: heads that do not divide the width, odd head dimensions with rotary positions, another order.
@@ -233,8 +235,11 @@ class FAST(Mixer):
         bidirectional=True,
     )
 
-    def __init__(self, dim: int, heads: int = 4, order: Order = 2, rotary: float | None = 10_000.0) -> None:
+    def __init__(
+        self, dim: int, heads: int = 4, order: Order = 2, rotary: float | None = 10_000.0, *, causal: bool = True
+    ) -> None:
         super().__init__(dim)
+        self.causal = causal
         name = type(self).__name__
         check_divides(name, dim, heads)
         if rotary is not None:
@@ -252,7 +257,7 @@ class FAST(Mixer):
         """Project, normalise, remember, read."""
         query, key, value = self._inputs(x, state, mask)
         before = None if state is None else state["memory"]
-        mixed, after = fast_attention(query, key, value, before, order=self.order, mask=mask)
+        mixed, after = fast_attention(query, key, value, before, order=self.order, mask=mask, causal=self.causal)
         number = x.shape[1] if mask is None else mask.sum(1)
         count = number + (x.new_zeros(len(x), dtype=torch.long) if state is None else state["count"])
         return self.output(join_heads(mixed)), {"memory": after, "count": count}
@@ -268,12 +273,13 @@ class FAST(Mixer):
             if tensors is not None:  # of what came before, the share alone
                 memory = tensors["memory"]
                 before = torch.cat([memory.new_zeros(*memory.shape[:3], values.shape[3]), memory[..., -1:]], dim=-1)
-            return fast_attention(query, key, values, before, order=self.order, piece=tokens)[0]
+            return fast_attention(query, key, values, before, order=self.order, piece=tokens, causal=self.causal)[0]
 
         return HiddenMap(apply, (batch, heads, tokens, tokens), value)
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = 1, b = φ(k), c = φ(q) / Σ_j φ(q)·φ(k_j)``."""
+        self._check_causal()
         query, key, _ = self._inputs(x, None, None)
         return of_features(factors(query, self.order), factors(key, self.order), _LEAST)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Linear, Parameter, functional
 
 from regard.mixers.linear._delta_rule import DeltaRule
-from regard.mixers.linear.mixer import Facts, join_heads
+from regard.mixers.mixer import Facts, join_heads
 
 
 class GatedDeltaRule(DeltaRule):
@@ -32,7 +32,7 @@ class GatedDeltaRule(DeltaRule):
 
     facts: ClassVar[Facts] = Facts(
         paper="S. Yang, J. Kautz and A. Hatamizadeh (2025), Gated Delta Networks: Improving Mamba2 with Delta Rule",
-        formula="S_i = α_i (I − β_i k_i k_iᵀ) S_{i−1} + β_i k_i v_iᵀ,  o_i = S_iᵀ q_i",
+        formula="S_i = α_i (I − β_i k_i k_iᵀ) S_{i−1} + β_i k_i v_iᵀ,  o_i = S_iᵀ q_i / √D,  β = σ(W x)",
         time="O(N D²/H)",
         state="D²/H",
     )

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter, functional
 
+from regard.mixers.dynamical_system import DynamicalSystem
+from regard.mixers.forms import Form, check_form, check_heads, initial_state
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear._lrpe import positions_after, turn
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.forms import Form, check_form, check_heads, initial_state
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.state import State
 
 CHUNK = 64
 
@@ -170,7 +171,7 @@ class LightningAttention(Mixer):
         self.inputs = Linear(dim, 4 * dim, bias=False)
         self.output = Linear(dim, dim, bias=False)
         # The rates and not the decays: near 1 those of late heads would be one and the same in bfloat16.
-        self.register_buffer("rates", _rates(heads, layer, layers, schedule), persistent=False)
+        self.register_buffer("rates", _rates(heads, layer, layers, schedule))
         self.theta: Parameter | None = None
         if turned if turned is not None else layer == 0:
             self.theta = Parameter((10000 ** (-2 * torch.arange(dim) / dim)).view(heads, -1))

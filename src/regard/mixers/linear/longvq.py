@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter, functional
 
+from regard.mixers.dynamical_system import DynamicalSystem
+from regard.mixers.forms import Form, check_form, check_heads, cut
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear._linear_attention import cut
 from regard.mixers.linear._long_convolution import LongConvolution
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.forms import Form, check_form, check_heads
 from regard.mixers.linear.mega_gate import MegaGate
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
-from regard.mixers.linear.sliding_window import check_window, distances, join, slots, windows
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.softmax.sliding_window import check_window, distances, join, slots, windows
+from regard.mixers.state import State
 
 
 class CodebookState(NamedTuple):

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import Linear, Parameter, functional
 from torch.utils.checkpoint import checkpoint
 
+from regard.mixers.dynamical_system import DynamicalSystem
+from regard.mixers.forms import Form, check_form, cut
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear._linear_attention import cut, linear_attention
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.forms import Form, check_form
-from regard.mixers.linear.mixer import Facts, Mixer, State
+from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear.short_convolution import ShortConvolution
+from regard.mixers.mixer import Facts, Mixer
+from regard.mixers.state import State
 
 CHUNK = 32
 _CHUNKS_AT_ONCE = 32  # a long text goes through in pieces of this many chunks, each computed again in the backward pass

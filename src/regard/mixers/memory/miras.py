@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
@@ -10,48 +11,51 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter, ParameterList, RMSNorm, Sequential, functional
 
+from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear._neural_memory import CHUNK, neural_memory
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.memory_choices import KL, Decay, Design, DotProduct, Huber, Lp, Lq, Memory
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
 from regard.mixers.linear.short_convolution import ShortConvolution
+from regard.mixers.memory._neural_memory import CHUNK, neural_memory
+from regard.mixers.memory.choices import KL, Decay, Design, DotProduct, Huber, Lp, Lq, Memory
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.state import State
 
 _PAPER = (
     "A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, "
     "Retention, and Online Optimization"
 )
-_KEEP = 4.5  # 1 − α begins at sigmoid(4.5), 0.99: what is written lasts for about 100 tokens
+_KEEP = 7.0  # 1 − α begins at sigmoid(7), 0.999: what is written lasts for about 1,000 tokens
 _RANK = 32
-_THRESHOLD = 0.54  # softplus of it is 1
+_THRESHOLD = 1.8545  # softplus of it is 2
 
 
 class Miras(Mixer):
     """A layer around `neural_memory`, made by four choices: gradient steps on ``ℓ(W; k_t, v_t) + Ret(W, W_{t−1})``.
 
     Short convolutions and SiLU before queries, keys and values, keys and queries of length 1, an RMS norm of each head's
-    output, a SiLU gate of the tokens on it. One memory for each head; its first weights are learned, from variance 1, the
-    last matrix from nothing, so that the memory begins empty, or as the identity if it is a network.
+    output, a SiLU gate of the tokens on it. One memory for each head; its first weights are learned: a matrix begins empty,
+    those of a network such that what each gives is about of variance 1 (of a last matrix of zeros, the layer norm would make
+    as much of the first token as of all that follow).
 
     The paper makes step, decay and threshold of each channel from the token and leaves their activations open. Here step and
-    decay are one for each head, so that a chunk is products of matrices, and sigmoids: ``1 − α`` begins at 0.99, η at 0.5,
+    decay are one for each head, so that a chunk is products of matrices, and sigmoids: ``1 − α`` begins at 0.999, η at 0.5,
     and ``θ = (1 − η) · largest_step · sigmoid(·)``: a long momentum takes no longer steps, and a matrix does not write keys
     that repeat through a chunk beyond their value, as long as ``largest_step · chunk`` is at most 1. The threshold is of
-    each channel, by a projection of low rank and softplus, and begins at 1.
+    each channel, by a projection of low rank and softplus, and begins at 2, beyond the errors of most: a network's output has
+    variance 1, and errors that were all cut would pull it to the corners of a cube, from wherever it is.
 
     Args:
         dim: of the tokens.
         heads: that divide it.
         design: the four choices.
         chunk: tokens whose gradients are taken at the same weights; fewer are nearer to a step for each token, and slower.
-        largest_step: of the gradient; by default 1 / chunk for a matrix, half of that for a network, which is steeper.
+        largest_step: of the gradient; by default 1 / chunk for a matrix, twice that for a network, whose decay bounds it.
         convolution: tokens that the short convolutions see.
 
     A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention, and
     Online Optimization.
 
     >>> import torch
-    >>> from regard.mixers.linear import Design, Huber, Memory
+    >>> from regard.mixers import Design, Huber, Memory
     >>> mixer = Miras(32, heads=4, design=Design(Memory(depth=1), Huber(), momentum=True))
     >>> y, state = mixer(torch.randn(2, 20, 32))
     >>> y.shape, state.tensors["held0"].shape
@@ -83,7 +87,7 @@ class Miras(Mixer):
                 f"largest_step={largest_step}"
             )
         self.heads, self.chunk, self.design = heads, chunk, design or Design()
-        self.largest_step = largest_step or 1 / (chunk if self.design.memory.depth == 1 else 2 * chunk)
+        self.largest_step = largest_step or (1 if self.design.memory.depth == 1 else 2) / chunk
         self.inputs = Linear(dim, 3 * dim, bias=False)
         self.convolution = ShortConvolution(3 * dim, convolution)
         self.step, self.keep = Linear(dim, heads), Linear(dim, heads)
@@ -99,8 +103,12 @@ class Miras(Mixer):
     def _memory(self, width: int) -> tuple[ParameterList, Parameter | None]:
         """What is held before the first token, and the gain of a network."""
         memory, retention = self.design.memory, self.design.retention
-        first = [torch.randn(self.heads, *shape) for shape in memory.shapes(width, width)]
-        first[-1].zero_()
+        first = [
+            torch.randn(self.heads, *shape) / (1 if layer == 0 else math.sqrt(shape[1]))  # keys are of length 1
+            for layer, shape in enumerate(memory.shapes(width, width))
+        ]
+        if memory.depth == 1:
+            first[0].zero_()
         gain = Parameter(torch.ones(self.heads, width)) if memory.depth > 1 else None
         return ParameterList([Parameter(retention.begin(weight)) for weight in first]), gain
 
@@ -168,13 +176,18 @@ class Miras(Mixer):
         start = torch.where(last[..., None], held, torch.cat([none, one, none], dim=-1))  # after the last, what is held
         return torch.cat([held, start, surprise], dim=-2), torch.cat([written, written * last, written], dim=-1)
 
+    @property
+    def hides_map(self) -> bool:
+        """Only where its choices make the output linear in values."""
+        choices = self.design
+        return choices.memory.depth == 1 and choices.bias in (Lp(2), DotProduct()) and choices.retention == Decay()
+
     def _check_linear(self) -> None:
         """Refuse choices by which the output is not linear in values."""
-        choices = self.design
-        if choices.memory.depth > 1 or choices.bias not in (Lp(2), DotProduct()) or choices.retention != Decay():
+        if not self.hides_map:
             raise NotImplementedError(
                 f"{type(self).__name__} mixes values by a matrix only where its memory is one, kept by decay and written by "
-                f"ℓ₂ or a dot product; this is {choices}"
+                f"ℓ₂ or a dot product; this is {self.design}"
             )
 
     def _inputs(
@@ -221,10 +234,11 @@ def _low_rank(dim: int) -> Sequential:
 
 
 class Moneta(Miras):
-    """An ℓ_p bias and ℓ_q retention: ``A_t = (1 − α_t) A_{t−1} − θ_t ∇ℓ_p,  W_t = A_t / ‖A_t‖_q^{q−2}``, p = 3 and q = 4.
+    """An ℓ_p bias and ℓ_q retention: ``A_t = (1 − α_t) A_{t−1} − θ_t ∇ℓ_p,  W_t = A_t / (mean |A|^q + 1)^{(q−2)/q}``, p = 3,
+    q = 4.
 
-    The norm is taken at each chunk's start, of each matrix of a head (`Lq`); the loss is ``‖r‖_p^p / p``, its factor p left
-    to the step.
+    The paper divides by ``‖A_t‖_q^{q−2}``; here by that of the mean power, with a floor, at each chunk's start, of each
+    matrix of a head (`Lq`). The loss is ``‖r‖_p^p / p``, its factor p left to the step.
 
     Args:
         dim: of the tokens.
@@ -244,7 +258,8 @@ class Moneta(Miras):
 
     facts: ClassVar[Facts] = Facts(
         paper=_PAPER,
-        formula="A_t = (1 − α_t) A_{t−1} − θ_t ∇‖M(k_t) − v_t‖_p^p,  W_t = A_t / ‖A_t‖_q^{q−2},  o_t = M(W_t, q_t)",
+        formula="A_t = (1 − α_t) A_{t−1} − θ_t ∇‖M(k_t) − v_t‖_p^p,  W_t = A_t / (mean |A|^q + 1)^{(q−2)/q},  "
+        "o_t = M(W_t, q_t)",
         time="O(8 N D²/H)",
         state="16 D²/H",
     )

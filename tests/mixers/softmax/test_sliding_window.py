@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from regard.mixers.linear import SlidingWindow, WindowState, sliding_window_attention
-from regard.mixers.linear.rotary import rotary_rates, rotate
-from tests.mixers.linear.contract import check_forms, check_mixer
+from regard.mixers import SlidingWindow, WindowState, sliding_window_attention
+from regard.mixers.rotary import rotary_rates, rotate
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(length: int, window: int) -> list[Tensor]:

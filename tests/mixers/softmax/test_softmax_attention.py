@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional
 
 from regard import AttentionMap
-from regard.mixers.linear import SoftmaxAttention
-from regard.mixers.linear.mixer import join_heads
-from regard.mixers.linear.rotary import rotary_rates, rotate
-from tests.mixers.linear.contract import check_mixer
+from regard.mixers import SoftmaxAttention
+from regard.mixers.mixer import join_heads
+from regard.mixers.rotary import rotary_rates, rotate
+from tests.mixers.contract import check_mixer
 
 
 @pytest.mark.parametrize("rotary", [10_000.0, None])

@@ -8,8 +8,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from regard.mixers.linear import Mixer
-from regard.mixers.linear import mixer as module
+from regard.mixers import Mixer
+from regard.mixers import mixer as module
 
 Run = Callable[..., tuple[Tensor, Any]]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from regard.mixers.linear.forms import Form, check_form
-from regard.mixers.linear.key_values import KeyValues
-from regard.mixers.linear.mixer import Facts
-from regard.mixers.linear.softmax import SoftmaxAttention, visible_keys
+from regard.mixers.forms import Form, check_form
+from regard.mixers.mixer import Facts
+from regard.mixers.softmax.key_values import KeyValues
+from regard.mixers.softmax.softmax_attention import SoftmaxAttention, visible_keys
 from regard.runtime import AttentionCall, attend, intercept, looked_at
 
 QUERY_CHUNK = 512
@@ -226,6 +226,7 @@ class ChunkedSoftmaxAttention(SoftmaxAttention):
         heads: that divide it, into an even dimension of each where there are rotary positions.
         rotary: the base of rotary positions, or None for none.
         query_chunk, key_chunk: sides of a tile.
+        causal: else each token sees all, and no call goes on from a state.
 
     Raises:
         ValueError: heads that do not divide the width, odd head dimensions with rotary positions.
@@ -245,7 +246,6 @@ class ChunkedSoftmaxAttention(SoftmaxAttention):
         time="O(N² D)",
         state="2 N D",
         bidirectional=True,
-        cross=True,
         exact=True,
     )
 
@@ -256,8 +256,10 @@ class ChunkedSoftmaxAttention(SoftmaxAttention):
         rotary: float | None = 10_000.0,
         query_chunk: int = QUERY_CHUNK,
         key_chunk: int = KEY_CHUNK,
+        *,
+        causal: bool = True,
     ) -> None:
-        super().__init__(dim, heads, rotary)
+        super().__init__(dim, heads, rotary, causal=causal)
         self.query_chunk, self.key_chunk = query_chunk, key_chunk
 
     def attend(self, seen: KeyValues) -> Tensor:
@@ -266,11 +268,12 @@ class ChunkedSoftmaxAttention(SoftmaxAttention):
 
         def tiles() -> Tensor:
             return chunked_attention(
-                seen.query, seen.key, seen.value, mask=mask, query_chunk=self.query_chunk, key_chunk=self.key_chunk
-            )[0]
+                seen.query, seen.key, seen.value, mask=mask, causal=self.causal,
+                query_chunk=self.query_chunk, key_chunk=self.key_chunk,
+            )[0]  # fmt: skip
 
         if not looked_at():
             return tiles()
-        visible, causal = visible_keys(seen)
+        visible, causal = visible_keys(seen, self.causal)
         call = AttentionCall(seen.query, seen.key, seen.value, visible, is_causal=causal)
         return intercept(call, partial(attend, tiles), past=seen.key.shape[2] - seen.query.shape[2])

@@ -83,7 +83,7 @@ class DynamicalSystem:
     Neural Networks.
 
     >>> import torch
-    >>> from regard.mixers.linear import linear_attention
+    >>> from regard.mixers import linear_attention
     >>> q, k, v = torch.randn(3, 1, 2, 30, 4)
     >>> system = DynamicalSystem(torch.full((1, 1, 1, 4), 0.9), k, q)
     >>> y, state = system.run(v)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from regard.mixers.linear import Mixer
+from regard.mixers import Mixer
 
 KEYS, PAIRS = 8, 4
 

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regard.mixers.linear import AdaptiveFilterAttention, adaptive_filter_attention
-from regard.mixers.linear.adaptive_filter import Dynamics, diagonal_filter_attention
-from regard.mixers.linear.mixer import join_heads
-from regard.mixers.linear.rotary import rotate
-from tests.mixers.linear.contract import check_forms, check_mixer
+from regard.mixers import AdaptiveFilterAttention, adaptive_filter_attention
+from regard.mixers.mixer import join_heads
+from regard.mixers.rotary import rotate
+from regard.mixers.softmax.adaptive_filter import Dynamics, diagonal_filter_attention
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(length: int, before: int = 0) -> list[Tensor]:

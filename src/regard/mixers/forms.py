@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Form = Literal["parallel", "chunked", "recurrent"]
 """The readable reference, the fast one for training and prompts, and the one that decodes token by token."""
@@ -39,3 +40,9 @@ def initial_state(state: Tensor | None, query: Tensor, value: Tensor) -> Tensor:
     if state.shape != shape:
         raise ValueError(f"the state must be of shape {shape}, got {tuple(state.shape)}")
     return state.to(dtype)
+
+
+def cut(tensor: Tensor, chunk: int) -> Tensor:
+    """Whole chunks; zeros at the end neither add to the state nor decay it."""
+    padded = functional.pad(tensor, (0, 0, 0, -tensor.shape[2] % chunk))
+    return padded.reshape(*padded.shape[:2], -1, chunk, padded.shape[3])

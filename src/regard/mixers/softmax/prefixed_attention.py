@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Module
 
-from regard.mixers.linear._linear_attention import cut
-from regard.mixers.linear.mixer import join_heads, split_heads
-from regard.mixers.linear.rotary import rotary_rates, rotate
-from regard.mixers.linear.sliding_window import distances, join, windows
+from regard.mixers.forms import cut
+from regard.mixers.mixer import join_heads, split_heads
+from regard.mixers.rotary import rotary_rates, rotate
+from regard.mixers.softmax.sliding_window import distances, join, windows
 
 _ROTARY = 10_000.0
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from regard.mixers.linear import (
+from regard.mixers import (
     KL,
     Decay,
     DotProduct,
@@ -19,9 +19,9 @@ from regard.mixers.linear import (
     linear_attention,
     neural_memory,
 )
-from regard.mixers.linear.memory_choices import Bias, Retention
-from regard.mixers.linear.memory_network import slopes
-from tests.mixers.linear.contract import check_forms
+from regard.mixers.memory.choices import Bias, Retention
+from regard.mixers.memory.network import slopes
+from tests.mixers.contract import check_forms
 
 CASES: dict[str, tuple[Bias, Retention, bool, int]] = {
     "matrix": (Lp(2), Decay(), True, 1),
@@ -42,7 +42,7 @@ def inputs(length: int, retention: Retention, depth: int, seed: int = 0) -> list
     threshold, gain = torch.rand(2, 2, length, 8, generator=generator), torch.rand(2, 8, generator=generator) + 0.5
     shapes = Memory(depth, 3).shapes(8, 8)
     weights = [retention.begin(torch.randn(2, 2, *shape, generator=generator)) for shape in shapes]
-    return [q, k, v, 0.03 * step, -0.2 * decay, -momentum, threshold, gain, *weights]
+    return [q, k, v, 0.03 * step, -0.02 * decay, -momentum, threshold, gain, *weights]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regard.mixers.linear import ChunkedSoftmaxAttention, SoftmaxAttention, chunked_attention
-from tests.mixers.linear.contract import check_forms, check_mixer
+from regard.mixers import ChunkedSoftmaxAttention, SoftmaxAttention, chunked_attention
+from tests.mixers.contract import check_forms, check_mixer
 
 
 def inputs(queries: int, keys: int, before: int) -> list[Tensor]:
@@ -101,7 +101,7 @@ def test_no_more_than_tiles_are_made_forward_or_backward() -> None:
 
 
 def test_causal_calls_skip_what_lies_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    from regard.mixers.linear import chunked_softmax
+    from regard.mixers.softmax import chunked_softmax
 
     tiles = []
     partial = chunked_softmax._partial

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.mixers.linear.memory_choices import Bias
+from regard.mixers.memory.choices import Bias
 
-_EPSILON = 0.1
-"""Of the layer norm: with the usual 1e-5, weights that decay make its slopes large, and the gradients of a layer through a
-few hundred tokens explode."""
+_EPSILON = 1e-5
+"""Of the layer norm. As long as it is small beside the variance, what the network gives does not depend on its weights'
+scale, so that the slopes grow as weights decay, and what decays is written again. Where it is not small, decay wins, and the
+memory ends at zero, from where no slope leads away."""
 
 Product = Callable[[int, Tensor], Tensor]
 """From the number of a layer and its inputs (..., in) to its weights' product with them, (..., out)."""

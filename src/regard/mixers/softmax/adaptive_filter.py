@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear.chunked_softmax import KEY_CHUNK, QUERY_CHUNK, Tile, attend_by_tiles
-from regard.mixers.linear.forms import Form, check_form, check_heads
-from regard.mixers.linear.key_values import KeyValueMixer, KeyValues, positions_of
-from regard.mixers.linear.mixer import Facts, State
-from regard.mixers.linear.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.mixer import Facts
+from regard.mixers.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.softmax.chunked_softmax import KEY_CHUNK, QUERY_CHUNK, Tile, attend_by_tiles
+from regard.mixers.softmax.key_values import KeyValueMixer, KeyValues, positions_of
+from regard.mixers.state import State
 
 
 class Dynamics(NamedTuple):
@@ -238,6 +239,7 @@ class AdaptiveFilterAttention(KeyValueMixer):
         heads: that divide it, into an even dimension of each.
         rotary: the base of the frequencies.
         query_chunk, key_chunk: sides of a tile.
+        causal: else each token sees all, over the absolute lag, and no call goes on from a state.
 
     Raises:
         ValueError: heads that do not divide the width, odd head dimensions.
@@ -269,8 +271,10 @@ class AdaptiveFilterAttention(KeyValueMixer):
         rotary: float = 10_000.0,
         query_chunk: int = QUERY_CHUNK,
         key_chunk: int = KEY_CHUNK,
+        *,
+        causal: bool = True,
     ) -> None:
-        super().__init__(dim, heads)
+        super().__init__(dim, heads, causal)
         check_rotary(type(self).__name__, dim, heads)
         self.chunks = (query_chunk, key_chunk)
         slow = max(heads // 4, 1)
@@ -322,6 +326,6 @@ class AdaptiveFilterAttention(KeyValueMixer):
         return HiddenMap(apply, (batch, heads, tokens, seen.key.shape[2]), seen.value)
 
     def _mixed(self, seen: KeyValues, positions: Tensor, stored: bool) -> Tensor:
-        mixed = _filtered(seen, positions, self.dynamics, True, "chunked", self.chunks, stored=stored)
+        mixed = _filtered(seen, positions, self.dynamics, self.causal, "chunked", self.chunks, stored=stored)
         gate = self.gate.sigmoid()[:, None, None]
         return gate * mixed + (1 - gate) * seen.value[:, :, -seen.query.shape[2] :]

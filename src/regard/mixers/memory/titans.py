@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter, RMSNorm, functional
 
-from regard.mixers.linear._neural_memory import CHUNK
-from regard.mixers.linear.aligned import Aligned
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.memory_choices import Design, Memory
-from regard.mixers.linear.memory_network import recall
-from regard.mixers.linear.miras import OfDesign
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
-from regard.mixers.linear.prefixed_attention import PrefixedWindow, prefixed_attention
-from regard.mixers.linear.rotary import check_rotary
+from regard.mixers.dynamical_system import DynamicalSystem
+from regard.mixers.memory._neural_memory import CHUNK
+from regard.mixers.memory.aligned import Aligned
+from regard.mixers.memory.choices import Design, Memory
+from regard.mixers.memory.miras import OfDesign
+from regard.mixers.memory.network import recall
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.rotary import check_rotary
+from regard.mixers.softmax.prefixed_attention import PrefixedWindow, prefixed_attention
 
 _PAPER = "A. Behrouz, P. Zhong and V. Mirrokni (2024), Titans: Learning to Memorize at Test Time"
 
@@ -304,7 +304,7 @@ class MemoryAsContext(_Titan):
             (places <= places[low:, None]).repeat(1, 2),
         )  # fmt: skip
         near: Tensor = self.attention.output(join_heads(mixed))
-        far_state = State(type(self.memory).__name__, _of(now, "memory"), 0)
+        far_state = self.memory.state(_of(now, "memory"), 0, near.dtype)
         after, memory = self.memory(near, far_state, real)
         return self.gate(near, after), now | {"key": key, "value": value} | _named("memory", dict(memory.tensors))
 

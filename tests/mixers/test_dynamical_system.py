@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.mixers.catalogue import mixers
-from regard.mixers.linear import (
+from regard.mixers import (
     KL,
     Decay,
     Design,
@@ -28,6 +27,7 @@ from regard.mixers.linear import (
     neural_memory,
     sliding_window_attention,
 )
+from regard.mixers.catalogue import mixers
 
 TOKENS, WIDTH = 23, 8  # of a head: DIM over two heads
 DIM = 2 * WIDTH

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regard.mixers.linear import (
+from regard.mixers import (
     Design,
     DotProduct,
     Huber,
@@ -15,8 +15,8 @@ from regard.mixers.linear import (
     Moneta,
     Yaad,
 )
-from tests.mixers.linear.contract import check_mixer
-from tests.mixers.linear.learning import recall_losses
+from tests.mixers.contract import check_mixer
+from tests.mixers.learning import recall_losses
 
 KINDS = [LongTermMemory, Moneta, Yaad, Memora]
 MATRIX = Memory(depth=1)
@@ -75,6 +75,13 @@ def test_no_map_where_the_output_is_not_linear_in_values() -> None:
     for kind in KINDS:
         with pytest.raises(NotImplementedError, match=rf"{kind.__name__} mixes values by a matrix only where"):
             kind(8, heads=2).map(torch.randn(1, 5, 8))
+
+
+def test_moneta_keeps_as_its_facts_say() -> None:
+    assert "W_t = A_t / (mean |A|^q + 1)^{(q−2)/q}" in Moneta.facts.formula
+    mixer, held = Moneta(8, heads=2, q=5.0), 3 * torch.randn(2, 4, 6, dtype=torch.float64)
+    scale = (held.abs().pow(5).mean((1, 2), keepdim=True) + 1) ** (3 / 5)
+    torch.testing.assert_close(mixer.design.retention.weights(held, held), held / scale)
 
 
 def test_bad_layers() -> None:

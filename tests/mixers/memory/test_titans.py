@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from regard.mixers.linear import Memory, MemoryAsContext, MemoryAsGate, MemoryAsLayer, Mixer
-from regard.mixers.linear.prefixed_attention import PrefixedWindow
-from tests.mixers.linear.contract import check_mixer
-from tests.mixers.linear.learning import recall_losses
+from regard.mixers import Memory, MemoryAsContext, MemoryAsGate, MemoryAsLayer, Mixer
+from regard.mixers.softmax.prefixed_attention import PrefixedWindow
+from tests.mixers.contract import check_mixer
+from tests.mixers.learning import recall_losses
 
 KINDS = [MemoryAsContext, MemoryAsGate, MemoryAsLayer]
 

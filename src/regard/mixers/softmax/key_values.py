@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Linear
 
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.mixer import Mixer, check_divides, join_heads, split_heads
+from regard.mixers.dynamical_system import DynamicalSystem
+from regard.mixers.mixer import Mixer, check_divides, join_heads, split_heads
 
 
 class KeyValues(NamedTuple):
@@ -44,16 +44,16 @@ class KeyValueMixer(Mixer):
     in_pieces = False
     padding_first = False
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, causal: bool = True) -> None:
         super().__init__(dim)
         check_divides(type(self).__name__, dim, heads)
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.inputs = Linear(dim, 3 * dim, bias=False)
         self.output = Linear(dim, dim, bias=False)
 
     @abstractmethod
     def attend(self, seen: KeyValues) -> Tensor:
-        """The values mixed for each query, causally, (B, H, N, D); what it gives for padding is not read."""
+        """The values mixed for each query, (B, H, N, D); what it gives for padding is not read."""
 
     def place(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """New queries, keys and values (B, H, N, D) at their positions (B or 1, N), as the state holds them."""
@@ -71,6 +71,7 @@ class KeyValueMixer(Mixer):
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = 1, b_i = e_i``, c_i row i of `map`: a slot for each token, hence a state as large as the text."""
+        self._check_causal()
         rows = self.map(x).dense()
         slots = torch.eye(rows.shape[3], dtype=rows.dtype, device=rows.device)
         return DynamicalSystem(rows.new_ones(1, 1, 1, len(slots)), slots.expand_as(rows), rows)

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from regard.maps import AttentionMap
-from regard.mixers.linear.key_values import KeyValueMixer, KeyValues
-from regard.mixers.linear.mixer import Facts, State
-from regard.mixers.linear.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.mixer import Facts
+from regard.mixers.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.softmax.key_values import KeyValueMixer, KeyValues
+from regard.mixers.state import State
 
 
 class SoftmaxAttention(KeyValueMixer):
-    """Plain causal multi-head attention, ``o_i = Σ_{j≤i} softmax_j(q_i·k_j / √d) v_j``, by PyTorch's fused kernels.
+    """Plain multi-head attention, ``o_i = Σ_{j≤i} softmax_j(q_i·k_j / √d) v_j``, by PyTorch's fused kernels.
 
     Rotary positions count the real tokens of a text, over all calls. The state is every key, turned, and every value,
     and grows with the text.
@@ -24,6 +25,7 @@ class SoftmaxAttention(KeyValueMixer):
         dim: of the tokens.
         heads: that divide it, into an even dimension of each where there are rotary positions.
         rotary: the base of rotary positions, or None for none.
+        causal: else each token sees all, and no call goes on from a state.
 
     Raises:
         ValueError: heads that do not divide the width, or odd head dimensions with rotary positions.
@@ -46,12 +48,11 @@ class SoftmaxAttention(KeyValueMixer):
         time="O(N² D)",
         state="2 N D",
         bidirectional=True,
-        cross=True,
         exact=True,
     )
 
-    def __init__(self, dim: int, heads: int = 4, rotary: float | None = 10_000.0) -> None:
-        super().__init__(dim, heads)
+    def __init__(self, dim: int, heads: int = 4, rotary: float | None = 10_000.0, *, causal: bool = True) -> None:
+        super().__init__(dim, heads, causal)
         if rotary is not None:
             check_rotary(type(self).__name__, dim, heads)
         self.rotary = rotary
@@ -63,9 +64,14 @@ class SoftmaxAttention(KeyValueMixer):
         rates = rotary_rates(query.shape[3], self.rotary, query.device)
         return rotate(query, positions, rates), rotate(key, positions, rates), value
 
+    @property
+    def hides_map(self) -> bool:
+        """Its matrix is that of a call of attention, and is seen there."""
+        return False
+
     def attend(self, seen: KeyValues) -> Tensor:
         """The fused call; with its own flag for causal calls where no mask is needed."""
-        mask, causal = visible_keys(seen)
+        mask, causal = visible_keys(seen, self.causal)
         return functional.scaled_dot_product_attention(
             seen.query, seen.key, seen.value, attn_mask=mask, is_causal=causal
         )
@@ -73,18 +79,23 @@ class SoftmaxAttention(KeyValueMixer):
     def map(self, x: Tensor, state: State | None = None) -> AttentionMap:
         """The softmax map of the tokens over the keys so far, (B, H, N, M)."""
         seen = self.see(x, None if state is None else state.tensors, None)
-        mask, causal = visible_keys(seen)
+        mask, causal = visible_keys(seen, self.causal)
         return AttentionMap(seen.query, seen.key, attn_mask=mask, is_causal=causal)
 
 
-def visible_keys(seen: KeyValues) -> tuple[Tensor | None, bool]:
+def visible_keys(seen: KeyValues, causal: bool) -> tuple[Tensor | None, bool]:
     """What SDPA must be told for queries that are the last tokens of the keys: a mask, or that the call is causal."""
     queries, keys = seen.query.shape[2], seen.key.shape[2]
+    if not causal:
+        if seen.real is None:
+            return None, False
+        own = torch.eye(queries, keys, dtype=torch.bool, device=seen.query.device)  # padding, so that no row is empty
+        return seen.real[:, None, None] | own & ~seen.real[:, None, :, None], False
     if seen.real is None and (queries == 1 or queries == keys):
         return None, queries == keys
     ones = torch.ones(queries, keys, dtype=torch.bool, device=seen.query.device)
-    causal = ones.tril(keys - queries)
+    earlier = ones.tril(keys - queries)
     if seen.real is None:
-        return causal, False
-    own = causal & ~causal.tril(-1 + keys - queries)  # padding sees itself, so that no row is empty
-    return (causal & seen.real[:, None, None]) | own, False
+        return earlier, False
+    own = earlier & ~earlier.tril(-1 + keys - queries)  # padding sees itself, so that no row is empty
+    return (earlier & seen.real[:, None, None]) | own, False

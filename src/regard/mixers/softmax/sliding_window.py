@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, functional
 
+from regard.mixers.dynamical_system import DynamicalSystem
+from regard.mixers.forms import Form, check_form, check_heads, cut
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear._linear_attention import cut
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.mixers.linear.forms import Form, check_form, check_heads
-from regard.mixers.linear.mixer import Facts, Mixer, State, check_divides, join_heads, split_heads
-from regard.mixers.linear.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.rotary import check_rotary, rotary_rates, rotate
+from regard.mixers.state import State
 
 _SMALLEST_BLOCK = 16
 

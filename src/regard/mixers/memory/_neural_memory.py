@@ -13,10 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from regard.mixers.linear.aligned import Aligned
-from regard.mixers.linear.forms import Form, check_form, check_heads
-from regard.mixers.linear.memory_choices import Bias, Decay, Lp, Retention
-from regard.mixers.linear.memory_network import network, recall, slopes
+from regard.mixers.forms import Form, check_form, check_heads
+from regard.mixers.memory.aligned import Aligned
+from regard.mixers.memory.choices import Bias, Decay, Lp, Retention
+from regard.mixers.memory.network import network, recall, slopes
 
 CHUNK = 16
 
@@ -43,8 +43,11 @@ def neural_memory(
 
     S is the surprise, past and momentary; t' the start of the token's chunk; A is what is held, of which the retention makes
     the weights of M_t. One matrix is a linear memory; more are a network, ``M(x) = x + γ ∘ LN(W_L GELU(… W_1 x))``, whose γ
-    is not written to, and whose layer norm adds 0.1 to the variance, lest gradients explode where a memory has decayed. A
-    token is written before it is read.
+    is not written to. A token is written before it is read.
+
+    As the layer norm takes the scale of what weights give, a network that is as large as decay and writing leave it turns by
+    about ``√(2 α)`` a token, whatever the steps, and by ``√(2 α chunk)`` a chunk: from 1/2 on that is another network after
+    each chunk, and gradients through many of them explode. A matrix has no such bound.
 
     The definition depends on ``chunk``, as the papers' training does: at 1, each gradient is at the weights that the token
     before left. All forms take the same chunks, which go on where the state stopped, in the middle of one if need be.
@@ -106,11 +109,12 @@ def neural_memory(
         None if threshold is None else threshold.to(dtype),
     )  # fmt: skip
     now = _begin([weight.to(dtype) for weight in weights], state, tokens, learner.momentum)
-    if form == "chunked":
-        output, after = _chunked(learner, tokens, now)
-    else:
-        gradients = _by_autograd if form == "parallel" else _by_hand
-        output, after = _token_by_token(learner, tokens, now, gradients)
+    with torch.autocast(value.device.type, enabled=False):  # which would round products of float32
+        if form == "chunked":
+            output, after = _chunked(learner, tokens, now)
+        else:
+            gradients = _by_autograd if form == "parallel" else _by_hand
+            output, after = _token_by_token(learner, tokens, now, gradients)
     return output.masked_fill(~tokens.real[:, None, :, None], 0.0).to(value.dtype), after.tensors()
 
 

@@ -1,12 +1,15 @@
-"""What every mixer of this folder is: a layer on (batch, tokens, dim) with a state that goes on."""
+"""What every mixer is: a layer on (batch, tokens, dim) with a state that goes on."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cache
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -14,27 +17,15 @@ from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
 from regard.maps import AttentionMap
+from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear.dynamical_system import DynamicalSystem
-from regard.runtime import HiddenCall, Place, intercept, looked_at, read, unseen
+from regard.mixers.packed import unpack
+from regard.mixers.state import State
+from regard.runtime import HiddenCall, Place, Reading, intercept, looked_at, read, unseen
 
 _PIECE = 2048  # tokens of all texts together
 _TRAINED_PIECE = 512  # of which all that the backward pass needs is stored at a time
 _SMALLEST_PIECE = 256  # below, the pieces' number costs more than their size saves
-
-
-@dataclass(frozen=True)
-class State:
-    """What a mixer remembers of the tokens so far: tensors with a row for each text, by name."""
-
-    mixer: str
-    tensors: Mapping[str, Tensor]
-    seen: int
-
-    @property
-    def bytes(self) -> int:
-        """What it takes for one text."""
-        return sum(tensor.numel() * tensor.element_size() // max(len(tensor), 1) for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,8 @@ class Mixer(Module, ABC):
 
     ``x`` is (batch, tokens, dim) and so is ``y``. Given the state that a call returned, the next call goes on where that one
     ended: a prompt and then token by token is the same as all at once. ``mask`` (batch, tokens) tells real tokens
-    from padding, on either side: padding leaves the state as it is, and its outputs are zeros.
+    from padding, on either side: padding leaves the state as it is, and its outputs are zeros. Of texts that are packed into
+    one row, ``cu_seqlens`` (texts + 1) tells the borders, which nothing crosses: each has a state of its own.
 
     Where no gradients are wanted, a long text is read piece by piece, each from the state of the one before: what it takes
     beside x and y does not grow with the text, and stays in the processor's cache.
@@ -86,6 +78,18 @@ class Mixer(Module, ABC):
     """Whether reading in pieces costs no more than at once, as it does where the state is all tokens so far."""
     padding_first: ClassVar[bool] = True
     """Whether `mix` must have padding before the tokens."""
+    causal: bool = True
+    """Whether a token sees those up to it alone; otherwise all, and no call goes on from a state."""
+
+    _arguments: Mapping[str, str]
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:
+        """Keep what it is made of, by which it knows its own states."""
+        mixer = super().__new__(cls)
+        bound = inspect.signature(cls).bind_partial(*arguments, **named)
+        bound.apply_defaults()
+        mixer.__dict__["_arguments"] = {name: repr(value) for name, value in bound.arguments.items()}
+        return mixer
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -93,11 +97,20 @@ class Mixer(Module, ABC):
             raise ValueError(f"{type(self).__name__}: dim must be at least 1, got {dim}")
         self.dim = dim
 
-    def forward(self, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        """The mixed tokens, and the state after them."""
+    def forward(
+        self, x: Tensor, state: State | None = None, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The mixed tokens, and the state after them; of packed texts, a row for each."""
+        if cu_seqlens is not None:
+            if mask is not None:
+                raise ValueError(
+                    f"{type(self).__name__} takes a mask or cu_seqlens, got both: packed texts have no padding"
+                )
+            texts, real = unpack(x, cu_seqlens)
+            y, after = self(texts, state, None if bool(real.all()) else real)
+            return y[real][None], after
         self._check(x, state, mask)
-        hidden = self._hidden_map(x, state, mask) if looked_at() else None
-        if hidden is None:
+        if not (self.hides_map and looked_at()):
             return self._forward(x, state, mask)
         after: list[State] = []
 
@@ -108,7 +121,13 @@ class Mixer(Module, ABC):
             after.append(next_state)
             return y
 
-        return intercept(_as_call(hidden, state), finish, past=0 if state is None else state.seen), after[0]
+        call = MixerCall(cache(lambda: self._hidden_map(x, state, mask)), x.shape[1], state)
+        return intercept(call, finish, past=0 if state is None else state.seen), after[0]
+
+    @property
+    def hides_map(self) -> bool:
+        """Whether `map` is a `HiddenMap`, by which this layer is watched, and not by the calls of attention within it."""
+        return type(self).map is not Mixer.map
 
     def _forward(self, x: Tensor, state: State | None, mask: Tensor | None) -> tuple[Tensor, State]:
         """Mix the tokens, real ones brought to where `mix` wants them, whether anyone watches or not."""
@@ -124,22 +143,32 @@ class Mixer(Module, ABC):
         else:
             y, after = self._read(x.masked_fill(~mask[..., None], 0.0), tensors, mask)
             y = y.masked_fill(~mask[..., None], 0.0)
-        return y, State(type(self).__name__, after, seen)
+        return y, self.state(after, seen, x.dtype)
 
-    def _hidden_map(self, x: Tensor, state: State | None, mask: Tensor | None) -> HiddenMap | None:
-        """The map of the real tokens; None where there is none, or where it is that of a call of attention."""
+    def state(self, tensors: Mapping[str, Tensor], seen: int, dtype: torch.dtype) -> State:
+        """These tensors, as a state of this layer after so many tokens of a dtype."""
+        return State(type(self).__name__, tensors, seen, dtype, self._arguments)
+
+    def _hidden_map(self, x: Tensor, state: State | None, mask: Tensor | None) -> HiddenMap:
+        """The map of the real tokens."""
         with torch.inference_mode(False), torch.no_grad():
             x = x.clone() if x.is_inference() else x.detach()  # or autograd would refuse it, which transposes maps
-            try:
-                if mask is None:
-                    found = self.map(x, state)
-                    return found if isinstance(found, HiddenMap) else None
-                # No token sees those after it: with padding last, real tokens have the map of a text without any.
-                order = _stable_order(~mask)
-                found = self.map(_moved(x, order, mask.gather(1, order)), state)
-                return found.rearranged(order, mask) if isinstance(found, HiddenMap) else None
-            except NotImplementedError:
-                return None
+            if mask is None:
+                return self._own_map(x, state)
+            if not self.causal:
+                raise ValueError(
+                    f"{type(self).__name__}(causal=False) is watched without padding only: run each text by itself, or leave "
+                    "the layer out with layers="
+                )
+            # No token sees those after it: with padding last, real tokens have the map of a text without any.
+            order = _stable_order(~mask)
+            return self._own_map(_moved(x, order, mask.gather(1, order)), state).rearranged(order, mask)
+
+    def _own_map(self, x: Tensor, state: State | None) -> HiddenMap:
+        found = self.map(x, state)
+        if not isinstance(found, HiddenMap):
+            raise TypeError(f"{type(self).__name__} says that it hides a map, and its map is {type(found).__name__}")
+        return found
 
     def _read(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
@@ -147,7 +176,7 @@ class Mixer(Module, ABC):
         """`mix`, in pieces where that is better; each is mixed again for its gradients, so that one at a time is stored."""
         at_once = _TRAINED_PIECE if torch.is_grad_enabled() else _PIECE
         piece = max(at_once // max(len(x), 1), _SMALLEST_PIECE)
-        if x.shape[1] <= piece or not self.in_pieces:
+        if x.shape[1] <= piece or not (self.in_pieces and self.causal):
             return self.mix(x, state, mask)
         texts = x.split(piece, dim=1)
         masks = [None] * len(texts) if mask is None else mask.split(piece, dim=1)
@@ -191,20 +220,45 @@ class Mixer(Module, ABC):
 
     def _check(self, x: Tensor, state: State | None, mask: Tensor | None) -> None:
         name = type(self).__name__
-        if x.ndim != 3 or x.shape[2] != self.dim or not x.shape[1]:
-            raise ValueError(f"{name} takes x of shape (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        if x.ndim != 3 or x.shape[2] != self.dim or not x.shape[0] or not x.shape[1]:
+            raise ValueError(
+                f"{name} takes x of shape (batch, tokens, {self.dim}), at least one of each, got {tuple(x.shape)}"
+            )
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
             raise ValueError(
                 f"{name} takes a boolean mask of shape {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}"
             )
-        if state is None:
-            return
+        if state is not None:
+            self._check_state(x, state)
+
+    def _check_causal(self) -> None:
+        if not self.causal:
+            raise NotImplementedError(
+                f"{type(self).__name__}(causal=False) is no dynamical system: what sees all tokens has no state on its way"
+            )
+
+    def _check_state(self, x: Tensor, state: State) -> None:
+        name = type(self).__name__
+        if not self.causal:
+            raise ValueError(f"{name}(causal=False) goes on from no state: every token sees all others of its call")
         if not isinstance(state, State) or state.mixer != name:
             what = f"of {state.mixer}" if isinstance(state, State) else type(state).__name__
             raise ValueError(f"{name} goes on from a state of its own, got a state {what}")
+        if state.arguments != self._arguments:
+            pairs = {key: (self._arguments.get(key), state.arguments.get(key)) for key in self._arguments}
+            own, other = (
+                ", ".join(f"{key}={pair[side]}" for key, pair in pairs.items() if pair[0] != pair[1]) for side in (0, 1)
+            )
+            raise ValueError(f"{name}({own}) goes on from a state of its own, got that of {name}({other})")
         rows = {len(tensor) for tensor in state.tensors.values()}
         if rows - {x.shape[0]}:
             raise ValueError(f"{name} was given {x.shape[0]} texts, and a state of {', '.join(map(str, sorted(rows)))}")
+        devices = {tensor.device for tensor in state.tensors.values()}
+        if state.dtype != x.dtype or devices - {x.device}:
+            found = ", ".join([str(state.dtype), *(str(device) for device in devices)])
+            raise ValueError(
+                f"{name} was given tokens of {x.dtype}, {x.device}, and a state of {found}: state.to(x.device, x.dtype) fits"
+            )
 
 
 def _stable_order(late: Tensor) -> Tensor:
@@ -217,20 +271,45 @@ def _moved(x: Tensor, order: Tensor, real: Tensor) -> Tensor:
     return x.gather(1, order[..., None].expand_as(x)).masked_fill(~real[..., None], 0.0)
 
 
-def _as_call(hidden: HiddenMap, state: State | None) -> HiddenCall:
-    """A call for `intercept`, which says how its map is to be read."""
-    *_, queries, keys = hidden.shape
+class MixerCall(HiddenCall):
+    """A mixer's call, whose map and values are made once somebody asks: where no block wants it, it costs nothing."""
 
-    def map_at(place: Place) -> HiddenMap:
-        if state is not None and keys == queries:
-            raise ValueError(
-                f"{place.path} ({state.mixer}) goes on from a state, and its map tells of the {queries} tokens of this call "
-                "alone, not of what they take from those before: run the whole text in one call, or leave the layer out "
-                "with layers="
-            )
-        return hidden
+    def __init__(self, made: Callable[[], HiddenMap], queries: int, state: State | None) -> None:
+        def map_at(place: Place) -> HiddenMap:
+            hidden = made()
+            *_, own, keys = hidden.shape
+            if state is not None and keys == own:
+                raise ValueError(
+                    f"{place.path} ({state.mixer}) goes on from a state, and its map tells of the {own} tokens of this call "
+                    "alone, not of what they take from those before: run the whole text in one call, or leave the layer out "
+                    "with layers="
+                )
+            return hidden
 
-    return HiddenCall(hidden.values, queries, map_at)
+        self.__dict__.update(made=made, queries=queries, map=map_at, place=Place(), readings=())
+
+    @property
+    def value(self) -> Tensor:
+        """Which the map mixes."""
+        values: Tensor = self.__dict__["made"]().values
+        return values
+
+    def at(self, place: Place) -> MixerCall:
+        """This call, as it stands elsewhere."""
+        return self._changed(place=place)
+
+    def with_reading(self, reading: Reading) -> MixerCall:
+        """With one more reading of the matrix."""
+        return self._changed(readings=(*self.readings, reading))
+
+    def heads(self, index: list[int]) -> HiddenCall:
+        """The call with these heads alone."""
+        return HiddenCall(self.value[:, index], self.queries, self.map, self.place, self.readings)
+
+    def _changed(self, **changes: Any) -> MixerCall:
+        other = copy(self)
+        other.__dict__.update(changes)
+        return other
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

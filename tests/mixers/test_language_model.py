@@ -111,7 +111,7 @@ def test_what_is_refused(message: str, make: Any) -> None:
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 40}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "eos_token_id": None}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
 
 

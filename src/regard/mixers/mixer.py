@@ -107,8 +107,8 @@ class Mixer(Module, ABC):
                     f"{type(self).__name__} takes a mask or cu_seqlens, got both: packed texts have no padding"
                 )
             texts, real = unpack(x, cu_seqlens)
-            y, after = self(texts, state, None if bool(real.all()) else real)
-            return y[real][None], after
+            y, states = self(texts, state, None if bool(real.all()) else real)
+            return y[real][None], states
         self._check(x, state, mask)
         if not (self.hides_map and looked_at()):
             return self._forward(x, state, mask)

@@ -51,7 +51,7 @@ class State:
 
     @property
     def texts(self) -> int:
-        """Their number."""
+        """The number of texts."""
         return len(next(iter(self.tensors.values()), ()))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:

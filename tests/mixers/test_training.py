@@ -95,4 +95,4 @@ def test_a_long_text_is_mixed_again_for_its_gradients(name: str, monkeypatch: py
     (at_once, *expected), (in_pieces, *actual) = found
     assert in_pieces < 0.7 * at_once
     for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)  # one keeps its sums in float32

@@ -1,4 +1,9 @@
-"""Sequence mixers: attention, and what stands in its place, each as a function and as a layer."""
+"""Sequence mixers: attention, and what stands in its place, each as a function, as a layer, and in a language model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from regard.mixers import linear, memory, softmax
 from regard.mixers.dynamical_system import DynamicalSystem
@@ -13,3 +18,22 @@ __all__ = ["DynamicalSystem", "Facts", "HiddenMap", "Mixer", "State", "linear", 
 __all__ += linear.__all__
 __all__ += memory.__all__
 __all__ += softmax.__all__
+
+if TYPE_CHECKING:
+    from regard.mixers.in_place import replace_attention as replace_attention
+    from regard.mixers.language_model import MixerConfig as MixerConfig
+    from regard.mixers.language_model import MixerLM as MixerLM
+
+_OF_TRANSFORMERS = {"MixerConfig": "language_model", "MixerLM": "language_model", "replace_attention": "in_place"}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs transformers, which is imported with it and not before."""
+    if name not in _OF_TRANSFORMERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_OF_TRANSFORMERS[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(f"{name} needs transformers: pip install 'regard[hf]'") from error

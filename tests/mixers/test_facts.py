@@ -87,6 +87,13 @@ def test_exact(name: str, causal: bool) -> None:
     logits = seen.query @ seen.key.mT / 2  # heads of 4
     hidden = torch.ones(20, 20, dtype=torch.bool).triu(1)
     probabilities = (logits.masked_fill(hidden, -torch.inf) if causal else logits).softmax(-1)
-    expected = mixer.output(join_heads(probabilities @ seen.value))
+    expected = mixer.o_proj(join_heads(probabilities @ seen.value))
     torch.testing.assert_close(mixer(x)[0], expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mixer.map(x).dense(), probabilities, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_projections_are_named_as_the_field_names_them(name: str) -> None:
+    names = {parameter.split(".")[-2] for parameter, _ in made(name).named_parameters() if parameter.endswith(".weight")}
+    own = {"in_proj", "x_proj", "dt_proj", "out_proj"} if name == "SelectiveSSM" else {f"{one}_proj" for one in "qkvo"}
+    assert own <= names

@@ -308,6 +308,11 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
+def heads_of(x: Tensor, heads: int, *projections: Module) -> list[Tensor]:
+    """What each projection gives of the tokens (B, N, dim), by heads: (B, H, N, D)."""
+    return [split_heads(projection(x), heads) for projection in projections]
+
+
 def join_heads(x: Tensor) -> Tensor:
     """(B, H, N, D) as (B, N, H·D)."""
     return x.transpose(1, 2).flatten(2)

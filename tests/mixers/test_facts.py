@@ -94,6 +94,8 @@ def test_exact(name: str, causal: bool) -> None:
 
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_projections_are_named_as_the_field_names_them(name: str) -> None:
-    names = {parameter.split(".")[-2] for parameter, _ in made(name).named_parameters() if parameter.endswith(".weight")}
+    names = {
+        parameter.split(".")[-2] for parameter, _ in made(name).named_parameters() if parameter.endswith(".weight")
+    }
     own = {"in_proj", "x_proj", "dt_proj", "out_proj"} if name == "SelectiveSSM" else {f"{one}_proj" for one in "qkvo"}
     assert own <= names

@@ -105,8 +105,8 @@ class Mixer(Module, ABC):
                     f"{type(self).__name__} takes a mask or cu_seqlens, got both: packed texts have no padding"
                 )
             texts, real = unpack(x, cu_seqlens)
-            y, after = self(texts, state, None if bool(real.all()) else real)
-            return y[real][None], after
+            outputs, ends = self(texts, state, None if bool(real.all()) else real)
+            return outputs[real][None], ends
         self._check(x, state, mask)
         if not (self.hides_map and looked_at()):
             return self._forward(x, state, mask)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from copy import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -18,9 +17,10 @@ from torch.nn import Module
 from regard.maps import AttentionMap
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.mixer_call import MixerCall
 from regard.mixers.packed import unpack
 from regard.mixers.state import State
-from regard.runtime import HiddenCall, Place, Reading, intercept, looked_at, read, unseen
+from regard.runtime import HiddenCall, intercept, looked_at, read, unseen
 
 _PIECE = 2048  # tokens of all texts together
 _SMALLEST_PIECE = 256  # below, the pieces' number costs more than their size saves
@@ -260,47 +260,6 @@ def _stable_order(late: Tensor) -> Tensor:
 def _moved(x: Tensor, order: Tensor, real: Tensor) -> Tensor:
     """Tokens (B, N, dim) in this order, zeros where they are then not real."""
     return x.gather(1, order[..., None].expand_as(x)).masked_fill(~real[..., None], 0.0)
-
-
-class MixerCall(HiddenCall):
-    """A mixer's call, whose map and values are made once somebody asks: where no block wants it, it costs nothing."""
-
-    def __init__(self, made: Callable[[], HiddenMap], queries: int, state: State | None) -> None:
-        def map_at(place: Place) -> HiddenMap:
-            hidden = made()
-            *_, own, keys = hidden.shape
-            if state is not None and keys == own:
-                raise ValueError(
-                    f"{place.path} ({state.mixer}) goes on from a state, and its map tells of the {own} tokens of this call "
-                    "alone, not of what they take from those before: run the whole text in one call, or leave the layer out "
-                    "with layers="
-                )
-            return hidden
-
-        self.__dict__.update(made=made, queries=queries, map=map_at, place=Place(), readings=())
-
-    @property
-    def value(self) -> Tensor:
-        """Which the map mixes."""
-        values: Tensor = self.__dict__["made"]().values
-        return values
-
-    def at(self, place: Place) -> MixerCall:
-        """This call, as it stands elsewhere."""
-        return self._changed(place=place)
-
-    def with_reading(self, reading: Reading) -> MixerCall:
-        """With one more reading of the matrix."""
-        return self._changed(readings=(*self.readings, reading))
-
-    def heads(self, index: list[int]) -> HiddenCall:
-        """The call with these heads alone."""
-        return HiddenCall(self.value[:, index], self.queries, self.map, self.place, self.readings)
-
-    def _changed(self, **changes: Any) -> MixerCall:
-        other = copy(self)
-        other.__dict__.update(changes)
-        return other
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -46,14 +46,7 @@ def test_selective_ssm_is_the_mixer_of_mamba() -> None:
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))
-        pairs = (
-            (ours.inputs.weight, theirs.in_proj.weight), (ours.selection.weight, theirs.x_proj.weight),
-            (ours.step.weight, theirs.dt_proj.weight), (ours.step.bias, theirs.dt_proj.bias),
-            (ours.log_rate, theirs.A_log), (ours.skip, theirs.D), (ours.output.weight, theirs.out_proj.weight),
-        )  # fmt: skip
-        for mine, other in pairs:
-            mine.copy_(other)
-        ours.convolution.weight.copy_(theirs.conv1d.weight.flip(-1))  # ours begins with the token itself
+        ours.load_state_dict(theirs.state_dict() | {"conv1d.weight": theirs.conv1d.weight.flip(-1)})  # own token first
         x = torch.randn(2, 40, 24)
         torch.testing.assert_close(ours(x)[0], theirs(x), atol=1e-5, rtol=1e-4)
 
@@ -87,14 +80,14 @@ def test_gated_delta_rule_is_the_layer_of_qwen3_next() -> None:
     theirs, ours = qwen3_next.Qwen3NextGatedDeltaNet(config, layer_idx=0).eval(), GatedDeltaRule(32, heads=4).eval()
     with torch.no_grad():
         mine = dict(ours.named_parameters())
-        query, key, value = (part.unflatten(0, (4, 8)) for part in mine["inputs.weight"].chunk(3))
-        gate = mine["gate.weight"].unflatten(0, (4, 8))
+        query, key, value = (mine[f"{name}_proj.weight"].unflatten(0, (4, 8)) for name in "qkv")
+        gate = mine["g_proj.weight"].unflatten(0, (4, 8))
         theirs.in_proj_qkvz.weight.copy_(torch.cat([query, key, value, gate], dim=1).flatten(0, 1))
-        theirs.in_proj_ba.weight.copy_(torch.stack([mine["beta.weight"], mine["rate.weight"]], dim=1).flatten(0, 1))
-        theirs.conv1d.weight.copy_(mine["convolution.weight"].flip(-1))
-        theirs.A_log.copy_(mine["log_scale"])
-        theirs.dt_bias.copy_(mine["bias"])
+        theirs.in_proj_ba.weight.copy_(torch.stack([mine["b_proj.weight"], mine["a_proj.weight"]], dim=1).flatten(0, 1))
+        theirs.conv1d.weight.copy_(mine["conv1d.weight"].flip(-1))
+        theirs.A_log.copy_(mine["A_log"])
+        theirs.dt_bias.copy_(mine["dt_bias"])
         theirs.norm.weight.copy_(mine["norm.weight"])
-        theirs.out_proj.weight.copy_(mine["output.weight"])
+        theirs.out_proj.weight.copy_(mine["o_proj.weight"])
         x = 0.1 * torch.randn(2, 70, 32)
         torch.testing.assert_close(ours(x)[0], theirs(x), atol=1e-6, rtol=1e-4)

@@ -12,7 +12,7 @@ from regard.mixers import DeltaRule, HiddenMap
 
 
 class Model(nn.Module):
-    """Two mixers."""
+    """Two layers of a mixer, and one of attention after them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,8 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = x + layer(x)[0]
-        return x
+        heads = x[:, None]
+        return x + nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)[:, 0]
 
 
 def maps_made(block: Any, model: Model) -> list[int]:
@@ -41,9 +42,7 @@ def test_maps_are_made_where_they_are_wanted() -> None:
     model = Model()
     assert maps_made(regard.watch(model, regard.Received(), regard.TopK(2)), model) == [0, 1]
     assert maps_made(regard.watch(model, regard.Received(), layers=[1]), model) == [1]
-    other = nn.Linear(2, 2)
-    with pytest.raises(RuntimeError, match=r"no attention|saw"):  # a block of another model, which sees nothing
-        assert maps_made(regard.watch(other, regard.Received()), model) == []
+    assert maps_made(regard.steer(model, regard.Temperature(2.0, layers=[2])), model) == []
 
 
 def test_what_goes_wrong_in_a_map_is_told() -> None:

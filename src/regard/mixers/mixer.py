@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from copy import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -19,9 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from regard.maps import AttentionMap
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.mixer_call import MixerCall
 from regard.mixers.packed import unpack
 from regard.mixers.state import State
-from regard.runtime import HiddenCall, Place, Reading, intercept, looked_at, read, unseen
+from regard.runtime import HiddenCall, intercept, looked_at, read, unseen
 
 _PIECE = 2048  # tokens of all texts together
 _TRAINED_PIECE = 512  # of which all that the backward pass needs is stored at a time
@@ -107,8 +107,8 @@ class Mixer(Module, ABC):
                     f"{type(self).__name__} takes a mask or cu_seqlens, got both: packed texts have no padding"
                 )
             texts, real = unpack(x, cu_seqlens)
-            y, states = self(texts, state, None if bool(real.all()) else real)
-            return y[real][None], states
+            outputs, ends = self(texts, state, None if bool(real.all()) else real)
+            return outputs[real][None], ends
         self._check(x, state, mask)
         if not (self.hides_map and looked_at()):
             return self._forward(x, state, mask)
@@ -271,50 +271,14 @@ def _moved(x: Tensor, order: Tensor, real: Tensor) -> Tensor:
     return x.gather(1, order[..., None].expand_as(x)).masked_fill(~real[..., None], 0.0)
 
 
-class MixerCall(HiddenCall):
-    """A mixer's call, whose map and values are made once somebody asks: where no block wants it, it costs nothing."""
-
-    def __init__(self, made: Callable[[], HiddenMap], queries: int, state: State | None) -> None:
-        def map_at(place: Place) -> HiddenMap:
-            hidden = made()
-            *_, own, keys = hidden.shape
-            if state is not None and keys == own:
-                raise ValueError(
-                    f"{place.path} ({state.mixer}) goes on from a state, and its map tells of the {own} tokens of this call "
-                    "alone, not of what they take from those before: run the whole text in one call, or leave the layer out "
-                    "with layers="
-                )
-            return hidden
-
-        self.__dict__.update(made=made, queries=queries, map=map_at, place=Place(), readings=())
-
-    @property
-    def value(self) -> Tensor:
-        """Which the map mixes."""
-        values: Tensor = self.__dict__["made"]().values
-        return values
-
-    def at(self, place: Place) -> MixerCall:
-        """This call, as it stands elsewhere."""
-        return self._changed(place=place)
-
-    def with_reading(self, reading: Reading) -> MixerCall:
-        """With one more reading of the matrix."""
-        return self._changed(readings=(*self.readings, reading))
-
-    def heads(self, index: list[int]) -> HiddenCall:
-        """The call with these heads alone."""
-        return HiddenCall(self.value[:, index], self.queries, self.map, self.place, self.readings)
-
-    def _changed(self, **changes: Any) -> MixerCall:
-        other = copy(self)
-        other.__dict__.update(changes)
-        return other
-
-
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, N, H·D) as (B, H, N, D)."""
     return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def heads_of(x: Tensor, heads: int, *projections: Module) -> list[Tensor]:
+    """What each projection gives of the tokens (B, N, dim), by heads: (B, H, N, D)."""
+    return [split_heads(projection(x), heads) for projection in projections]
 
 
 def join_heads(x: Tensor) -> Tensor:

@@ -76,13 +76,13 @@ def test_layer_as_written() -> None:
     torch.manual_seed(0)
     mixer = LightningAttention(8, heads=2, layer=0, layers=2).double()
     x = torch.randn(1, 7, 8).double()
-    q, k, v, u = (x @ part.T for part in mixer.inputs.weight.chunk(4))
+    q, k, v, u = (part(x) for part in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj))
     heads = [
         _head(silu(q), silu(k), v, slice(4 * h, 4 * h + 4), mixer.theta[h], lightning_decay(2, 0, 2)[h]) for h in (0, 1)
     ]
     mixed = torch.cat(heads, -1)
     normed = mixed / (mixed.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(mixer(x)[0], (normed * u) @ mixer.output.weight.T, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mixer(x)[0], (normed * u) @ mixer.o_proj.weight.T, atol=1e-6, rtol=1e-5)
 
 
 def _head(q: Tensor, k: Tensor, v: Tensor, columns: slice, theta: Tensor, decay: Tensor) -> Tensor:

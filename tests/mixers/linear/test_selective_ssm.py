@@ -81,8 +81,8 @@ def test_layer() -> None:
 
 def test_initialisation() -> None:
     mixer = SelectiveSSM(64, states=4)
-    assert mixer.log_rate.exp()[7].tolist() == pytest.approx([1, 2, 3, 4])
-    step = functional.softplus(mixer.step.bias.detach())
+    assert mixer.A_log.exp()[7].tolist() == pytest.approx([1, 2, 3, 4])
+    step = functional.softplus(mixer.dt_proj.bias.detach())
     assert 1e-3 <= float(step.min()) <= float(step.max()) <= 0.1001
     assert mixer.rank == 4
 

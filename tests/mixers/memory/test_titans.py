@@ -65,7 +65,7 @@ def test_window_attention_with_a_prefix() -> None:
     near = near.masked_fill((distance < 0) | (distance >= 5), -torch.inf)
     weights = (torch.cat([query @ kept[0].mT, near], -1) / 8**0.5).softmax(-1)
     mixed = weights @ torch.cat([kept[1].expand(2, -1, -1, -1), value], 2)
-    expected = attention.output(mixed.transpose(1, 2).flatten(2))
+    expected = attention.o_proj(mixed.transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x, prefix)[0], expected)
 
 

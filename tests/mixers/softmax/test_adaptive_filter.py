@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from regard.mixers import AdaptiveFilterAttention, adaptive_filter_attention
-from regard.mixers.mixer import join_heads
+from regard.mixers.mixer import heads_of, join_heads
 from regard.mixers.rotary import rotate
 from regard.mixers.softmax.adaptive_filter import Dynamics, diagonal_filter_attention
 from tests.mixers.contract import check_forms, check_mixer
@@ -111,7 +111,7 @@ def test_layer() -> None:
     x = torch.randn(2, 19, 24)
     hidden, seen = mixer.map(x), mixer.see(x, None, None)
     mixed = rotate(hidden @ seen.value, torch.arange(19)[None], mixer.frequency)
-    torch.testing.assert_close(mixer.output(join_heads(mixed)), mixer(x)[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixer.o_proj(join_heads(mixed)), mixer(x)[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(hidden.received(), hidden.dense().sum(2), atol=1e-5, rtol=1e-4)
     assert not hidden.dense().triu(1).any()
     _, state = mixer(x[:, :9])
@@ -121,9 +121,9 @@ def test_layer() -> None:
 def test_the_layer_is_the_function_and_a_gate() -> None:
     torch.manual_seed(0)
     mixer, x = AdaptiveFilterAttention(16, heads=2), torch.randn(1, 11, 16)
-    q, k, v = (part.reshape(1, 11, 2, 8).transpose(1, 2) for part in mixer.inputs(x).chunk(3, -1))
+    q, k, v = heads_of(x, 2, mixer.q_proj, mixer.k_proj, mixer.v_proj)
     filtered, _ = adaptive_filter_attention(q, k, v, mixer.dynamics, form="parallel")
-    torch.testing.assert_close(mixer(x)[0], mixer.output(join_heads((filtered + v) / 2)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixer(x)[0], mixer.o_proj(join_heads((filtered + v) / 2)), atol=1e-5, rtol=1e-4)
 
 
 def test_masked_keys_are_as_if_they_were_not_there() -> None:

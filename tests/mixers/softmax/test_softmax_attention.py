@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from regard import AttentionMap
 from regard.mixers import SoftmaxAttention
-from regard.mixers.mixer import join_heads
+from regard.mixers.mixer import heads_of, join_heads
 from regard.mixers.rotary import rotary_rates, rotate
 from tests.mixers.contract import check_mixer
 
@@ -20,7 +20,7 @@ def test_layer(rotary: float | None) -> None:
 def test_is_plain_attention() -> None:
     torch.manual_seed(0)
     mixer, x = SoftmaxAttention(24, heads=3), torch.randn(2, 15, 24)
-    q, k, v = (part.reshape(2, 15, 3, 8).transpose(1, 2) for part in mixer.inputs(x).chunk(3, -1))
+    q, k, v = heads_of(x, 3, mixer.q_proj, mixer.k_proj, mixer.v_proj)
     angles = torch.arange(15)[:, None] / 10_000.0 ** (torch.arange(4) / 4)
     turned = [
         torch.cat(
@@ -30,7 +30,7 @@ def test_is_plain_attention() -> None:
         for t in (q, k)
     ]  # fmt: skip
     logits = (turned[0] @ turned[1].mT / 8**0.5).masked_fill(torch.ones(15, 15).triu(1).bool(), -torch.inf)
-    expected = mixer.output((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    expected = mixer.o_proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(mixer(x)[0], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -43,7 +43,7 @@ def test_map() -> None:
     torch.testing.assert_close(rest.dense(), whole.dense()[:, :, 9:], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(whole.dense().sum(-1), torch.ones(2, 3, 15))
     value = mixer.see(x, None, None).value
-    torch.testing.assert_close(mixer.output(join_heads(whole @ value)), mixer(x)[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixer.o_proj(join_heads(whole @ value)), mixer(x)[0], atol=1e-5, rtol=1e-4)
 
 
 def test_rows_of_different_lengths_go_on_together() -> None:

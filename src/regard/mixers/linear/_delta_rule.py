@@ -147,11 +147,11 @@ class DeltaRule(Mixer):
         super().__init__(dim)
         check_divides(type(self).__name__, dim, heads)
         self.heads = heads
-        self.inputs = Linear(dim, 3 * dim, bias=False)
-        self.convolution = ShortConvolution(3 * dim, convolution)
-        self.beta = Linear(dim, heads, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
+        self.conv1d = ShortConvolution(3 * dim, convolution)
+        self.b_proj = Linear(dim, heads, bias=False)
         self.norm = RMSNorm(dim // heads, eps=1e-5)
-        self.output = Linear(dim, dim, bias=False)
+        self.o_proj = Linear(dim, dim, bias=False)
 
     def mix(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
@@ -189,18 +189,19 @@ class DeltaRule(Mixer):
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, N, D), and the convolution's tail."""
-        convolved, tail = self.convolution(self.inputs(x), None if state is None else state["tail"], mask)
+        joined = torch.cat([projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+        convolved, tail = self.conv1d(joined, None if state is None else state["tail"], mask)
         query, key, value = (split_heads(part, self.heads) for part in convolved.chunk(3, dim=-1))
         query = _unit(query) * query.shape[3] ** -0.5  # which the norm does not undo, as long as its epsilon weighs
         return query, _unit(key), value, tail
 
     def _beta(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        beta: Tensor = self.beta(x).sigmoid().mT
+        beta: Tensor = self.b_proj(x).sigmoid().mT
         return beta if mask is None else beta * mask[:, None]
 
     def _log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         return None
 
     def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
-        y: Tensor = self.output(join_heads(self.norm(mixed)))
+        y: Tensor = self.o_proj(join_heads(self.norm(mixed)))
         return y

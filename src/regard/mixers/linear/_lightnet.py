@@ -15,7 +15,7 @@ from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear._lrpe import positions_after, turn
-from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads, split_heads
 from regard.mixers.state import State
 
 CHUNK = 64
@@ -280,11 +280,11 @@ class LightNet(Mixer):
         super().__init__(dim)
         check_divides(type(self).__name__, dim, heads)
         self.heads = heads
-        self.inputs = Linear(dim, 3 * dim, bias=False)
-        self.gate = Sequential(Linear(dim, dim // heads, bias=False), Linear(dim // heads, dim, bias=False))
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
+        self.g_proj = Sequential(Linear(dim, dim // heads, bias=False), Linear(dim // heads, dim, bias=False))
         self.positions = MDLRPE(dim // heads, base)
         self.norm = RMSNorm(dim // heads, eps=1e-5)
-        self.output = Linear(dim, dim, bias=False)
+        self.o_proj = Linear(dim, dim, bias=False)
 
     def mix(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
@@ -330,7 +330,7 @@ class LightNet(Mixer):
         return DynamicalSystem(decay.exp(), weights, query)
 
     def _inputs(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = (split_heads(part, self.heads) for part in self.inputs(x).chunk(3, dim=-1))
+        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
         if mask is not None:
             key = key.masked_fill(~mask[:, None, :, None], NOTHING)
         return functional.silu(query), key, value
@@ -348,5 +348,5 @@ class LightNet(Mixer):
         return angles
 
     def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
-        y: Tensor = self.output(join_heads(self.norm(mixed)) * self.gate(x).sigmoid())
+        y: Tensor = self.o_proj(join_heads(self.norm(mixed)) * self.g_proj(x).sigmoid())
         return y

@@ -13,7 +13,7 @@ from regard.mixers.dynamical_system import DynamicalSystem, of_features
 from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import CHUNK, linear_attention
-from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads
 from regard.mixers.softmax.sliding_window import SlidingWindow, check_window
 from regard.mixers.state import State
 
@@ -140,8 +140,9 @@ class TaylorAttention(Mixer):
         if features < 1:
             raise ValueError(f"{name}: features must be at least 1, got {features}")
         self.heads, self.features = heads, features
-        self.inputs = Linear(dim, 2 * heads * features + dim, bias=False)
-        self.output = Linear(dim, dim, bias=False)
+        self.q_proj, self.k_proj = (Linear(dim, heads * features, bias=False) for _ in range(2))
+        self.v_proj = Linear(dim, dim, bias=False)
+        self.o_proj = Linear(dim, dim, bias=False)
 
     def mix(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
@@ -173,13 +174,11 @@ class TaylorAttention(Mixer):
         return of_features(taylor_features(query), taylor_features(key), _SMALLEST)
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        narrow = self.heads * self.features
-        parts = self.inputs(x).split([narrow, narrow, self.dim], dim=-1)
-        query, key, value = (split_heads(part, self.heads) for part in parts)
+        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
         return query, key, value
 
     def _outputs(self, mixed: Tensor) -> Tensor:
-        y: Tensor = self.output(join_heads(mixed))
+        y: Tensor = self.o_proj(join_heads(mixed))
         return y
 
 

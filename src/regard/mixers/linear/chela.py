@@ -14,7 +14,7 @@ from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear._long_convolution import LongConvolution
 from regard.mixers.linear.mega_gate import MegaGate
 from regard.mixers.linear.short_convolution import ShortConvolution
-from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads
 from regard.mixers.state import State
 
 
@@ -69,8 +69,7 @@ class CHELA(Mixer):
         self.heads = heads
         self.short = ShortConvolution(dim, convolution)
         self.long = LongConvolution(dim, exponentials)
-        self.inputs = Linear(dim, 2 * dim, bias=False)
-        self.value = Linear(dim, dim, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
         self.norm = RMSNorm(dim // heads, eps=1e-5)
         self.gate = MegaGate(dim)
 
@@ -98,9 +97,9 @@ class CHELA(Mixer):
         tail, far = (None, None) if state is None else (state["tail"], state["far"])
         near, tail = self.short(x, tail, mask)
         convolved, far = self.long(near, far, mask)
-        query, key = functional.silu(self.inputs(convolved)).chunk(2, dim=-1)
-        parts = (query, key, functional.silu(self.value(x)))
-        query, key, value = (split_heads(part, self.heads) for part in parts)
+        query, key = heads_of(convolved, self.heads, self.q_proj, self.k_proj)
+        (value,) = heads_of(x, self.heads, self.v_proj)
+        query, key, value = functional.silu(query), functional.silu(key), functional.silu(value)
         return _Inputs(convolved, query, key, value, {"tail": tail, "far": far})
 
     def _outputs(self, convolved: Tensor, mixed: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from regard.mixers.dynamical_system import DynamicalSystem, of_features
 from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import CHUNK, linear_attention
-from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads
 from regard.mixers.rotary import check_rotary, rotary_rates, rotate
 from regard.mixers.state import State
 
@@ -248,8 +248,8 @@ class FAST(Mixer):
             raise ValueError(f"{name}: order must be 1 or 2, got {order}")
         self.heads, self.rotary = heads, rotary
         self.order: Order = order
-        self.inputs = Linear(dim, 3 * dim, bias=False)
-        self.output = Linear(dim, dim, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
+        self.o_proj = Linear(dim, dim, bias=False)
 
     def mix(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
@@ -260,7 +260,7 @@ class FAST(Mixer):
         mixed, after = fast_attention(query, key, value, before, order=self.order, mask=mask, causal=self.causal)
         number = x.shape[1] if mask is None else mask.sum(1)
         count = number + (x.new_zeros(len(x), dtype=torch.long) if state is None else state["count"])
-        return self.output(join_heads(mixed)), {"memory": after, "count": count}
+        return self.o_proj(join_heads(mixed)), {"memory": after, "count": count}
 
     def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
         """The normalised matrix; after a state, rows sum to less than 1 by what goes to the tokens before."""
@@ -287,7 +287,7 @@ class FAST(Mixer):
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normalised and turned, and values (B, H, N, D)."""
-        query, key, value = (split_heads(part, self.heads) for part in self.inputs(x).chunk(3, dim=-1))
+        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
         query, key = (normalized(tensor, self.order) for tensor in (query, key))
         if self.rotary is None:
             return query, key, value

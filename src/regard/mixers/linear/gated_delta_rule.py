@@ -39,16 +39,16 @@ class GatedDeltaRule(DeltaRule):
 
     def __init__(self, dim: int, heads: int = 4, convolution: int = 4) -> None:
         super().__init__(dim, heads, convolution)
-        self.rate = Linear(dim, heads, bias=False)
-        self.log_scale = Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.a_proj = Linear(dim, heads, bias=False)
+        self.A_log = Parameter(torch.empty(heads).uniform_(1, 16).log())
         step = torch.empty(heads).uniform_(-6.9, -2.3).exp()
-        self.bias = Parameter(step.expm1().log())  # the inverse of softplus
-        self.gate = Linear(dim, dim, bias=False)
+        self.dt_bias = Parameter(step.expm1().log())  # the inverse of softplus
+        self.g_proj = Linear(dim, dim, bias=False)
 
     def _log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        decay = (-self.log_scale.exp() * functional.softplus(self.rate(x) + self.bias)).mT
+        decay = (-self.A_log.exp() * functional.softplus(self.a_proj(x) + self.dt_bias)).mT
         return decay if mask is None else decay * mask[:, None]
 
     def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
-        y: Tensor = self.output(join_heads(self.norm(mixed)) * functional.silu(self.gate(x)))
+        y: Tensor = self.o_proj(join_heads(self.norm(mixed)) * functional.silu(self.g_proj(x)))
         return y

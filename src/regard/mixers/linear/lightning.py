@@ -14,7 +14,7 @@ from regard.mixers.forms import Form, check_form, check_heads, initial_state
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear._lrpe import positions_after, turn
-from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads
 from regard.mixers.state import State
 
 CHUNK = 64
@@ -168,8 +168,8 @@ class LightningAttention(Mixer):
         super().__init__(dim)
         check_divides(type(self).__name__, dim, heads)
         self.heads = heads
-        self.inputs = Linear(dim, 4 * dim, bias=False)
-        self.output = Linear(dim, dim, bias=False)
+        self.q_proj, self.k_proj, self.v_proj, self.g_proj = (Linear(dim, dim, bias=False) for _ in range(4))
+        self.o_proj = Linear(dim, dim, bias=False)
         # The rates and not the decays: near 1 those of late heads would be one and the same in bfloat16.
         self.register_buffer("rates", _rates(heads, layer, layers, schedule))
         self.theta: Parameter | None = None
@@ -211,8 +211,8 @@ class LightningAttention(Mixer):
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Queries, keys and values (B, H, N, D), the gate (B, N, dim), and where turned, the next token's position."""
-        *heads, gate = self.inputs(x).chunk(4, dim=-1)
-        query, key, value = (split_heads(part, self.heads) for part in heads)
+        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
+        gate = self.g_proj(x)
         query, key = functional.silu(query), functional.silu(key)
         if self.theta is None:
             return query, key, value, gate, {}
@@ -222,5 +222,5 @@ class LightningAttention(Mixer):
 
     def _outputs(self, mixed: Tensor, gate: Tensor) -> Tensor:
         joined = join_heads(mixed)
-        y: Tensor = self.output(functional.rms_norm(joined, joined.shape[-1:], eps=1e-6) * gate)
+        y: Tensor = self.o_proj(functional.rms_norm(joined, joined.shape[-1:], eps=1e-6) * gate)
         return y

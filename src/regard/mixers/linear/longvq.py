@@ -14,7 +14,7 @@ from regard.mixers.forms import Form, check_form, check_heads, cut
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._long_convolution import LongConvolution
 from regard.mixers.linear.mega_gate import MegaGate
-from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads, split_heads
 from regard.mixers.softmax.sliding_window import check_window, distances, join, slots, windows
 from regard.mixers.state import State
 
@@ -271,8 +271,7 @@ class LongVQ(Mixer):
                 raise ValueError(f"{name}: {what} must be at least 1, got {number}")
         self.heads, self.cost = heads, cost
         self.average = LongConvolution(dim, exponentials)
-        self.inputs = Linear(dim, 2 * dim, bias=False)
-        self.value = Linear(dim, dim, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
         self.codebook = Parameter(torch.randn(heads, codes, dim // heads))  # as long as the keys, which are normed
         self.bias = Parameter(torch.zeros(heads, window))
         self.gate = MegaGate(dim)
@@ -328,10 +327,10 @@ class LongVQ(Mixer):
         """The moving average (B, N, dim), queries, keys and values (B, H, N, D), and the average's state."""
         convolved, average = self.average(x, None if state is None else state["average"], mask)
         convolved = functional.silu(convolved)
-        query, key = (split_heads(part, self.heads) for part in self.inputs(convolved).chunk(2, dim=-1))
+        query, key = heads_of(convolved, self.heads, self.q_proj, self.k_proj)
         width = query.shape[3:]
         query, key = (functional.rms_norm(part, width, eps=1e-5) for part in (query, key))
-        return convolved, query, key, split_heads(functional.silu(self.value(x)), self.heads), average
+        return convolved, query, key, split_heads(functional.silu(self.v_proj(x)), self.heads), average
 
     def _commitment(self, key: Tensor, mask: Tensor | None) -> Tensor:
         word = look_up(self.codebook, quantise(key.detach(), self.codebook)[1])

@@ -25,10 +25,10 @@ class MegaGate(Module):
         self.reset = Linear(dim, dim, bias=False)
         self.update = Linear(dim, dim)
         self.pass_on = Linear(dim, dim, bias=False)
-        self.output = Linear(dim, dim, bias=False)
+        self.o_proj = Linear(dim, dim, bias=False)
 
     def forward(self, convolved: Tensor, mixed: Tensor) -> Tensor:
         """The two as one."""
-        gated = self.output(functional.silu(self.reset(convolved)) * mixed)
+        gated = self.o_proj(functional.silu(self.reset(convolved)) * mixed)
         y: Tensor = self.update(convolved).sigmoid() * (self.pass_on(convolved) + gated)
         return y

@@ -195,17 +195,17 @@ class SelectiveSSM(Mixer):
             if size < 1:
                 raise ValueError(f"SelectiveSSM: {name} must be at least 1, got {size}")
         self.states, self.rank, width = states, rank, expand * dim
-        self.inputs = Linear(dim, 2 * width, bias=False)
-        self.convolution = ShortConvolution(width, convolution)
-        self.selection = Linear(width, rank + 2 * states, bias=False)
-        self.step = Linear(rank, width)
-        self.log_rate = Parameter(torch.arange(1.0, states + 1).log().repeat(width, 1))
-        self.skip = Parameter(torch.ones(width))
-        self.output = Linear(width, dim, bias=False)
+        self.in_proj = Linear(dim, 2 * width, bias=False)
+        self.conv1d = ShortConvolution(width, convolution)
+        self.x_proj = Linear(width, rank + 2 * states, bias=False)
+        self.dt_proj = Linear(rank, width)
+        self.A_log = Parameter(torch.arange(1.0, states + 1).log().repeat(width, 1))
+        self.D = Parameter(torch.ones(width))
+        self.out_proj = Linear(width, dim, bias=False)
         with torch.no_grad():
-            self.step.weight.uniform_(-(rank**-0.5), rank**-0.5)
+            self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
             step = torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-            self.step.bias.copy_(step.expm1().log())  # the inverse of softplus
+            self.dt_proj.bias.copy_(step.expm1().log())  # the inverse of softplus
 
     def mix(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
@@ -214,7 +214,7 @@ class SelectiveSSM(Mixer):
         values, gate, tail = self._inputs(x, state, mask)
         step, into, out = self._select(values, mask)
         before = None if state is None else state["memory"][:, None]
-        mixed, memory = selective_scan(values[:, None], step, self.log_rate.exp()[None], into, out, before)
+        mixed, memory = selective_scan(values[:, None], step, self.A_log.exp()[None], into, out, before)
         return self._outputs(mixed.squeeze(1), values, gate), {"memory": memory.squeeze(1), "tail": tail}
 
     def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
@@ -236,23 +236,23 @@ class SelectiveSSM(Mixer):
         """Queries, keys with their Δ, log decays (B, E, N, S), and values (B, E, N)."""
         values, _, _ = self._inputs(x, None if state is None else state.tensors, None)
         step, into, out = self._select(values, None)
-        query, key, decay = channels(step, self.log_rate.exp()[None], into, out)
+        query, key, decay = channels(step, self.A_log.exp()[None], into, out)
         return query, key * step.squeeze(1).mT[..., None], decay, values.mT
 
     def _inputs(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Convolved channels and their gates (B, N, E), and the convolution's tail."""
-        channels, gate = self.inputs(x).chunk(2, dim=-1)
-        values, tail = self.convolution(channels, None if state is None else state["tail"], mask)
+        channels, gate = self.in_proj(x).chunk(2, dim=-1)
+        values, tail = self.conv1d(channels, None if state is None else state["tail"], mask)
         return values, gate, tail
 
     def _select(self, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Δ (B, 1, N, E), b and c (B, 1, N, S); Δ = 0 for padding."""
-        low, into, out = self.selection(values)[:, None].split([self.rank, self.states, self.states], dim=-1)
-        step = functional.softplus(self.step(low))
+        low, into, out = self.x_proj(values)[:, None].split([self.rank, self.states, self.states], dim=-1)
+        step = functional.softplus(self.dt_proj(low))
         return step if mask is None else step * mask[:, None, :, None], into, out
 
     def _outputs(self, mixed: Tensor, values: Tensor, gate: Tensor) -> Tensor:
-        y: Tensor = self.output((mixed + self.skip * values) * functional.silu(gate))
+        y: Tensor = self.out_proj((mixed + self.D * values) * functional.silu(gate))
         return y

@@ -88,8 +88,8 @@ class Miras(Mixer):
             )
         self.heads, self.chunk, self.design = heads, chunk, design or Design()
         self.largest_step = largest_step or (1 if self.design.memory.depth == 1 else 2) / chunk
-        self.inputs = Linear(dim, 3 * dim, bias=False)
-        self.convolution = ShortConvolution(3 * dim, convolution)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
+        self.conv1d = ShortConvolution(3 * dim, convolution)
         self.step, self.keep = Linear(dim, heads), Linear(dim, heads)
         torch.nn.init.zeros_(self.step.bias)
         torch.nn.init.constant_(self.keep.bias, _KEEP)
@@ -97,8 +97,8 @@ class Miras(Mixer):
         self.threshold = _low_rank(dim) if isinstance(self.design.bias, Huber) else None
         self.memory, self.gain = self._memory(dim // heads)
         self.norm = RMSNorm(dim // heads, eps=1e-5)
-        self.gate = Linear(dim, dim, bias=False)
-        self.output = Linear(dim, dim, bias=False)
+        self.g_proj = Linear(dim, dim, bias=False)
+        self.o_proj = Linear(dim, dim, bias=False)
 
     def _memory(self, width: int) -> tuple[ParameterList, Parameter | None]:
         """What is held before the first token, and the gain of a network."""
@@ -194,7 +194,8 @@ class Miras(Mixer):
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, N, D), and the convolution's tail."""
-        convolved, tail = self.convolution(self.inputs(x), None if state is None else state["tail"], mask)
+        joined = torch.cat([projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+        convolved, tail = self.conv1d(joined, None if state is None else state["tail"], mask)
         query, key, value = (split_heads(part, self.heads) for part in convolved.chunk(3, dim=-1))
         return functional.normalize(query, dim=-1), functional.normalize(key, dim=-1), value, tail
 
@@ -223,7 +224,7 @@ class Miras(Mixer):
         return step * (-logits).sigmoid(), log_decay, functional.logsigmoid(logits)
 
     def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
-        y: Tensor = self.output(join_heads(self.norm(mixed)) * functional.silu(self.gate(x)))
+        y: Tensor = self.o_proj(join_heads(self.norm(mixed)) * functional.silu(self.g_proj(x)))
         return y
 
 

@@ -93,10 +93,10 @@ class _Gate(torch.nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.near, self.far = RMSNorm(dim, eps=1e-5), RMSNorm(dim, eps=1e-5)
-        self.output = Linear(dim, dim, bias=False)
+        self.o_proj = Linear(dim, dim, bias=False)
 
     def forward(self, near: Tensor, far: Tensor) -> Tensor:
-        y: Tensor = self.output(self.near(near) * self.far(far).sigmoid())
+        y: Tensor = self.o_proj(self.near(near) * self.far(far).sigmoid())
         return y
 
 
@@ -234,7 +234,7 @@ class MemoryAsContext(_Titan):
             dim, heads, segment, persistent=persistent, memory=memory, chunk=chunk, largest_step=largest_step
         )
         self.segment = segment
-        self.query = Linear(dim, dim, bias=False)
+        self.q_proj = Linear(dim, dim, bias=False)
         self.recalled = RMSNorm(dim, eps=1e-5)
         self.gate = _Gate(dim)
 
@@ -286,7 +286,7 @@ class MemoryAsContext(_Titan):
     def _attend(self, x: Tensor, real: Tensor, low: int, now: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The tokens (B, n, dim) of a segment from its place ``low`` on, and what is known after them."""
         weights = [now[f"before.{layer}"] for layer in range(self.memory.design.memory.depth)]
-        asked = functional.normalize(split_heads(self.query(x), self.heads), dim=-1)
+        asked = functional.normalize(split_heads(self.q_proj(x), self.heads), dim=-1)
         recalled = self.recalled(join_heads(recall(asked.to(weights[0]), weights, self._gain()).to(x.dtype)))
         query, *own = self.attention.project(x)
         _, *far = self.attention.project(recalled)
@@ -303,7 +303,7 @@ class MemoryAsContext(_Titan):
             key[:, :, :, :high].flatten(2, 3), value[:, :, :, :high].flatten(2, 3), self._prefix(),
             (places <= places[low:, None]).repeat(1, 2),
         )  # fmt: skip
-        near: Tensor = self.attention.output(join_heads(mixed))
+        near: Tensor = self.attention.o_proj(join_heads(mixed))
         far_state = self.memory.state(_of(now, "memory"), 0, near.dtype)
         after, memory = self.memory(near, far_state, real)
         return self.gate(near, after), now | {"key": key, "value": value} | _named("memory", dict(memory.tensors))

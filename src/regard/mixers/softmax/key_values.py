@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Linear
 
 from regard.mixers.dynamical_system import DynamicalSystem
-from regard.mixers.mixer import Mixer, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Mixer, check_divides, heads_of, join_heads
 
 
 class KeyValues(NamedTuple):
@@ -48,8 +48,8 @@ class KeyValueMixer(Mixer):
         super().__init__(dim)
         check_divides(type(self).__name__, dim, heads)
         self.heads, self.causal = heads, causal
-        self.inputs = Linear(dim, 3 * dim, bias=False)
-        self.output = Linear(dim, dim, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
+        self.o_proj = Linear(dim, dim, bias=False)
 
     @abstractmethod
     def attend(self, seen: KeyValues) -> Tensor:
@@ -67,7 +67,7 @@ class KeyValueMixer(Mixer):
         after = {"key": seen.key, "value": seen.value}
         if seen.real is not None:
             after["real"] = seen.real
-        return self.output(join_heads(self.attend(seen))), after
+        return self.o_proj(join_heads(self.attend(seen))), after
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = 1, b_i = e_i``, c_i row i of `map`: a slot for each token, hence a state as large as the text."""
@@ -78,7 +78,7 @@ class KeyValueMixer(Mixer):
 
     def see(self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None) -> KeyValues:
         """The queries of the tokens, and all keys and values that they may look at."""
-        query, key, value = (split_heads(part, self.heads) for part in self.inputs(x).chunk(3, dim=-1))
+        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
         before = 0 if state is None else state["key"].shape[2]
         real = None if state is None else state.get("real")
         if mask is not None or real is not None:

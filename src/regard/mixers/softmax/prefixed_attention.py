@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 
 from regard.mixers.forms import cut
-from regard.mixers.mixer import join_heads, split_heads
+from regard.mixers.mixer import heads_of, join_heads
 from regard.mixers.rotary import rotary_rates, rotate
 from regard.mixers.softmax.sliding_window import distances, join, windows
 
@@ -54,12 +54,12 @@ class PrefixedWindow(Module):
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
         self.heads, self.window = heads, window
-        self.inputs = Linear(dim, 3 * dim, bias=False)
-        self.output = Linear(dim, dim, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
+        self.o_proj = Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor) -> list[Tensor]:
         """Queries, keys and values (B, H, N, D), of tokens (B, N, dim)."""
-        return [split_heads(part, self.heads) for part in self.inputs(x).chunk(3, dim=-1)]
+        return heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
 
     def rotate(self, x: Tensor, first: int) -> Tensor:
         """Queries or keys (B, H, N, D) at positions ``first`` and on."""
@@ -86,5 +86,5 @@ class PrefixedWindow(Module):
             windows(self.rotate(keys, 0), size, self.window), windows(values, size, self.window),
             (kept[0], kept[1]), seen & (distance >= 0) & (distance < self.window),
         )  # fmt: skip
-        y: Tensor = self.output(join_heads(mixed.reshape(batch, heads, -1, width)[:, :, :length]))
+        y: Tensor = self.o_proj(join_heads(mixed.reshape(batch, heads, -1, width)[:, :, :length]))
         return y, after

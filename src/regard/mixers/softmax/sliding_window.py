@@ -12,7 +12,7 @@ from torch.nn import Linear, functional
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, check_heads, cut
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads
 from regard.mixers.rotary import check_rotary, rotary_rates, rotate
 from regard.mixers.state import State
 
@@ -223,8 +223,8 @@ class SlidingWindow(Mixer):
         if rotary is not None:
             check_rotary(name, dim, heads)
         self.heads, self.window, self.rotary = heads, window, rotary
-        self.inputs = Linear(dim, 3 * dim, bias=False)
-        self.output = Linear(dim, dim, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
+        self.o_proj = Linear(dim, dim, bias=False)
 
     def mix(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
@@ -264,9 +264,9 @@ class SlidingWindow(Mixer):
         return sliding_window_attention(query, key, value, self.window, before, mask, rotary=self.rotary)
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = (split_heads(part, self.heads) for part in self.inputs(x).chunk(3, dim=-1))
+        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
         return query, key, value
 
     def _outputs(self, mixed: Tensor) -> Tensor:
-        y: Tensor = self.output(join_heads(mixed))
+        y: Tensor = self.o_proj(join_heads(mixed))
         return y

@@ -53,7 +53,6 @@ def test_command_line(tmp_path: Path) -> None:
         (["--budget", "2.5"], "above 0 and at most 1, got 2.5"),
         (["--budget", "much"], "a share such as 0.25, got 'much'"),
         (["--budget", "20"], "SnapKV: always keeps 32 entries, but the budget is 20"),
-        ([], "always keeps 32 entries, but the budget, 0.25 of"),
         (["--prompt", " "], "the text is empty"),
         (["--text", "missing.txt"], "there is no file missing.txt; the words of a text are given by --prompt"),
     ],

@@ -23,7 +23,8 @@ READING: dict[str, Policy] = {
     "TOVA": TOVA(budget=32, every=None),
     "StreamingLLM": StreamingLLM(budget=32, sinks=4, every=None),
     "ObservedAttention": ObservedAttention(budget=64, recent=0.0, average=True, every=None),
-    "PyramidKV": SnapKV(budget=60, window=2, kernel=5, by_layer="pyramid"),
+    # The press has its ramp over the whole budget; the authors, as here, beyond the window.
+    "PyramidKV": SnapKV(budget=60, window=2, kernel=5, by_layer=[117 / 60, 79 / 60, 41 / 60, 3 / 60]),
     "AdaKV of Knorm": Knorm(budget=40, by_head="adaptive"),
     "AdaKV of SnapKV": SnapKV(budget=40, window=8, kernel=5, by_head="adaptive"),
     "DuoAttention": RetrievalHeads(budget=20, sinks=3, heads=RETRIEVAL, every=None),

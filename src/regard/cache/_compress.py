@@ -111,11 +111,10 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
                 "be dropped. compress works with attention that goes through scaled_dot_product_attention, or through "
                 f"transformers' eager attention{_advice(self.model)}"
             )
-        layer = self._layer(cache, number, call)
-        if layer is None:
+        kept = self._kept(cache, number, call)
+        if kept is None:
             return proceed(call)
-        kept = self._kept(layer, call)
-        reading = (Reading(kept.ask),) if kept.observed else ()
+        reading = (Reading(kept.ask),) if kept.observed or (kept.queries_to_keep and not alone) else ()
         if kept.is_whole:
             output = proceed(replace(call, readings=(*call.readings, *reading)))
         elif alone and not call.readings:
@@ -125,43 +124,51 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         self._drop(kept)
         return output
 
-    def _layer(self, cache: Any, number: int, call: AttentionCall) -> KeptLayer | None:
-        """The layer that has taken the call's keys, if its entries can be dropped."""
-        from regard.cache.adopt import adopt
+    def _kept(self, cache: Any, number: int, call: AttentionCall) -> KeptCall | None:
+        """The call on what is left of the layer whose keys it attends to; None where nothing of it can be dropped."""
+        from regard.cache.adopt import adopt, has_own_keys, lender
 
         self._cache = cache
-        layer = adopt(cache, number, self.model, self._block)
-        if layer is not None and not layer.new:
+        if not has_own_keys(cache, number):
+            layer = lender(cache, call)
+            return None if layer is None else KeptCall(None, layer, call, call.query.shape[2])
+        layer = adopt(cache, number, self.model, self._block, call)
+        if layer is None:
+            return None
+        if not layer.new:
             raise RuntimeError(
                 f"{call.place.path} makes several calls of attention on one layer of its cache; compress knows one for each"
             )
-        return layer
+        return self._own(layer, call)
 
-    def _kept(self, layer: KeptLayer, call: AttentionCall) -> KeptCall:
+    def _own(self, layer: KeptLayer, call: AttentionCall) -> KeptCall:
         tokens, layer.new = layer.new, 0
         if layer.rank == 0:
             layer.take_ids(call.place.token_ids, tokens)
             self._ids[call.place.cache] = layer
+        layer.steps = layer.steps + 1 if tokens == 1 and layer.seen > 1 else 0
         local = self.policy.local
         kind = KeptCall if local is None or tokens > 1 or layer.seen <= sum(local) else RestrictedCall
-        return kind(self.policy, layer, call, tokens)
+        return kind(self.policy, layer, call, tokens, self.policy.due(tokens, layer.steps))
 
     def _drop(self, kept: KeptCall) -> None:
         """After a call: let the policy choose what stays, if it is time to."""
         layer, policy, cache = kept.layer, self.policy, kept.call.place.cache
-        layer.steps = layer.steps + 1 if kept.tokens == 1 and layer.seen > 1 else 0
-        if not policy.due(kept.tokens, layer.steps):
+        kept.note_queries()
+        if not kept.due:
             return
+        kept.read_window()
         first = self._ids.get(cache)
         entries = layer.entries(
-            kept.real, self._memories.setdefault(cache, {}), new=kept.tokens,
+            kept.real, self._memories.setdefault(cache, {}), kept.expanded, new=kept.tokens,
             token_ids=None if first is None else first.token_ids, beside=self._beside,
         )  # fmt: skip
         scores = policy.score(entries).masked_fill(~entries.real, -torch.inf)
         counts = policy.counts(entries, scores).minimum(entries.real.sum(dim=-1))
-        layer.keep(scores, counts, policy.pools)
+        layer.whole = policy.keeps_whole(entries)
         if not policy.accumulates:
             layer.forget()
+        layer.keep(scores, counts, policy.pools)
 
 
 def _overlap(one: Module, other: Module) -> bool:

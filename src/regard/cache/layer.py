@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from regard.cache.head_group import HeadGroup, merge
 from regard.cache.open_block import OpenBlock
 from regard.cache.policy import Entries
+from regard.cache.window import Window
 from regard.runtime import interceptors
 
 
@@ -32,6 +34,13 @@ class KeptLayer(CacheLayerMixin):
         self.steps = 0  # decoding steps since the last prompt
         self.new = 0  # tokens whose attention call is to come
         self.dropped = False
+        self.is_latent = False  # whether the model makes keys and values of what it caches
+        self.is_shared = False  # whether layers without keys of their own attend to these
+        self.handed: ReferenceType[Tensor] | None = None  # the keys that the last update returned
+        self.before: list[HeadGroup] = []  # what the last call read of a shared layer, where entries were dropped since
+        self.window: list[Window] = []  # queries that a policy is still to read the attention of
+        self.edited = False  # whether regard.steer has changed a call of it
+        self.whole: Tensor | None = None  # (B,), boolean: texts that are too short for the policy to drop any of
         self.token_ids: Tensor | None = None  # (B, tokens seen), in the first layer, for all of them
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
@@ -45,8 +54,8 @@ class KeptLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take the keys and values of new tokens; the attention call that follows is this layer's.
 
-        The call is handed everything if nothing was dropped. Otherwise it gets the new ones only, to go by their shapes: what
-        it attends to is found where the call arrives.
+        The call is handed everything if nothing was dropped, and what is left of latents, which the model is to expand.
+        Otherwise it gets the new ones only, to go by their shapes: what it attends to is found where the call arrives.
         """
         if not self.block.is_open and not any(other.outermost for other in interceptors()):
             raise RuntimeError(
@@ -58,10 +67,19 @@ class KeptLayer(CacheLayerMixin):
             for group in self.groups:
                 group.append(key_states[:, group.heads], value_states[:, group.heads])
             self.seen += key_states.shape[2]
-        self.new = key_states.shape[2]
-        if self.dropped:
-            return key_states, value_states
-        return self.groups[0].keys, self.groups[0].values
+        self.new, self.before = key_states.shape[2], []
+        if not self.dropped or self.is_latent:
+            key_states, value_states = self.groups[0].keys, self.groups[0].values
+        self.handed = ref(key_states)
+        return key_states, value_states
+
+    def made(self, key: Tensor) -> bool:
+        """Whether keys (B, Hq or Hk, N, D) are those that its last update returned, repeated for query heads or not."""
+        handed = None if self.handed is None else self.handed()
+        if handed is None or key.shape[::2] != handed.shape[::2] or key.shape[3] != handed.shape[3]:
+            return False
+        own = key[:, :: max(key.shape[1] // handed.shape[1], 1)]
+        return own.shape == handed.shape and (own.data_ptr() == handed.data_ptr() or torch.equal(own, handed))
 
     def take_ids(self, ids: Tensor | None, tokens: int) -> None:
         """Take note of the ids (B, n) of new tokens; those of a text of which some are not known are not known."""
@@ -77,22 +95,26 @@ class KeptLayer(CacheLayerMixin):
         """Begin with no tokens."""
         self.fill(key_states[:, :, :0], value_states[:, :, :0])
 
-    def entries(self, real: Tensor | None, memory: dict[Any, Any], **further: Any) -> Entries:
-        """What a policy sees of the layer; ``real`` (B, tokens so far) tells tokens from padding, the others are fields."""
+    def entries(
+        self, real: Tensor | None, memory: dict[Any, Any], expanded: tuple[Tensor, Tensor] | None = None, **further: Any
+    ) -> Entries:
+        """What a policy sees of the layer.
+
+        ``real`` (B, tokens so far) tells tokens from padding, ``expanded`` are the keys and values (B, H, L, D) that the
+        model has made of latents, the others are fields.
+        """
         keys, values, positions, received = (
             self._of_all_heads(name) for name in ("keys", "values", "positions", "received")
         )
-        batch = keys.shape[0]
+        if expanded is not None:
+            keys, values = (tensor.transpose(1, 2).flatten(2)[:, None] for tensor in expanded)
         there = positions >= 0
-        if real is None:
-            first = torch.zeros(batch, 1, 1, dtype=torch.long, device=keys.device)
-        else:
+        if real is not None:
             real = real.to(keys.device)
-            first = real.long().argmax(dim=1)[:, None, None]
             index = positions.clamp(min=0)
             there = there & real[:, None].expand(-1, index.shape[1], -1).gather(2, index)
         return Entries(
-            self.rank, self.layers, keys, values, positions, there, received, first, self.seen, memory, **further
+            self.rank, self.layers, keys, values, positions, there, received, real, self.seen, memory, **further
         )  # fmt: skip
 
     def _of_all_heads(self, name: str) -> Tensor:
@@ -124,7 +146,7 @@ class KeptLayer(CacheLayerMixin):
                 lost[head] for head in group.heads
             ):
                 done.append(group)
-            elif self.dropped and not in_order and kept == {group.length - 1} and group.can_replace():
+            elif self._may_replace(in_order) and kept == {group.length - 1} and group.can_replace():
                 group.replace(scores[:, group.heads, : group.length].argmin(dim=-1))
                 done.append(group)
             else:
@@ -133,8 +155,13 @@ class KeptLayer(CacheLayerMixin):
             return
         best = scores.argsort(dim=-1, descending=True, stable=True)
         numbers = sorted({longest[head] for group in rest for head in group.heads})
+        self.before = self.groups if self.is_shared else []
         self.groups = done + [_best(rest, best, counts, longest, number) for number in numbers]
         self.dropped = True
+
+    def _may_replace(self, in_order: bool) -> bool:
+        """Whether entries may be dropped in place: nobody else is to read them, and their order is nothing to the policy."""
+        return self.dropped and not in_order and not self.is_shared
 
     def forget(self) -> None:
         """Forget what the entries received, and nothing else."""
@@ -156,7 +183,8 @@ class KeptLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Begin anew: forget entries, tokens and what the policy remembers."""
         self.groups, self.state, self.seen, self.steps, self.new = [], {}, 0, 0, 0
-        self.dropped = self.is_initialized = False
+        self.dropped = self.is_initialized = self.is_latent = self.is_shared = self.edited = False
+        self.handed, self.before, self.window, self.whole = None, [], [], None
         self.token_ids = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -190,6 +218,7 @@ class KeptLayer(CacheLayerMixin):
     def _rows(self, change: Any) -> None:
         for group in self.groups:
             group.change_rows(change)
+        self.window = [window.of_rows(change) for window in self.window]
         self.token_ids = None if self.token_ids is None else change(self.token_ids)
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 from weakref import ref
 
@@ -51,6 +52,7 @@ def adopt(cache: Any, number: int, model: Module, block: OpenBlock, call: Attent
     kept.fill(layer.keys, layer.values)
     kept.handed = ref(layer.keys)
     kept.is_latent = _is_latent(kept, call)
+    kept.recording = _is_assisted()
     cache.layers[number] = kept
     return kept
 
@@ -84,6 +86,14 @@ def _is_latent(layer: KeptLayer, call: AttentionCall) -> bool:
         f"compress cannot drop entries of {call.place.path}, which changes the keys that its cache returns before it attends "
         "to them"
     )
+
+
+def _is_assisted() -> bool:
+    """Whether ``generate`` has an assistant: of layers made before, it would have asked them to record."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_name != "_assisted_decoding":
+        frame = frame.f_back
+    return frame.f_back is not None
 
 
 def _check(cache: Any, model: Module) -> None:

@@ -83,6 +83,15 @@ class HeadGroup:
         names = [self.heads[head] for head in heads]
         return HeadGroup(names, keys, values, positions, self._next(), received, bool((positions < 0).any()))
 
+    def remove_last(self, number: int) -> None:
+        """Take back so many last tokens, none of which was dropped."""
+        end = self.length - number
+        self.keys, self.values, self.received = (
+            self.keys[:, :, :end],
+            self.values[:, :, :end],
+            self.received[:, :, :end],
+        )
+
     def can_replace(self) -> bool:
         """Whether `replace` may write into what is there."""
         return bool(self._rooms) and not self.has_empty and all(_writable(room) for room in self._rooms.values())

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from regard.cache.policy import Policy
 
 
+_CANDIDATES = 256  # tokens that assisted generation may reject after a pass, at most
+
+
 class KeptCall:
     """A call of a layer whose entries are kept; ``tokens`` of its keys are new.
 
@@ -48,6 +51,8 @@ class KeptCall:
 
     def _count_observed(self, policy: Policy) -> int:
         reads, tokens = policy.reads, self.tokens
+        if reads != 0 and self.layer.recording:
+            return self._later(policy)
         if reads is None or policy.accumulates:
             return min(reads or tokens, tokens) if tokens > 1 or policy.reads_steps else 0
         if not (self.due and reads):
@@ -59,6 +64,16 @@ class KeptCall:
         if self._chosen is None or tokens == 1:
             return min(reads, tokens)
         return tokens - int(self._chosen.any(dim=0).long().argmax())
+
+    def _later(self, policy: Policy) -> int:
+        """Nothing is read before it is known which tokens stay; then the last queries of these."""
+        if policy.reads is None or policy.accumulates:
+            raise ValueError(
+                f"{policy} adds up the attention of every query, and assisted generation takes back those of tokens that it "
+                "rejects: generate without an assistant, or take a policy that reads the last queries, such as SnapKV"
+            )
+        self.reads_window = True
+        return 0
 
     @functools.cached_property
     def _chosen(self) -> Tensor | None:
@@ -82,6 +97,11 @@ class KeptCall:
         if mask is None:
             return None
         return _visible(mask[:, 0, -1]).expand(self.call.query.shape[0], -1)
+
+    @property
+    def left(self) -> int:
+        """How many of its tokens were not taken back since."""
+        return self.tokens - self.layer.removed
 
     def restore(self) -> AttentionCall:
         """The call on a key for every token so far; those that are gone are zeros, and masked."""
@@ -115,7 +135,8 @@ class KeptCall:
     @property
     def expanded(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values that the model has made of latents; None where it caches them themselves."""
-        return self._tensors(self.groups[0]) if self.layer.is_latent else None
+        length = self.layer.groups[0].length  # of which some may have been taken back
+        return (self.call.key[:, :, :length], self.call.value[:, :, :length]) if self.layer.is_latent else None
 
     def _width(self, tensor: Tensor) -> int:
         """How many heads keys or values have in all."""
@@ -177,6 +198,8 @@ class KeptCall:
     def queries_to_keep(self) -> int:
         """How many last queries the policy may want to read in later calls."""
         number = 0 if self.policy is None or self.policy.accumulates else self.policy.reads or 0
+        if number and self.layer.recording:
+            return number + _CANDIDATES
         return number if number > 1 else 0
 
     def note_queries(self) -> None:
@@ -197,12 +220,13 @@ class KeptCall:
                 "not known any more: leave out every=, or steer without compress"
             )
         query, mask, chosen = joined(self.layer.window, self.layer.seen, self.policy.reads or 0)
-        call = replace(self.call, query=query, attn_mask=mask, is_causal=False)
+        key, value = self.expanded or (self.call.key, self.call.value)
+        call = replace(self.call, query=query, key=key, value=value, attn_mask=mask, is_causal=False)
         window = KeptCall(None, self.layer, call, query.shape[2])
         window.policy, window.observed = self.policy, query.shape[2]
         weights = () if chosen is None else (chosen[:, None].float(),)
         with torch.no_grad():
-            for group in self.groups:
+            for group in self.layer.groups:
                 group.receive(window._received(window._call_on(group).map(), weights))
 
     def _step(self, group: HeadGroup, query: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from weakref import ReferenceType, ref
 
 import torch
@@ -14,13 +15,26 @@ from regard.cache.head_group import HeadGroup, merge
 from regard.cache.open_block import OpenBlock
 from regard.cache.policy import Entries
 from regard.cache.window import Window
-from regard.runtime import interceptors
+from regard.runtime import Stack, interceptors
+
+if TYPE_CHECKING:
+    from regard.cache.after_block import AfterBlock
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """Who answers the calls of a model's layers that are kept like these."""
+
+    def keeps(self, stack: Stack) -> bool:
+        """Whether it answers the calls of what runs there."""
+        ...
 
 
 class KeptLayer(CacheLayerMixin):
     """A layer of a cache that counts every token and holds what the policy of `regard.compress` left of them."""
 
     is_sliding = False
+    is_croppable = True
 
     def __init__(self, rank: int, layers: int, block: OpenBlock) -> None:
         self.keys = self.values = None  # which head groups hold here
@@ -39,6 +53,12 @@ class KeptLayer(CacheLayerMixin):
         self.handed: ReferenceType[Tensor] | None = None  # the keys that the last update returned
         self.before: list[HeadGroup] = []  # what the last call read of a shared layer, where entries were dropped since
         self.window: list[Window] = []  # queries that a policy is still to read the attention of
+        self.dropped_at = 0  # tokens seen when entries were dropped last
+        self.recording = False  # whether tokens may be taken back after a pass
+        self.verifies = False  # whether its passes are of candidates for the next tokens, not a turn
+        self.removed = 0  # tokens that were taken back since the last update
+        self.pending: Callable[[], None] | None = None  # what is to be dropped at the next update
+        self.after: AfterBlock | None = None  # who reads the layer outside a block
         self.edited = False  # whether regard.steer has changed a call of it
         self.whole: Tensor | None = None  # (B,), boolean: texts that are too short for the policy to drop any of
         self.token_ids: Tensor | None = None  # (B, tokens seen), in the first layer, for all of them
@@ -57,21 +77,47 @@ class KeptLayer(CacheLayerMixin):
         The call is handed everything if nothing was dropped, and what is left of latents, which the model is to expand.
         Otherwise it gets the new ones only, to go by their shapes: what it attends to is found where the call arrives.
         """
-        if not self.block.is_open and not any(other.outermost for other in interceptors()):
-            raise RuntimeError(
-                "this cache was compressed, and its model can read it within regard.compress(model, policy) only"
-            )
+        self.settle()
+        if not self.block.is_open:
+            self._read_after_block()
         if not self.groups:
             self.fill(key_states, value_states)
         else:
             for group in self.groups:
                 group.append(key_states[:, group.heads], value_states[:, group.heads])
             self.seen += key_states.shape[2]
-        self.new, self.before = key_states.shape[2], []
+        self.new, self.removed, self.before = key_states.shape[2], 0, []
         if not self.dropped or self.is_latent:
             key_states, value_states = self.groups[0].keys, self.groups[0].values
         self.handed = ref(key_states)
         return key_states, value_states
+
+    def settle(self) -> None:
+        """Drop what was not to be dropped before it was known which tokens of a pass stay."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending()
+
+    def _read_after_block(self) -> None:
+        """Have the attention call that is to come read what is left, if no block is open that will."""
+        stack = Stack()
+        if any(isinstance(other, Keeper) and other.keeps(stack) for other in interceptors()):
+            return
+        from regard.cache.after_block import AfterBlock
+
+        if self.after is not None and self.after.is_open:
+            self.after.close()
+            raise RuntimeError(
+                "attention over this compressed cache was not seen: read it within regard.compress(model, policy), with "
+                'attn_implementation="sdpa" or "eager"'
+            )
+        if self.is_shared:
+            raise RuntimeError(
+                "this cache was compressed, and further layers attend to the keys and values of one of it: read it within "
+                "a block, with regard.compress(model, regard.cache.KeepAll())"
+            )
+        self.window, self.token_ids = [], None  # of tokens that no policy was told of
+        self.after = AfterBlock(self)
 
     def made(self, key: Tensor) -> bool:
         """Whether keys (B, Hq or Hk, N, D) are those that its last update returned, repeated for query heads or not."""
@@ -148,6 +194,7 @@ class KeptLayer(CacheLayerMixin):
                 done.append(group)
             elif self._may_replace(in_order) and kept == {group.length - 1} and group.can_replace():
                 group.replace(scores[:, group.heads, : group.length].argmin(dim=-1))
+                self.dropped_at = self.seen
                 done.append(group)
             else:
                 rest.append(group)
@@ -157,7 +204,7 @@ class KeptLayer(CacheLayerMixin):
         numbers = sorted({longest[head] for group in rest for head in group.heads})
         self.before = self.groups if self.is_shared else []
         self.groups = done + [_best(rest, best, counts, longest, number) for number in numbers]
-        self.dropped = True
+        self.dropped, self.dropped_at = True, self.seen
 
     def _may_replace(self, in_order: bool) -> bool:
         """Whether entries may be dropped in place: nobody else is to read them, and their order is nothing to the policy."""
@@ -184,7 +231,9 @@ class KeptLayer(CacheLayerMixin):
         """Begin anew: forget entries, tokens and what the policy remembers."""
         self.groups, self.state, self.seen, self.steps, self.new = [], {}, 0, 0, 0
         self.dropped = self.is_initialized = self.is_latent = self.is_shared = self.edited = False
-        self.handed, self.before, self.window, self.whole = None, [], [], None
+        self.recording = self.verifies = False
+        self.handed, self.before, self.window, self.whole, self.pending = None, [], [], None, None
+        self.dropped_at = self.removed = 0
         self.token_ids = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -199,17 +248,43 @@ class KeptLayer(CacheLayerMixin):
         """Go on with some texts only."""
         self._rows(lambda tensor: tensor[indices])
 
+    def activate_past_recording(self) -> None:
+        """Drop nothing before it is known which tokens of a pass stay: assisted generation takes back those it rejects."""
+        self.recording, self.verifies = True, False
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: what was dropped for the tokens to be removed cannot be brought back."""
-        if tokens_to_remove:
+        """Take back so many last tokens, given as a negative number, as assisted generation does.
+
+        Raises:
+            NotImplementedError: tokens for which entries were dropped, which cannot be brought back.
+        """
+        number = abs(tokens_to_remove)
+        if not number:
+            return
+        if self.seen - number < self.dropped_at:
             raise NotImplementedError(
-                "a compressed cache cannot be cropped (assisted generation does): generate without an assistant, "
-                "or without regard.compress"
+                f"{number} tokens of a compressed cache cannot be taken back: entries were dropped for them; crop it before "
+                "regard.compress drops, or copy.deepcopy it"
             )
+        for group in self.groups:
+            group.remove_last(number)
+        self.seen -= number
+        self.removed += number
+        self.token_ids = None if self.token_ids is None else self.token_ids[:, :-number]
+        while number and self.window:
+            last = self.window.pop()
+            if number < last.length:
+                self.window.append(last.without_last(number))
+            number -= min(number, last.length)
 
     def offload(self) -> None:
         """Refuse to be moved: an offloaded cache is not adopted."""
         raise NotImplementedError("a compressed cache cannot be offloaded")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To be copied or saved, with what is to be dropped dropped."""
+        self.settle()
+        return vars(self) | {"handed": None, "before": [], "after": None}
 
     def numbers(self) -> int:
         """Bytes of keys and values."""

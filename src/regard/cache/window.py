@@ -36,11 +36,9 @@ class Window:
             mask = change(mask.expand(len(self.query), -1, -1, -1))
         return replace(self, query=query, mask=mask, chosen=None if self.chosen is None else change(self.chosen))
 
-    def without_last(self, tokens: int) -> Window | None:
-        """Without so many last queries; None where none is left."""
+    def without_last(self, tokens: int) -> Window:
+        """Without so many last queries."""
         end = self.length - tokens
-        if end < 1:
-            return None
         mask = None if self.mask is None else self.mask[:, :, :end]
         return replace(
             self, query=self.query[:, :, :end], mask=mask, chosen=None if self.chosen is None else self.chosen[:, :end]

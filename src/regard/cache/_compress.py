@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.cache.kept_call import KeptCall
+from regard.cache.module_call import ModuleCall
 from regard.cache.open_block import OpenBlock
 from regard.cache.policy import Policy
 from regard.cache.report import Report, report
@@ -197,9 +198,11 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         layer, policy, cache = kept.layer, self.policy, kept.call.place.cache
         kept.read_window()
         first = self._ids.get(cache)
+        made_by = ModuleCall(kept.call, layer.seen, real, layer.is_latent, layer.removed, layer.window)
         entries = layer.entries(
             real, self._memories.setdefault(cache, {}), kept.expanded, new=kept.left,
             token_ids=None if first is None else first.token_ids, beside=self._beside,
+            made_by=made_by,
         )  # fmt: skip
         scores = policy.score(entries).masked_fill(~entries.real, -torch.inf)
         counts = policy.counts(entries, scores).minimum(entries.real.sum(dim=-1))

@@ -197,7 +197,9 @@ class KeptCall:
     @property
     def queries_to_keep(self) -> int:
         """How many last queries the policy may want to read in later calls."""
-        number = 0 if self.policy is None or self.policy.accumulates else self.policy.reads or 0
+        if self.policy is None:
+            return 0
+        number = max(0 if self.policy.accumulates else self.policy.reads or 0, self.policy.keeps_queries)
         if number and self.layer.recording:
             return number + _CANDIDATES
         return number if number > 1 else 0

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import Module
 
+from regard.cache.module_call import ModuleCall
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -22,6 +24,7 @@ class Entries:
     it says so. ``text`` (batch, seen) tells the real tokens so far from padding, None if there is none; this pass brought
     the last ``new`` of ``seen``. ``memory`` is a policy's own, shared by the layers of a cache. ``token_ids`` (batch, seen)
     are the text's, None if the model was not given all of them as input_ids. ``beside`` is what `Policy.beside` gave.
+    ``module_call`` has the queries, hidden states and projections of the model's layer, for policies that ask.
 
     Where a model caches latents that it expands to the keys and values of its heads (DeepSeek's MLA), there is one key
     head, an entry of which has the keys and values of all heads, one after the other.
@@ -40,6 +43,14 @@ class Entries:
     new: int = 0
     token_ids: Tensor | None = None
     beside: Any = None
+    made_by: ModuleCall | None = None
+
+    @property
+    def module_call(self) -> ModuleCall:
+        """What the model's layer was given and made: its queries, hidden states, projections and rotations."""
+        if self.made_by is None:
+            raise ValueError("these entries were not made by a model's layer")
+        return self.made_by
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -102,6 +113,11 @@ class Policy(ABC):
         return 0
 
     @property
+    def keeps_queries(self) -> int:
+        """How many last queries of a text it wants to find in ``entries.module_call`` while decoding."""
+        return 0
+
+    @property
     def by_query_head(self) -> bool:
         """Whether it reads what each query head attends to, instead of the mean over those that share a key head."""
         return False
@@ -150,5 +166,12 @@ class Policy(ABC):
 
     def __str__(self) -> str:
         """The policy as one would write it."""
-        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return f"{type(self).__name__}({', '.join(given)})"
+        given = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        return f"{type(self).__name__}({', '.join(f'{n}={_written(v)}' for n, v, d in given if v is not d and v != d)})"
+
+
+def _written(value: object) -> str:
+    """A value as one would write it, or what there is of numbers."""
+    if isinstance(value, Tensor):
+        return f"<{tuple(value.shape)}>"
+    return str(value) if isinstance(value, Policy) else repr(value)

@@ -17,7 +17,7 @@ from regard.cache.policy import Entries
 class SnapKV(HeadBudgetPolicy):
     """Keep the last ``window`` tokens, and of those before them the ones that they attend to most, in clusters:
 
-    ``score_j = mean_h pool_{|m| ≤ kernel // 2} Σ_{i in window} P^h_i,j+m``, the mean over the query heads of a group.
+    ``score_j = mean_h pool_{|m| ≤ kernel // 2} mean_{i in window} P^h_i,j+m``, the mean over the query heads of a group.
 
     Args:
         budget, prefill, every, by_layer, by_head: as for every `HeadBudgetPolicy`; the budget includes the window.
@@ -73,4 +73,4 @@ class SnapKV(HeadBudgetPolicy):
             by_head = entries.received.masked_fill(unread[..., None], 0.0).mT.flatten(1, 2)
             highest = functional.max_pool1d(by_head, self.kernel, stride=1, padding=self.kernel // 2)
             pooled = highest.unflatten(1, (unread.shape[1], -1)).mean(dim=2)
-        return pooled.masked_fill(window, torch.inf)
+        return (pooled / self.window).masked_fill(window, torch.inf)

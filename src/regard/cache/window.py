@@ -15,14 +15,14 @@ from torch.nn import functional
 class Window:
     """Queries (B, Hq, n, D) of one call, of which ``chosen`` (B, n) are of real tokens; None if all are.
 
-    ``mask`` (B or 1, Hq or 1, n, tokens then) tells what each may see; None if that is all up to itself, the first of
-    them standing at ``start``.
+    They stand at ``positions`` (B or 1, n). ``mask`` (B or 1, Hq or 1, n, tokens then) tells what each may see; None if that
+    is all up to itself.
     """
 
     query: Tensor
     mask: Tensor | None
     chosen: Tensor | None
-    start: int
+    positions: Tensor
 
     @property
     def length(self) -> int:
@@ -31,18 +31,28 @@ class Window:
 
     def of_rows(self, change: Callable[[Tensor], Tensor]) -> Window:
         """Of other texts of the batch, or in another order."""
-        query, mask = change(self.query), self.mask
-        if mask is not None:
-            mask = change(mask.expand(len(self.query), -1, -1, -1))
-        return replace(self, query=query, mask=mask, chosen=None if self.chosen is None else change(self.chosen))
+        mask, batch = self.mask, len(self.query)
+        return replace(
+            self,
+            query=change(self.query),
+            mask=None if mask is None else change(mask.expand(batch, -1, -1, -1)),
+            chosen=None if self.chosen is None else change(self.chosen),
+            positions=change(self.positions.expand(batch, -1)),
+        )
+
+    def places(self, batch: int) -> Tensor:
+        """(B, n): where the queries stand, −1 for padding."""
+        places = self.positions.expand(batch, -1)
+        return places if self.chosen is None else places.masked_fill(~self.chosen, -1)
 
     def without_last(self, tokens: int) -> Window:
         """Without so many last queries."""
         end = self.length - tokens
         mask = None if self.mask is None else self.mask[:, :, :end]
         return replace(
-            self, query=self.query[:, :, :end], mask=mask, chosen=None if self.chosen is None else self.chosen[:, :end]
-        )
+            self, query=self.query[:, :, :end], mask=mask, positions=self.positions[:, :end],
+            chosen=None if self.chosen is None else self.chosen[:, :end],
+        )  # fmt: skip
 
 
 def last_queries(query: Tensor, mask: Tensor | None, real: Tensor | None, seen: int, number: int) -> Window:
@@ -51,15 +61,17 @@ def last_queries(query: Tensor, mask: Tensor | None, real: Tensor | None, seen: 
     if mask is None or real is None:
         number = min(number, tokens)
         query = query if number == tokens else query[:, :, -number:].clone()
-        return Window(query.detach(), None, None, seen - number)
+        return Window(query.detach(), None, None, torch.arange(seen - number, seen, device=query.device)[None])
+    positions = torch.arange(seen - tokens, seen, device=query.device)[None]
     chosen = real[:, -tokens:]
     if number < tokens:
         place = torch.where(chosen, torch.arange(tokens, device=query.device), -1).topk(number, dim=1).values.flip(1)
+        positions = positions.expand(len(query), -1).gather(1, place.clamp(min=0))
         chosen, index = place >= 0, place.clamp(min=0)[:, None, :, None]
         query = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))
         mask = mask.expand(len(query), -1, tokens, -1)
         mask = mask.gather(2, index.expand(-1, mask.shape[1], -1, mask.shape[3]))
-    return Window(query.detach(), mask.detach(), chosen, seen - tokens)
+    return Window(query.detach(), mask.detach(), chosen, positions)
 
 
 def joined(windows: list[Window], seen: int, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -85,8 +97,7 @@ def _mask(window: Window, seen: int) -> Tensor:
     """What a window's queries may see of the text as it is now: of later tokens nothing."""
     mask, device = window.mask, window.query.device
     if mask is None:
-        end = torch.arange(window.start, window.start + window.length, device=device)
-        return (torch.arange(seen, device=device) <= end[:, None])[None, None]
+        return (torch.arange(seen, device=device) <= window.positions[..., None])[:, None]
     hidden = False if mask.dtype == torch.bool else -math.inf
     return functional.pad(mask, (0, seen - mask.shape[3]), value=hidden)
 

@@ -40,7 +40,8 @@ def parse(text: str, base: type, what: str, example: str, **given: Any) -> Any:
         raise ValueError(f"{kind.__name__} takes at most {len(names)} arguments without a name, got {len(call.args)}")
 
     def value(node: ast.expr) -> Any:
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and _is_known(node.func.id, base):
+        name = node.func if isinstance(node, ast.Call) else node
+        if isinstance(name, ast.Name) and _is_known(name.id, base):
             return parse(ast.unparse(node), base, what, example)
         return _literal(node, text)
 

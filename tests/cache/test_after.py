@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -99,10 +100,40 @@ def test_saved_and_loaded(llama: hf.PreTrainedModel) -> None:
     inputs, file = texts(12, 7), io.BytesIO()
     context = read(llama, inputs, Knorm(budget=5, by_head="adaptive"))
     expected = llama.generate(**question(inputs, 2), past_key_values=copy.deepcopy(context), **GREEDY)
-    torch.save(context, file)
+    regard.cache.save(context, file)
     file.seek(0)
-    loaded = torch.load(file, weights_only=False)
+    loaded = regard.cache.load(file)
     assert torch.equal(llama.generate(**question(inputs, 2), past_key_values=loaded, **GREEDY), expected)
+    with pytest.raises(TypeError, match=r"save takes a cache, .* got dict"):
+        regard.cache.save({}, file)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "deepseek v3", "gemma3n"])
+def test_saved_inside_a_block_with_queries_to_read(name: str) -> None:
+    """What a later block needs is there: windows, latents, borrowed keys."""
+    model, inputs, file = (
+        decoder(name) if name in DECODERS else model_of((LATENTS | SHARED)[name]),
+        texts(12),
+        io.BytesIO(),
+    )
+    policy = SnapKV(budget=6, window=3, every=2)
+    with regard.compress(model, policy):
+        with torch.no_grad():
+            context = model(**inputs).past_key_values
+        regard.cache.save(context, file)
+        expected = model.generate(**question(inputs, 2), past_key_values=context, **GREEDY)
+    file.seek(0)
+    with regard.compress(model, policy):
+        loaded = regard.cache.load(file, device="cpu")
+        assert torch.equal(model.generate(**question(inputs, 2), past_key_values=loaded, **GREEDY), expected)
+
+
+def test_nothing_else_is_loaded() -> None:
+    file = io.BytesIO()
+    torch.save(GREEDY | {"what": io.BytesIO}, file)
+    file.seek(0)
+    with pytest.raises(pickle.UnpicklingError):
+        regard.cache.load(file)
 
 
 def test_borrowed_keys_are_read_in_a_block() -> None:

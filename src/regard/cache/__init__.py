@@ -17,6 +17,7 @@ from regard.cache.q_filters import QFilters
 from regard.cache.qada import QAdA
 from regard.cache.report import LayerReport, Report
 from regard.cache.retrieval_heads import RetrievalHeads
+from regard.cache.saved import load, save
 from regard.cache.snapkv import SnapKV
 from regard.cache.streaming_llm import StreamingLLM
 from regard.cache.task_kv import TaskKV
@@ -49,4 +50,6 @@ __all__ = [
     "StreamingLLM",
     "TaskKV",
     "compress",
+    "load",
+    "save",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,18 +16,18 @@ from regard.cache.policy import Entries, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Around(Policy):
+class Around(Policy, ABC):
     """A policy that goes by the scores and the budget of another, and compresses when it does."""
 
     pools: ClassVar[bool] = True
 
-    policy: BudgetPolicy = field(kw_only=False)
+    policy: BudgetPolicy | Around = field(kw_only=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.policy, BudgetPolicy):
+        if not isinstance(self.policy, BudgetPolicy | Around):
             raise TypeError(
                 f"{type(self).__name__} goes around a policy with a budget, such as regard.cache.SnapKV(budget=0.25); got "
-                f"{self.policy!r}"
+                f"{self.policy}"
             )
 
     @property

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.cache.around import _Around
+from regard.cache.around import Around
 from regard.cache.policy import Entries
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkKV(_Around):
+class ChunkKV(Around):
     """Keep whole chunks of ``length`` tokens, those of the highest mean score of another policy: the same for all heads.
 
     ``score_c = Σ_h mean_{j in c} score^h_j``; as many chunks stay as the budget has room for, beside the entries that the
@@ -50,7 +50,9 @@ class ChunkKV(_Around):
         nothing = ~sure.flatten(1).any(dim=1)
         stay = torch.where(nothing, stay.clamp(min=1), stay)
         everything = (room >= free.sum(dim=2).double().mean(dim=1) - 1e-9)[:, None]
-        order = of_chunk.masked_fill(number == 0, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        order = (
+            of_chunk.masked_fill(number == 0, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        )
         kept = (order < stay[:, None]) | everything
         index = chunk.flatten(1)
         stays = kept.gather(1, index).view_as(chunk) & free

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.cache.around import _Around
+from regard.cache.around import Around
 from regard.cache.policy import Entries
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticalKV(_Around):
+class CriticalKV(Around):
     """Keep the best entries of another policy, and of the others those that weigh most in the layer's output:
 
     ``(score_j + epsilon) · mean_h ‖W_o^h v_j‖₁``, the mean over the query heads of a group.
@@ -59,4 +59,5 @@ class CriticalKV(_Around):
         for head, part in enumerate(weight):  # one head at a time, as what they add is as wide as the model
             own = values[:, head // shared, :, head % shared if values.shape[3] > 1 else 0]
             norms.append((own @ part.to(own.dtype)).float().abs().sum(dim=-1))
-        return torch.stack(norms, dim=1).unflatten(1, (heads, shared)).mean(dim=2)
+        by_key_head: Tensor = torch.stack(norms, dim=1).unflatten(1, (heads, shared)).mean(dim=2)
+        return by_key_head

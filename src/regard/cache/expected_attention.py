@@ -72,7 +72,9 @@ class ExpectedAttention(HeadBudgetPolicy):
             spread = covariance.unflatten(1, (heads, -1))
             logits = logits + factor**2 / 2 * ((keys[:, :, None] @ spread) * keys[:, :, None]).sum(dim=-1)
         sinks = entries.sinks(self.sinks)
-        attention = logits.masked_fill((sinks | ~entries.real)[:, :, None], -torch.inf).softmax(dim=-1).mean(dim=2)
+        attention: Tensor = (
+            logits.masked_fill((sinks | ~entries.real)[:, :, None], -torch.inf).softmax(dim=-1).mean(dim=2)
+        )
         if self.values:
             attention = attention * torch.linalg.vector_norm(entries.values.to(mean.dtype), dim=-1)
         return attention.masked_fill(sinks, torch.inf)

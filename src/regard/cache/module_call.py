@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -95,7 +94,8 @@ class ModuleCall:
                 f"{type(self.module).__name__}: the output projection takes {weight.shape[0]} numbers, not {heads} heads "
                 f"of {width}"
             )
-        return weight.detach().unflatten(0, (heads, width))
+        parts: Tensor = weight.detach().unflatten(0, (heads, width))
+        return parts
 
     def rotation(self, places: Tensor) -> Rotation | None:
         """How the model turns queries and keys at places (batch, n) of a text; None for one without rotary positions."""
@@ -106,8 +106,10 @@ class ModuleCall:
                 raise ValueError(f"{type(self.module).__name__}: its rotary embedding was not found as rotary_emb")
             return None
         if self.is_latent:
-            raise ValueError(f"{type(self.module).__name__} turns a part of its latents only: its queries are not known unturned")
-        rotary: Callable[..., Any] = holders[-1].rotary_emb
+            raise ValueError(
+                f"{type(self.module).__name__} turns a part of its latents only: its queries are not known unturned"
+            )
+        rotary: Any = holders[-1].rotary_emb
         further = {}
         if "layer_type" in inspect.signature(getattr(rotary, "forward", rotary)).parameters:
             further["layer_type"] = getattr(self.module, "layer_type", None)
@@ -119,7 +121,7 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotary positions as ``cos`` and ``sin`` (batch, n, turned width), of pairs that lie side by side or half a width apart."""
+    """Rotary positions as ``cos`` and ``sin`` (batch, n, turned width), of pairs side by side or half a width apart."""
 
     cos: Tensor
     sin: Tensor
@@ -131,7 +133,9 @@ class Rotation:
             return False
         if torch.equal(self.cos[..., 0::2], self.cos[..., 1::2]):
             return True
-        raise ValueError("the rotary embedding gives neither cosines of halves nor of neighbours, by which to turn a vector")
+        raise ValueError(
+            "the rotary embedding gives neither cosines of halves nor of neighbours, by which to turn a vector"
+        )
 
     def mean(self) -> Rotation:
         """The mean of these turns."""

@@ -115,4 +115,5 @@ def _away(queries: Tensor) -> Tensor:
     """(heads, width): the main direction of queries (heads, n, width), such that most of them lie against it."""
     direction = torch.linalg.svd(queries, full_matrices=False).Vh[:, 0]
     along = (queries @ direction[..., None] > 0).float().mean(dim=(1, 2))
-    return -torch.where(along > 0.5, 1.0, -1.0)[:, None] * direction
+    away: Tensor = -torch.where(along > 0.5, 1.0, -1.0)[:, None] * direction
+    return away

@@ -156,6 +156,15 @@ def test_a_latent_entry_has_the_keys_of_all_heads() -> None:
         assert layer.bytes == 5 * (16 + 8) * 4
 
 
+def test_keys_that_are_laid_out_anew_are_refused_before_the_first_token() -> None:
+    """JetMoe repeats its key heads in another order than query heads have that share them."""
+    config = hf.JetMoeConfig(**SIZES | {"num_key_value_heads": 2, "kv_channels": 8}, num_local_experts=4)
+    model = hf.JetMoeForCausalLM(config).eval()
+    with pytest.raises(ValueError, match=r"changes the keys that its cache returns"), torch.no_grad(), \
+            regard.compress(model, Knorm(budget=0.5)):  # fmt: skip
+        model(**texts(12))
+
+
 def test_two_calls_a_layer_are_refused_before_the_first_token() -> None:
     model, steps = hf.DiffLlamaForCausalLM(hf.DiffLlamaConfig(**SIZES)).eval(), list[int]()
     stop = hf.StoppingCriteriaList([lambda ids, scores, **options: steps.append(1) or torch.zeros(1, dtype=torch.bool)])

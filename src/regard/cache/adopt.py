@@ -111,6 +111,11 @@ def _check(cache: Any, model: Module) -> None:
                     f"compress cannot drop entries of {type(model).__name__}, whose layers keep a recurrent state beside "
                     f"keys and values ({what}); it works on decoders that keep keys and values alone"
                 )
+            if "Indexed" in what:
+                raise ValueError(
+                    f"compress cannot drop entries of {type(model).__name__}, whose layers choose tokens by an index that "
+                    f"they keep beside keys and values ({what})"
+                )
             raise ValueError(
                 f"compress cannot drop entries of a cache whose layers are {what}; use a DynamicCache, "
                 "generate's default, instead"

@@ -71,13 +71,13 @@ class BudgetPolicy(Policy):
         Raises:
             ValueError: factors of other layers.
         """
-        tokens, budget = entries.tokens, self._of_text(entries)
-        share = self._of_layer(budget, entries).clamp(min=max(self.least, 1)).minimum(tokens)
-        return torch.where(budget < self.least, tokens, share)
+        tokens, whole = entries.tokens, self.keeps_whole(entries)
+        share = self._of_layer(self._of_text(entries), entries).clamp(min=max(self.least, 1)).minimum(tokens)
+        return share if whole is None else torch.where(whole, tokens, share)
 
-    def keeps_whole(self, entries: Entries) -> Tensor:
-        """(batch,), boolean: texts whose budget is less than what the policy always keeps."""
-        return self._of_text(entries) < self.least
+    def keeps_whole(self, entries: Entries) -> Tensor | None:
+        """(batch,), boolean: texts a share of which is less than what the policy always keeps."""
+        return None if isinstance(self.budget, int) or not self.least else self._of_text(entries) < self.least
 
     def _of_text(self, entries: Entries) -> Tensor:
         """(batch,): the budget, as a number of entries."""

@@ -74,6 +74,8 @@ class Entries:
 
     def recent(self, number: int | Tensor) -> Tensor:
         """Boolean: its last real tokens, so many of each text or (batch,) of each its own number."""
+        if self.text is None and isinstance(number, int):
+            return self.real & (self.positions >= self.seen - number)
         return self.real & (self.ranks >= (self.tokens - number)[:, None, None])
 
 

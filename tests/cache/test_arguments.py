@@ -38,6 +38,7 @@ OTHERS: dict[str, list[Any]] = {
     "first": [0.0, 1.0],
     "future": [1],
     "length": [3],
+    "neighbours": [1],
     "policy": [SnapKV(budget=10, window=2)],
     "values": [False],
     "budget": [0.5, 300],
@@ -82,7 +83,7 @@ def given(base: type[Policy]) -> Iterator[Any]:
 
 
 def test_all_policies_are_tried() -> None:
-    assert len(POLICIES) == 17
+    assert len(POLICIES) == 18
 
 
 @pytest.mark.parametrize(("kind", "argument", "value"), list(given(Policy)))

@@ -2,6 +2,7 @@
 
 from regard.cache._compress import compress
 from regard.cache.budget import BudgetPolicy, HeadBudgetPolicy
+from regard.cache.cam import CaM
 from regard.cache.chunkkv import ChunkKV
 from regard.cache.controls import KeepAll, Random
 from regard.cache.criticalkv import CriticalKV
@@ -26,6 +27,7 @@ from regard.cache.tova import TOVA
 __all__ = [
     "TOVA",
     "BudgetPolicy",
+    "CaM",
     "ChunkKV",
     "CriticalKV",
     "Entries",

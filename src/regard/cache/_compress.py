@@ -209,6 +209,10 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         layer.whole = policy.keeps_whole(entries)
         if not policy.accumulates:
             layer.forget()
+        ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) if policy.merges else None
+        values = None if ranks is None else policy.merged(entries, (ranks < counts[..., None]) & entries.real)
+        if values is not None:
+            layer.change_values(values)
         layer.keep(scores, counts, policy.pools)
 
 

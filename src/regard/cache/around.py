@@ -20,6 +20,7 @@ class Around(Policy, ABC):
     """A policy that goes by the scores and the budget of another, and compresses when it does."""
 
     pools: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
 
     policy: BudgetPolicy | Around = field(kw_only=False)
 
@@ -54,6 +55,10 @@ class Around(Policy, ABC):
     def keeps_queries(self) -> int:
         """As the policy within."""
         return self.policy.keeps_queries
+
+    def merged(self, entries: Entries, stays: Tensor) -> Tensor | None:
+        """What the policy within makes of the values."""
+        return self.policy.merged(entries, stays) if self.policy.merges else None
 
     def beside(self, model: Module) -> AbstractContextManager[Any]:
         """What runs beside the model for the policy within."""

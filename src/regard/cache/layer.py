@@ -202,9 +202,15 @@ class KeptLayer(CacheLayerMixin):
             return
         best = scores.argsort(dim=-1, descending=True, stable=True)
         numbers = sorted({longest[head] for group in rest for head in group.heads})
-        self.before = self.groups if self.is_shared else []
+        self.before = (self.before or self.groups) if self.is_shared else []
         self.groups = done + [_best(rest, best, counts, longest, number) for number in numbers]
         self.dropped, self.dropped_at = True, self.seen
+
+    def change_values(self, values: Tensor) -> None:
+        """Other values (B, Hk, L, D) of the entries, those of all heads in order."""
+        if self.is_shared:
+            self.before = self.groups  # who attends to them too does so as they were
+        self.groups = [group.with_values(values[:, group.heads, : group.length]) for group in self.groups]
 
     def _may_replace(self, in_order: bool) -> bool:
         """Whether entries may be dropped in place: nobody else is to read them, and their order is nothing to the policy."""

@@ -109,6 +109,9 @@ class Policy(ABC):
     pools: ClassVar[bool] = False
     """Whether an entry's score depends on its neighbours', so that entries have to stay in the order of the text."""
 
+    merges: ClassVar[bool] = False
+    """Whether `merged` is to be asked what becomes of the entries that go."""
+
     @property
     def reads(self) -> int | None:
         """Of how many last queries of a text it reads the attention; None for all since it last read, 0 for none."""
@@ -161,6 +164,10 @@ class Policy(ABC):
     @abstractmethod
     def counts(self, entries: Entries, scores: Tensor) -> Tensor:
         """(batch, key heads): how many entries each head keeps."""
+
+    def merged(self, entries: Entries, stays: Tensor) -> Tensor | None:
+        """The values of all entries, in which those that do not stay leave something; None if they leave nothing."""
+        return None
 
     def keeps_whole(self, entries: Entries) -> Tensor | None:
         """(batch,), boolean: texts that it keeps whole since they are too short for it; None if it knows none such."""

@@ -84,7 +84,7 @@ class HeadGroup:
         return HeadGroup(names, keys, values, positions, self._next(), received, bool((positions < 0).any()))
 
     def with_values(self, values: Tensor) -> HeadGroup:
-        """The same entries with other values."""
+        """Its entries with other values."""
         return replace(self, values=values, _rooms={name: room for name, room in self._rooms.items() if name == "keys"})
 
     def remove_last(self, number: int) -> None:

@@ -198,7 +198,9 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         layer, policy, cache = kept.layer, self.policy, kept.call.place.cache
         kept.read_window()
         first = self._ids.get(cache)
-        made_by = ModuleCall(kept.call, layer.seen, real, layer.is_latent, layer.removed, layer.window)
+        made_by = ModuleCall(
+            kept.call, layer.seen, real, layer.is_latent, layer.removed, layer.window, policy.keeps_queries
+        )
         entries = layer.entries(
             real, self._memories.setdefault(cache, {}), kept.expanded, new=kept.left,
             token_ids=None if first is None else first.token_ids, beside=self._beside,

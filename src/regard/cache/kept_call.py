@@ -209,6 +209,9 @@ class KeptCall:
         number, windows = self.queries_to_keep, self.layer.window
         if number:
             windows.append(last_queries(self.call.query, self._mask(), self.real, self.layer.seen, number))
+        if self.tokens == 1:  # counted by calls, in which a step stands for itself
+            del windows[: max(len(windows) - number, 0)]
+            return
         while sum(window.length for window in windows[1:]) >= max(number, 1):
             del windows[0]
 

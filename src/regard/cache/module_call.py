@@ -19,7 +19,7 @@ _OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """The call of attention of a layer, its module, and the last queries of calls before it, as the policy had them kept.
+    """The call of attention of a layer, its module, and the ``last`` queries of calls before it, as the policy had them kept.
 
     ``text`` (batch, seen) tells real tokens from padding, None if there is none. The last ``removed`` tokens of the call were
     taken back since.
@@ -31,6 +31,7 @@ class ModuleCall:
     is_latent: bool = False
     removed: int = 0
     windows: list[Window] = field(default_factory=list)
+    last: int = 0
 
     @cached_property
     def module(self) -> Module:
@@ -53,7 +54,7 @@ class ModuleCall:
     def queries(self) -> Tensor:
         """(batch, query heads, n, width): of a prompt or a turn; while decoding, the last ones that the policy has kept."""
         if self._goes_back:
-            return torch.cat([window.query for window in self.windows], dim=2)
+            return torch.cat([window.query for window in self.windows], dim=2)[:, :, -self.last :]
         return self.call.query[:, :, : self.call.query.shape[2] - self.removed]
 
     @cached_property
@@ -61,7 +62,7 @@ class ModuleCall:
         """(batch, n): where in the text the queries stand, −1 for those of padding."""
         batch, device = len(self.call.query), self.call.query.device
         if self._goes_back:
-            return torch.cat([window.places(batch) for window in self.windows], dim=1)
+            return torch.cat([window.places(batch) for window in self.windows], dim=1)[:, -self.last :]
         positions = torch.arange(self.seen - self.queries.shape[2], self.seen, device=device).expand(batch, -1)
         return positions if self.text is None else positions.masked_fill(~self.text[:, -positions.shape[1] :], -1)
 

@@ -215,9 +215,13 @@ def cache(
     complete: Annotated[int, typer.Option(min=0, help="Write this many tokens.")] = 20,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    policies: Annotated[bool, typer.Option("--policies", help="List the policies, and do nothing else.")] = False,
 ) -> None:
     """Compress a model's key-value cache of a text, by default a chapter, and see what is kept and what is then said."""
     with _errors():
+        if policies:
+            _show_policies()
+            return
         from regard import mini
         from regard.cache.trial import read_policy, trial
         from regard.models import load
@@ -230,6 +234,20 @@ def cache(
         with console.status("reading"):
             found = trial(loaded, tokenizer, content, chosen, complete)
         _show_kept(found)
+
+
+def _show_policies() -> None:
+    """What each keeps, in a line."""
+    from inspect import isabstract
+
+    import regard.cache
+
+    out = Console()
+    for name in regard.cache.__all__:
+        kind = getattr(regard.cache, name)
+        if isinstance(kind, type) and issubclass(kind, regard.cache.Policy) and not isabstract(kind):
+            said = (kind.__doc__ or "").partition("\n")[0].rstrip(":").replace("`", "")
+            out.print(Text.assemble((f"{name:<19} ", "bold"), said), soft_wrap=True)
 
 
 def _budget(written: str) -> int | float:

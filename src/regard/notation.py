@@ -23,6 +23,8 @@ def parse(text: str, base: type, what: str, example: str, **given: Any) -> Any:
     >>> from regard.cache import Policy
     >>> print(parse("snapkv(window=8)", Policy, "policy", "SnapKV(window=16)", budget=0.25))
     SnapKV(budget=0.25, window=8)
+    >>> parse("ChunkKV(Knorm(budget=64), length=5)", Policy, "policy", "SnapKV(window=16)").policy.budget
+    64
     """
     try:
         call = ast.parse(text.strip(), mode="eval").body
@@ -36,8 +38,15 @@ def parse(text: str, base: type, what: str, example: str, **given: Any) -> Any:
     names = [field.name for field in fields(kind) if not field.kw_only]
     if len(call.args) > len(names):
         raise ValueError(f"{kind.__name__} takes at most {len(names)} arguments without a name, got {len(call.args)}")
-    arguments = dict(zip(names, (_literal(node, text) for node in call.args), strict=False))
-    arguments |= {word.arg: _literal(word.value, text) for word in call.keywords if word.arg}
+
+    def value(node: ast.expr) -> Any:
+        name = node.func if isinstance(node, ast.Call) else node
+        if isinstance(name, ast.Name) and _is_known(name.id, base):
+            return parse(ast.unparse(node), base, what, example)
+        return _literal(node, text)
+
+    arguments = dict(zip(names, (value(node) for node in call.args), strict=False))
+    arguments |= {word.arg: value(word.value) for word in call.keywords if word.arg}
     twice = [name for name in arguments if name in given]
     if twice:
         raise ValueError(f"{kind.__name__}: {twice[0]} is given twice, as {given[twice[0]]!r} and in {text!r}")
@@ -71,6 +80,10 @@ def make(kind: Any, arguments: Mapping[str, Any]) -> Any:
 def _is_named(kind: Any) -> bool:
     """Whether it is for users to write: neither private nor a base of others."""
     return not kind.__name__.startswith("_") and not isabstract(kind)
+
+
+def _is_known(name: str, base: type) -> bool:
+    return _plain(name) in {_plain(kind.__name__) for kind in _subclasses(base) if _is_named(kind)}
 
 
 def _plain(name: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import regard
-from regard.cache import BudgetPolicy, HeadBudgetPolicy, Policy
+from regard.cache import BudgetPolicy, HeadBudgetPolicy, Policy, SnapKV
 from tests.cache.conftest import decoder, texts
 
 
@@ -32,6 +32,15 @@ POLICIES: list[type[Policy]] = [
 # Values beside the default of each argument, by policy where they differ. One that is missing here fails.
 OTHERS: dict[str, list[Any]] = {
     "average": [True],
+    "covariance": [False],
+    "epsilon": [0.0, 0.5],
+    "filters": [torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))],
+    "first": [0.0, 1.0],
+    "future": [1],
+    "length": [3],
+    "neighbours": [1],
+    "policy": [SnapKV(budget=10, window=2)],
+    "values": [False],
     "budget": [0.5, 300],
     "by_head": ["adaptive"],
     "by_layer": ["pyramid", [0.5, 1.0, 1.5]],
@@ -53,6 +62,7 @@ OTHERS: dict[str, list[Any]] = {
 }
 # Small enough for a text of 24 tokens.
 SMALL: dict[str, dict[str, Any]] = {
+    "QFilters": {"filters": torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(1))},
     "RetrievalHeads": {"sinks": 2, "heads": {0: [0]}},
     "SnapKV": {"window": 2},
     "TaskKV": {"sinks": 2, "recent": 2, "window": 4},
@@ -68,19 +78,20 @@ def given(base: type[Policy]) -> Iterator[Any]:
     for kind in POLICIES:
         for argument in fields(kind) if issubclass(kind, base) else ():
             for value in OTHERS.get(f"{kind.__name__}.{argument.name}", OTHERS[argument.name]):
-                if value != argument.default:
+                if value is not argument.default:
                     yield pytest.param(kind, argument.name, value, id=f"{kind.__name__}({argument.name}={value})")
 
 
 def test_all_policies_are_tried() -> None:
-    assert len(POLICIES) == 12
+    assert len(POLICIES) == 18
 
 
 @pytest.mark.parametrize(("kind", "argument", "value"), list(given(Policy)))
 def test_what_the_signature_has_is_taken(kind: type[Policy], argument: str, value: Any) -> None:
     policy = kind(**required(kind) | {argument: value})
-    assert getattr(policy, argument) == value
-    assert f"{argument}={value!r}" in str(policy)
+    assert getattr(policy, argument) is value
+    written = tuple(value.shape) if isinstance(value, Tensor) else value if isinstance(value, Policy) else repr(value)
+    assert f"{argument}={written}" in str(policy).replace("<", "").replace(">", "")
 
 
 def kept(policy: Policy) -> list[Tensor]:

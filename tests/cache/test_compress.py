@@ -287,8 +287,8 @@ def test_misuse(llama: hf.PreTrainedModel) -> None:
         with pytest.raises(RuntimeError, match=r"nothing to report"):
             cache.report()
         past = llama(**inputs).past_key_values
-    with pytest.raises(RuntimeError, match=r"within regard.compress\(model, policy\) only"):
-        llama(inputs["input_ids"][:, :1], past_key_values=past)
-    with pytest.raises(NotImplementedError, match=r"cannot be cropped"):
+    with pytest.raises(NotImplementedError, match=r"entries were dropped for them"):
         past.crop(-1)
+    with pytest.raises(RuntimeError, match=r"read by a model alone"):
+        past.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)
     assert math.isclose(cache.report().kept, 0.5)

@@ -26,7 +26,7 @@ def entries(layer: int, received: list[list[float]], memory: dict[Any, Any]) -> 
     image = torch.tensor([[False, False, True, True, True, True, False, False]])
     return Entries(
         layer, 4, keys, keys, positions, torch.ones_like(positions, dtype=torch.bool),
-        torch.tensor([received], dtype=torch.float64), torch.zeros(1, 1, 1, dtype=torch.long), 8, memory,
+        torch.tensor([received], dtype=torch.float64), None, 8, memory,
         new=8, beside=image,
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,9 +64,10 @@ def test_snapkv(lengths: list[int], budget: float, seed: int) -> None:
     window, pooling = 1 + seed % 2, ("mean", "max")[seed % 2]
     kept = kept_after_prompt(SnapKV(budget=budget, window=window, kernel=3, pooling=pooling), inputs)
     for layer, ((query, key),) in enumerate(calls_of(LLAMA, lambda: LLAMA(**inputs))):
-        received = of_key_heads(matrix(query[:, :, -window:], key, real).sum(2), key.shape[1])
+        received = matrix(query[:, :, -window:], key, real).sum(2)
         received[..., -window:] = 0
-        pooled = (avg_pool1d if pooling == "mean" else max_pool1d)(received, 3, stride=1, padding=1)
+        by_head = (avg_pool1d if pooling == "mean" else max_pool1d)(received, 3, stride=1, padding=1)
+        pooled = of_key_heads(by_head, key.shape[1])  # after the pooling, as the authors have it
         pooled[..., -window:] = math.inf
         assert torch.equal(kept[layer], best(pooled, real, share(budget))), layer
 
@@ -148,6 +150,88 @@ def test_the_last_query_is_read_alone_however_seldom_entries_are_dropped(prefill
         torch.testing.assert_close(received, torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("lengths", [(14,), (14, 9)])
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_the_window_goes_on_while_decoding(pooling: str, lengths: tuple[int, ...], every: int) -> None:
+    """SnapKV reads its last queries, of whatever pass, on the entries that are left: layer 0 by hand."""
+    policy, steps = SnapKV(budget=8, window=4, kernel=3, pooling=pooling, every=every), 7
+    inputs, ids = texts(*lengths), torch.arange(20, 20 + steps).expand(len(lengths), -1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = {"input_ids": torch.cat([inputs["input_ids"], ids], 1), "attention_mask": mask, "position_ids": places}
+    (query, key), *_ = calls_of(LLAMA, lambda: LLAMA(**whole))[0]
+    rows = [[[place for place in range(14) if mask[row, place]] for _ in range(2)] for row in range(len(lengths))]
+    past: Any = None
+    with torch.no_grad(), regard.compress(LLAMA, policy) as cache:
+        for end in range(14, 14 + steps + 1):
+            start = 0 if past is None else end - 1
+            past = LLAMA(whole["input_ids"][:, start:end], attention_mask=mask[:, :end],
+                         position_ids=places[:, start:end], past_key_values=past).past_key_values  # fmt: skip
+            for row, heads in enumerate(rows):
+                for head, entries in enumerate(heads):
+                    entries += [end - 1] if start else []
+                    if not start or not (end - 14) % every:
+                        heads[head] = snapkv_by_hand(query[row], key[row], head, entries, end, pooling)
+            found = cache.report().layers[0].positions
+            assert [[head.nonzero()[:, 0].tolist() for head in row] for row in found] == rows, end
+
+
+def snapkv_by_hand(query: Tensor, key: Tensor, head: int, entries: list[int], end: int, pooling: str) -> list[int]:
+    """Which of a head's entries stay, by the last 4 queries before ``end``; two query heads share a key head."""
+    places = torch.tensor(entries)
+    queries = query[2 * head : 2 * head + 2, end - 4 : end].double()
+    logits = queries @ key[head, places].double().T / math.sqrt(query.shape[-1])
+    hidden = places > torch.arange(end - 4, end)[:, None]
+    received = logits.masked_fill(hidden, -math.inf).softmax(-1).sum(1)
+    received[:, places >= end - 4] = 0
+    pool = avg_pool1d if pooling == "mean" else max_pool1d
+    scores = pool(received, 3, stride=1, padding=1).mean(0)
+    scores[places >= end - 4] = math.inf
+    return sorted(places[scores.argsort(descending=True, stable=True)[:8]].tolist())
+
+
+def test_a_short_turn_is_read_with_what_came_before_it() -> None:
+    """A window of 4 queries over a turn of 2: the last 2 of the prompt are read too."""
+    read = []
+
+    class Noting(SnapKV):
+        def score(self, entries: Entries) -> Tensor:
+            read.append(entries.received.sum(dim=-1))
+            return super().score(entries)
+
+    with torch.no_grad(), regard.compress(LLAMA, Noting(budget=8, window=4)):
+        past = LLAMA(**texts(12)).past_key_values
+        LLAMA(**texts(2), past_key_values=past)
+    assert len(read) == 6
+    for received in read:
+        torch.testing.assert_close(received, torch.full((1, 2), 4.0))
+
+
+def test_a_window_that_was_steered_is_not_read_as_if_it_were_not() -> None:
+    policy, edit = SnapKV(budget=8, window=4, every=2), regard.Reweight(keys=[3], by=4.0)
+    with pytest.raises(NotImplementedError, match=r"queries of earlier passes.*leave out every="), \
+            regard.compress(LLAMA, policy), regard.steer(LLAMA, edit):  # fmt: skip
+        LLAMA.generate(**texts(12), max_new_tokens=4, do_sample=False)
+
+
+PADDED: tuple[Policy, ...] = (
+    SnapKV(budget=10, window=4), SnapKV(budget=10, window=4, pooling="max"), TOVA(budget=10), TOVA(budget=0.4),
+    StreamingLLM(budget=10), ObservedAttention(budget=10), ObservedAttention(budget=10, average=True),
+    SnapKV(budget=10, window=4, by_head="adaptive"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", PADDED, ids=str)
+def test_a_text_padded_on_the_right_is_compressed_as_alone(policy: Policy) -> None:
+    inputs = {name: values.flip(1) for name, values in texts(40, 30).items()}
+    together = kept_after_prompt(policy, inputs)
+    alone = kept_after_prompt(policy, {name: values[1:, :30] for name, values in inputs.items()})
+    for both, single in zip(together, alone, strict=True):
+        assert torch.equal(both[1, :, :30], single[0])
+        assert not both[1, :, 30:].any()
+
+
 def by_hand(policy: Policy, ids: Tensor, prompt: int) -> list[list[list[int]]]:
     """The positions left in each layer and key head at the end: every pass run anew on a mask of what was left."""
     layers, heads = 3, 2
@@ -209,8 +293,28 @@ def test_layers_share_in_a_pyramid() -> None:
     assert [int(k.sum()) for k in kept] == [2 * 20, 2 * 10, 2 * 1]
     kept = kept_after_prompt(Knorm(budget=0.8, by_layer="pyramid"), texts(40))
     assert [int(k.sum()) for k in kept] == [2 * 40, 2 * 32, 2 * 24]
+    kept = kept_after_prompt(SnapKV(budget=12, window=8, by_layer="pyramid"), texts(40))
+    assert [int(k.sum()) for k in kept] == [2 * (8 + 8), 2 * (8 + 4), 2 * 8]
     kept = kept_after_prompt(Knorm(budget=10, by_layer=[0.5, 1, 1.5]), texts(40))
     assert [int(k.sum()) for k in kept] == [2 * 5, 2 * 10, 2 * 15]
+
+
+@pytest.mark.parametrize("budget", [40, 64, 128, 0.3])
+@pytest.mark.parametrize("layers", [2, 31, 32])
+def test_the_mean_of_a_pyramid_is_the_budget(layers: int, budget: int | float) -> None:
+    """The window, which every layer keeps, and beyond it a ramp, as the authors of PyramidKV have it."""
+    positions = torch.arange(500).expand(1, 1, -1)
+    shares = []
+    for layer in range(layers):
+        entries = Entries(
+            layer, layers, positions, positions, positions, positions >= 0, positions, None, 500, {}
+        )  # fmt: skip
+        shares.append(int(SnapKV(budget=budget, window=32, by_layer="pyramid").shares(entries)))
+    assert sum(shares) == layers * (budget if isinstance(budget, int) else 150)
+    assert shares == sorted(shares, reverse=True)
+    further = sum(shares) / layers - 32
+    assert abs(shares[0] - 32 - further * 1.95) <= 0.5
+    assert abs(shares[-1] - 32 - further * 0.05) <= 0.5
 
 
 def test_heads_share_by_score() -> None:
@@ -249,11 +353,33 @@ def test_bad_arguments(make: Callable[[], object], message: str) -> None:
         make()
 
 
-def test_budget_below_the_window_of_a_short_prompt() -> None:
-    with pytest.raises(
-        ValueError, match=r"always keeps 32 entries, but the budget, 0.25 of 40 tokens, is 10: raise it"
-    ):
-        kept_after_prompt(SnapKV(budget=0.25), texts(40))
+@pytest.mark.parametrize(
+    ("policy", "least"), [(SnapKV(budget=0.25, window=8), 8), (StreamingLLM(budget=0.25, sinks=5), 6)], ids=str
+)
+@pytest.mark.parametrize("by_layer", ["uniform", "pyramid"])
+def test_a_text_too_short_for_the_policy_is_kept_whole(policy: BudgetPolicy, least: int, by_layer: str) -> None:
+    """A share of it would be less than the policy always keeps; longer ones of the batch are compressed all the same."""
+    policy, lengths = replace(policy, by_layer=by_layer), (48, 4 * least - 4, 5)
+    with torch.no_grad(), regard.compress(LLAMA, policy) as cache:
+        LLAMA(**texts(*lengths))
+    report = cache.report()
+    kept = torch.stack([layer.positions.sum(dim=2) for layer in report.layers]).float().mean(dim=0)
+    assert kept.tolist() == [[12, 12], [lengths[1]] * 2, [5, 5]]
+    assert {layer.whole for layer in report.layers} == {2}
+    assert "(2 texts are kept whole: the budget is less than the policy always keeps)" in str(report)
+
+
+def test_a_short_text_is_compressed_once_it_is_long_enough() -> None:
+    with torch.no_grad(), regard.compress(LLAMA, StreamingLLM(budget=0.5, sinks=2)) as cache:
+        past, kept = LLAMA(**texts(4)).past_key_values, []
+        for _ in range(5):
+            kept.append((cache.report().layers[0].kept[0], cache.report().layers[0].whole))
+            LLAMA(torch.ones(1, 1, dtype=torch.long), past_key_values=past)
+    assert kept == [(4, 1), (3, 0), (3, 0), (4, 0), (4, 0)]
+    assert "kept whole" not in str(cache.report())
+
+
+def test_factors_of_other_layers() -> None:
     with pytest.raises(ValueError, match=r"by_layer has 2 factors, the model 3 layers"):
         kept_after_prompt(Knorm(budget=0.5, by_layer=[1, 2]), texts(40))
 

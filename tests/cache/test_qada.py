@@ -270,3 +270,13 @@ def test_a_policy_with_local_entries_says_for_whom(llama: hf.PreTrainedModel) ->
     with pytest.raises(NotImplementedError, match=r"Silent names local entries; it needs is_local too"), \
             regard.compress(llama, policy):  # fmt: skip
         generate(llama, texts(8))
+
+
+def test_padding_on_the_right_is_refused() -> None:
+    """Its last tokens are not the text's."""
+    model, inputs = decoder("llama"), {name: values.flip(1) for name, values in texts(12, 9).items()}
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    with torch.no_grad(), regard.compress(model, QAdA(sinks=1, recent=3)):
+        past = model(**inputs).past_key_values
+        with pytest.raises(ValueError, match=r"padded on the right: pad it on the left"):
+            model(mask[:, :1], attention_mask=mask, past_key_values=past)

@@ -180,5 +180,6 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_a_budget_below_sinks_and_recent_tokens(model: hf.PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match=r"always keeps 6 entries, but the budget, 0.1 of 40 tokens, is 4: raise it"):
-        kept_after_prompt(model, TaskKV(budget=0.1, **SMALL), texts(40))
+    """Kept whole, as it is with every policy that always keeps more than a share of a short text."""
+    for kept in kept_after_prompt(model, TaskKV(budget=0.1, **SMALL), texts(40)):
+        assert kept.all()

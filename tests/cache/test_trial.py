@@ -53,7 +53,6 @@ def test_command_line(tmp_path: Path) -> None:
         (["--budget", "2.5"], "above 0 and at most 1, got 2.5"),
         (["--budget", "much"], "a share such as 0.25, got 'much'"),
         (["--budget", "20"], "SnapKV: always keeps 32 entries, but the budget is 20"),
-        ([], "always keeps 32 entries, but the budget, 0.25 of"),
         (["--prompt", " "], "the text is empty"),
         (["--text", "missing.txt"], "there is no file missing.txt; the words of a text are given by --prompt"),
     ],
@@ -64,3 +63,20 @@ def test_errors_are_one_line(arguments: list[str], message: str) -> None:
     assert result.exit_code == 1
     assert message in result.output.replace("\n", " ")
     assert "Traceback" not in result.output
+
+
+def test_the_list_of_policies() -> None:
+    """Each by its name, with what it keeps."""
+    result = runner.invoke(cli.app, ["cache", "--policies"])
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert {"SnapKV", "ChunkKV", "QFilters", "KeepAll", "ExpectedAttention"} <= set(lines)
+    assert lines["KeyDiff"] == "Keep the keys that are least like their mean: score_j = −cos(k_j, mean_i k_i / ‖k_i‖)."
+    assert not {"Policy", "BudgetPolicy", "Around"} & set(lines)
+
+
+def test_a_policy_around_another_from_the_command_line() -> None:
+    result = runner.invoke(
+        cli.app, ["cache", "--policy", "chunkkv(knorm, length=5)", "--budget", "30", "--prompt", TEXT]
+    )
+    assert result.exit_code == 0
+    assert "ChunkKV(policy=Knorm(budget=30), length=5): " in result.output

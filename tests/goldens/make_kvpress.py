@@ -24,6 +24,7 @@ FILE = Path(__file__).with_name("kvpress.json")
 PROMPT, STEPS = 128, 9
 MARGIN = 3e-5  # of each score: what is kept has to be the same if they differ by so much
 STREAMING = {0: [0, 1, 3], 1: [2], 3: [0, 1, 2, 3]}  # key heads, by layer
+FILTERS = torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(0))
 Press = Any
 
 
@@ -48,6 +49,18 @@ def presses() -> dict[str, Callable[[], Press]]:
         press.post_init_from_model = lambda model: None  # it would fetch a pattern of heads
         return press
 
+    def filters() -> Press:
+        press = of("qfilter", "QFilterPress", 0.75)
+        press.q_filters = FILTERS
+        press.post_init_from_model = lambda model: None  # it would fetch filters
+        return press
+
+    def expected(**settings: Any) -> Press:
+        return of("expected_attention", "ExpectedAttentionPress", 0.75, **settings)
+
+    def critical(press: Press) -> Press:
+        return of("criticalkv", "CriticalKVPress", press)
+
     def decoding(press: Press) -> Press:
         return of("decoding", "DecodingPress", press, compression_interval=4, target_size=60)
 
@@ -62,6 +75,14 @@ def presses() -> dict[str, Callable[[], Press]]:
         "AdaKV of Knorm": lambda: of("adakv", "AdaKVPress", of("knorm", "KnormPress", 1 - 40 / PROMPT)),
         "AdaKV of SnapKV": lambda: of("adakv", "AdaKVPress", snapkv(1 - 40 / PROMPT, 8, 5)),
         "DuoAttention": duo,
+        "ExpectedAttention": expected,
+        "ExpectedAttention, mean alone": lambda: expected(use_covariance=False, use_vnorm=False, n_sink=2),
+        "Q-Filters": filters,
+        "KeyDiff": lambda: of("keydiff", "KeyDiffPress", 0.75),
+        "ChunkKV of Knorm": lambda: of("chunkkv", "ChunkKVPress", of("knorm", "KnormPress", 0.5), chunk_length=20),
+        "CriticalKV of SnapKV": lambda: critical(snapkv(0.75, 16, 5)),
+        "CriticalKV of ExpectedAttention": lambda: critical(expected(use_vnorm=False)),
+        "CriticalAdaKV of SnapKV": lambda: of("criticalkv", "CriticalAdaKVPress", snapkv(1 - 40 / PROMPT, 8, 5)),
         "Knorm while decoding": lambda: decoding(of("knorm", "KnormPress")),
         "TOVA while decoding": lambda: decoding(of("tova", "TOVAPress")),
     }
@@ -88,6 +109,8 @@ def kept_by(model: Any, press: Press, ids: Tensor) -> list[list[list[int]]]:
 
     press.post_init_from_model(model)
     attention = [layer.self_attn for layer in model.model.layers]
+    for module in attention:
+        object.__setattr__(module, "rotary_emb", model.model.rotary_emb)  # where presses look for it
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in attention]
     tokens = ids.shape[1] if "Decoding" in type(press).__name__ else PROMPT
     with torch.no_grad():

@@ -8,8 +8,21 @@ import torch
 from torch.nn import Module
 
 import regard
-from regard.cache import TOVA, Knorm, ObservedAttention, Policy, RetrievalHeads, SnapKV, StreamingLLM
-from tests.goldens.make_kvpress import FILE, PROMPT, STREAMING
+from regard.cache import (
+    TOVA,
+    ChunkKV,
+    CriticalKV,
+    ExpectedAttention,
+    KeyDiff,
+    Knorm,
+    ObservedAttention,
+    Policy,
+    QFilters,
+    RetrievalHeads,
+    SnapKV,
+    StreamingLLM,
+)
+from tests.goldens.make_kvpress import FILE, FILTERS, PROMPT, STREAMING
 
 GOLDEN = json.loads(FILE.read_text(encoding="utf-8"))
 RETRIEVAL = {layer: [head for head in range(4) if head not in STREAMING.get(layer, ())] for layer in range(4)}
@@ -23,9 +36,18 @@ READING: dict[str, Policy] = {
     "TOVA": TOVA(budget=32, every=None),
     "StreamingLLM": StreamingLLM(budget=32, sinks=4, every=None),
     "ObservedAttention": ObservedAttention(budget=64, recent=0.0, average=True, every=None),
-    "PyramidKV": SnapKV(budget=60, window=2, kernel=5, by_layer="pyramid"),
+    # The press has its ramp over the whole budget; the authors, as here, beyond the window.
+    "PyramidKV": SnapKV(budget=60, window=2, kernel=5, by_layer=[117 / 60, 79 / 60, 41 / 60, 3 / 60]),
     "AdaKV of Knorm": Knorm(budget=40, by_head="adaptive"),
     "AdaKV of SnapKV": SnapKV(budget=40, window=8, kernel=5, by_head="adaptive"),
+    "ExpectedAttention": ExpectedAttention(budget=32),
+    "ExpectedAttention, mean alone": ExpectedAttention(budget=32, covariance=False, values=False, sinks=2),
+    "Q-Filters": QFilters(budget=32, filters=FILTERS),
+    "KeyDiff": KeyDiff(budget=32),
+    "ChunkKV of Knorm": ChunkKV(Knorm(budget=64), length=20),
+    "CriticalKV of SnapKV": CriticalKV(SnapKV(budget=32, window=16, kernel=5)),
+    "CriticalKV of ExpectedAttention": CriticalKV(ExpectedAttention(budget=32, values=False)),
+    "CriticalAdaKV of SnapKV": CriticalKV(SnapKV(budget=40, window=8, kernel=5, by_head="adaptive")),
     "DuoAttention": RetrievalHeads(budget=20, sinks=3, heads=RETRIEVAL, every=None),
 }
 DECODING: dict[str, Policy] = {

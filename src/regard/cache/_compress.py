@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.cache.kept_call import KeptCall
+from regard.cache.module_call import ModuleCall
 from regard.cache.open_block import OpenBlock
 from regard.cache.policy import Policy
 from regard.cache.report import Report, report
 from regard.cache.restricted_call import RestrictedCall
-from regard.runtime import AttentionCall, HiddenCall, Proceed, Reading, Site, entered, explain, interceptors
+from regard.runtime import AttentionCall, HiddenCall, Proceed, Reading, Site, Stack, entered, explain, interceptors
 
 if TYPE_CHECKING:
     from regard.cache.layer import KeptLayer
@@ -26,9 +28,12 @@ if TYPE_CHECKING:
 class compress:  # noqa: N801 - a context manager, named as what one writes
     """Have a policy drop entries of a language model's key–value cache, in plain ``generate``.
 
-    Greedy, sampling and beam search, left-padded batches and several turns on one cache work as they always do. Positions
-    go on counting although entries are gone. Layers with a sliding window hold no more than it and are left alone. It
-    composes with `regard.watch` and `regard.steer`, which see the whole text with the dropped entries hidden.
+    Greedy, sampling, beam search and assisted generation, padded batches and several turns on one cache work as they always
+    do. Positions go on counting although entries are gone. Layers with a sliding window hold no more than it and are left
+    alone. It composes with `regard.watch` and `regard.steer`, which see the whole text with the dropped entries hidden.
+
+    After the block the cache is read as it is: ``model.generate(…, past_key_values=copy.deepcopy(past))`` attends to what is
+    left of it, and drops nothing more. Assisted generation drops after each pass, once it is known which tokens stay.
 
     Args:
         model: a decoder of transformers whose attention goes through ``scaled_dot_product_attention``.
@@ -83,6 +88,8 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit.close()
+        if kind is None:
+            self._settle()
         if kind is None and self._cache is None:
             raise RuntimeError(_explain_no_cache(self.model, bool(self._entered.seen)))
         if kind is None:
@@ -92,13 +99,24 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         """What is kept in the last cache, by layer and head."""
         if self._cache is None:
             raise RuntimeError("there is nothing to report: the model has not been run inside the block")
+        self._settle()
         return report(self._cache, str(self.policy), self.policy.frees)
+
+    def _settle(self) -> None:
+        """Drop what was not to be dropped before it was known which tokens of the last pass stay."""
+        for layer in getattr(self._cache, "layers", ()):
+            if hasattr(layer, "settle"):
+                layer.settle()
 
     # --- the model's calls --------------------------------------------------------------------------------------------
 
     def wants(self, site: Site) -> bool:
         """Every call; whether it has a cache is told by the call."""
         return True
+
+    def keeps(self, stack: Stack) -> bool:
+        """Whether what runs there is of the model."""
+        return self._entered.tracker.frames(stack) is not None
 
     def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
         """The output over what the policy left of the call's keys, and then its choice of what stays."""
@@ -111,11 +129,10 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
                 "be dropped. compress works with attention that goes through scaled_dot_product_attention, or through "
                 f"transformers' eager attention{_advice(self.model)}"
             )
-        layer = self._layer(cache, number, call)
-        if layer is None:
+        kept = self._kept(cache, number, call)
+        if kept is None:
             return proceed(call)
-        kept = self._kept(layer, call)
-        reading = (Reading(kept.ask),) if kept.observed else ()
+        reading = (Reading(kept.ask),) if kept.observed or (kept.queries_to_keep and not alone) else ()
         if kept.is_whole:
             output = proceed(replace(call, readings=(*call.readings, *reading)))
         elif alone and not call.readings:
@@ -125,43 +142,80 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         self._drop(kept)
         return output
 
-    def _layer(self, cache: Any, number: int, call: AttentionCall) -> KeptLayer | None:
-        """The layer that has taken the call's keys, if its entries can be dropped."""
-        from regard.cache.adopt import adopt
+    def _kept(self, cache: Any, number: int, call: AttentionCall) -> KeptCall | None:
+        """The call on what is left of the layer whose keys it attends to; None where nothing of it can be dropped."""
+        from regard.cache.adopt import adopt, has_own_keys, lender
 
         self._cache = cache
-        layer = adopt(cache, number, self.model, self._block)
-        if layer is not None and not layer.new:
+        if not has_own_keys(cache, number):
+            layer = lender(cache, call)
+            return None if layer is None else KeptCall(None, layer, call, call.query.shape[2])
+        layer = adopt(cache, number, self.model, self._block, call)
+        if layer is None:
+            return None
+        if not layer.new:
             raise RuntimeError(
                 f"{call.place.path} makes several calls of attention on one layer of its cache; compress knows one for each"
             )
-        return layer
+        return self._own(layer, call)
 
-    def _kept(self, layer: KeptLayer, call: AttentionCall) -> KeptCall:
+    def _own(self, layer: KeptLayer, call: AttentionCall) -> KeptCall:
         tokens, layer.new = layer.new, 0
         if layer.rank == 0:
             layer.take_ids(call.place.token_ids, tokens)
             self._ids[call.place.cache] = layer
         local = self.policy.local
         kind = KeptCall if local is None or tokens > 1 or layer.seen <= sum(local) else RestrictedCall
-        return kind(self.policy, layer, call, tokens)
+        due = not layer.recording and self._is_due(layer, tokens)
+        return kind(self.policy, layer, call, tokens, due)
+
+    def _is_due(self, layer: KeptLayer, tokens: int) -> bool:
+        """Whether to compress after these tokens: a prompt or a turn, a step, or several that were verified at once."""
+        if (tokens > 1 and not layer.verifies) or layer.seen <= 1:
+            layer.steps = 0
+            return self.policy.due(tokens, 0)
+        layer.steps += tokens
+        return any(self.policy.due(1, step) for step in range(layer.steps - tokens + 1, layer.steps + 1))
 
     def _drop(self, kept: KeptCall) -> None:
         """After a call: let the policy choose what stays, if it is time to."""
+        layer = kept.layer
+        kept.note_queries()
+        if layer.recording:
+            layer.pending = functools.partial(self._drop_of_pass, kept, kept.real)
+        elif kept.due:
+            self._drop_now(kept, kept.real)
+
+    def _drop_of_pass(self, kept: KeptCall, real: Tensor | None) -> None:
+        """Once it is known which tokens of a pass stay."""
+        layer = kept.layer
+        due = kept.left > 0 and self._is_due(layer, kept.left)
+        layer.verifies = True
+        if due:
+            self._drop_now(kept, None if real is None else real[:, : layer.seen])
+
+    def _drop_now(self, kept: KeptCall, real: Tensor | None) -> None:
         layer, policy, cache = kept.layer, self.policy, kept.call.place.cache
-        layer.steps = layer.steps + 1 if kept.tokens == 1 and layer.seen > 1 else 0
-        if not policy.due(kept.tokens, layer.steps):
-            return
+        kept.read_window()
         first = self._ids.get(cache)
+        made_by = ModuleCall(
+            kept.call, layer.seen, real, layer.is_latent, layer.removed, layer.window, policy.keeps_queries
+        )
         entries = layer.entries(
-            kept.real, self._memories.setdefault(cache, {}), new=kept.tokens,
+            real, self._memories.setdefault(cache, {}), kept.expanded, new=kept.left,
             token_ids=None if first is None else first.token_ids, beside=self._beside,
+            made_by=made_by,
         )  # fmt: skip
         scores = policy.score(entries).masked_fill(~entries.real, -torch.inf)
         counts = policy.counts(entries, scores).minimum(entries.real.sum(dim=-1))
-        layer.keep(scores, counts, policy.pools)
+        layer.whole = policy.keeps_whole(entries)
         if not policy.accumulates:
             layer.forget()
+        ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) if policy.merges else None
+        values = None if ranks is None else policy.merged(entries, (ranks < counts[..., None]) & entries.real)
+        if values is not None:
+            layer.change_values(values)
+        layer.keep(scores, counts, policy.pools)
 
 
 def _overlap(one: Module, other: Module) -> bool:

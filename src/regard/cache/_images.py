@@ -47,7 +47,8 @@ class _ImagePolicy(Policy):
         found = resolve(
             image, 0, entries.seen, batch=batch, token_ids=entries.token_ids, device=device, what="image"
         ).expand(batch, -1)
-        found = found & (token >= entries.first[:, 0])
+        if entries.text is not None:
+            found = found & entries.text
         if not bool(found.any(dim=1).all()):
             row = int((~found.any(dim=1)).nonzero()[0])
             raise ValueError(

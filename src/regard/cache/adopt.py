@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+from weakref import ref
 
 from torch.nn import Module
 from transformers.cache_utils import (
@@ -15,9 +17,10 @@ from transformers.cache_utils import (
 
 from regard.cache.layer import KeptLayer
 from regard.cache.open_block import OpenBlock
+from regard.runtime import AttentionCall
 
 
-def adopt(cache: Any, number: int, model: Module, block: OpenBlock) -> KeptLayer | None:
+def adopt(cache: Any, number: int, model: Module, block: OpenBlock, call: AttentionCall) -> KeptLayer | None:
     """The layer of this number, which has just taken a call's keys, as one that can drop entries, put into its place.
 
     None for sliding windows, which hold no more than the window and are left as they are.
@@ -27,11 +30,6 @@ def adopt(cache: Any, number: int, model: Module, block: OpenBlock) -> KeptLayer
         RuntimeError: a layer that another block compresses.
     """
     _check(cache, model)
-    if number >= len(cache.layers):
-        raise ValueError(
-            f"compress cannot drop entries of layer {number}, which attends to the keys and values of another: "
-            f"{type(model).__name__} shares them between layers"
-        )
     layer = cache.layers[number]
     if isinstance(layer, KeptLayer):
         if layer.block is not block and layer.block.is_open:
@@ -52,8 +50,50 @@ def adopt(cache: Any, number: int, model: Module, block: OpenBlock) -> KeptLayer
         layers = config.get_text_config(decoder=True).num_hidden_layers
     kept = KeptLayer(growing.index(number), layers, block)
     kept.fill(layer.keys, layer.values)
+    kept.handed = ref(layer.keys)
+    kept.is_latent = _is_latent(kept, call)
+    kept.recording = _is_assisted()
     cache.layers[number] = kept
     return kept
+
+
+def has_own_keys(cache: Any, number: int) -> bool:
+    """Whether the layer of this number holds keys; else it attends to those of another."""
+    layers = getattr(cache, "layers", None)
+    return layers is None or (number < len(layers) and isinstance(layers[number], CacheLayerMixin))
+
+
+def lender(cache: Any, call: AttentionCall) -> KeptLayer | None:
+    """The layer to whose entries a call of a layer without keys of its own attends, if they can be dropped."""
+    layers = [layer for layer in cache.layers if isinstance(layer, KeptLayer)]
+    found = next((layer for layer in layers if layer.made(call.key)), None)
+    if found is not None:
+        found.is_shared = True
+    return found
+
+
+def _is_latent(layer: KeptLayer, call: AttentionCall) -> bool:
+    """Whether the model makes a call's keys and values of what its cache holds, instead of attending to that.
+
+    Raises:
+        ValueError: so it does, from several heads, of which it may mix what stands at different places.
+    """
+    if layer.made(call.key):
+        return False
+    if layer.groups[0].keys.shape[1] == 1:
+        return True
+    raise ValueError(
+        f"compress cannot drop entries of {call.place.path}, which changes the keys that its cache returns before it attends "
+        "to them"
+    )
+
+
+def _is_assisted() -> bool:
+    """Whether ``generate`` has an assistant: of layers made before, it would have asked them to record."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_name != "_assisted_decoding":
+        frame = frame.f_back
+    return frame.f_back is not None
 
 
 def _check(cache: Any, model: Module) -> None:
@@ -70,6 +110,11 @@ def _check(cache: Any, model: Module) -> None:
                 raise ValueError(
                     f"compress cannot drop entries of {type(model).__name__}, whose layers keep a recurrent state beside "
                     f"keys and values ({what}); it works on decoders that keep keys and values alone"
+                )
+            if "Indexed" in what:
+                raise ValueError(
+                    f"compress cannot drop entries of {type(model).__name__}, whose layers choose tokens by an index that "
+                    f"they keep beside keys and values ({what})"
                 )
             raise ValueError(
                 f"compress cannot drop entries of a cache whose layers are {what}; use a DynamicCache, "

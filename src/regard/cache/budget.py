@@ -23,11 +23,13 @@ class BudgetPolicy(Policy):
         budget: entries of each head: a number of them, or a share of the tokens, above 0 and up to 1.
         prefill: compress when a prompt, or a further turn of several tokens, has been read.
         every: compress at every so many-th decoding step too; None for never.
-        by_layer: "uniform"; "pyramid" for more in the first layers and less in the last at the same mean (Z. Cai et al.,
-            2024, PyramidKV); or a factor of the budget for each layer.
+        by_layer: "uniform"; "pyramid" for more in the first layers and less in the last at the same mean, beyond what the
+            policy always keeps (Z. Cai et al., 2024, PyramidKV); or a factor of the budget for each layer.
+
+    A text of which a share is less than the policy always keeps, such as its window, is kept whole, and the report says so.
 
     Raises:
-        ValueError: a budget that is no number of entries and no share; one below what the policy always keeps.
+        ValueError: a budget that is no number of entries and no share; a number below what the policy always keeps.
     """
 
     budget: int | float = field(default=1.0, kw_only=False)
@@ -67,18 +69,20 @@ class BudgetPolicy(Policy):
         """(batch,): entries of each head of this layer, of all tokens at most.
 
         Raises:
-            ValueError: a share of a short text that is less than what the policy always keeps; factors of other layers.
+            ValueError: factors of other layers.
         """
+        tokens, whole = entries.tokens, self.keeps_whole(entries)
+        share = self._of_layer(self._of_text(entries), entries).clamp(min=max(self.least, 1)).minimum(tokens)
+        return share if whole is None else torch.where(whole, tokens, share)
+
+    def keeps_whole(self, entries: Entries) -> Tensor | None:
+        """(batch,), boolean: texts a share of which is less than what the policy always keeps."""
+        return None if isinstance(self.budget, int) or not self.least else self._of_text(entries) < self.least
+
+    def _of_text(self, entries: Entries) -> Tensor:
+        """(batch,): the budget, as a number of entries."""
         tokens = entries.tokens
-        budget = torch.full_like(tokens, self.budget) if isinstance(self.budget, int) else ceil(tokens * self.budget)
-        low = budget < self.least
-        if bool((low & (tokens > budget)).any()):
-            row = int((low & (tokens > budget)).nonzero()[0])
-            raise ValueError(
-                f"{type(self).__name__} always keeps {self.least} entries, but the budget, {self.budget} of "
-                f"{int(tokens[row])} tokens, is {int(budget[row])}: raise it, or make the policy's window smaller"
-            )
-        return self._of_layer(budget, entries).clamp(min=max(self.least, 1)).minimum(tokens)
+        return torch.full_like(tokens, self.budget) if isinstance(self.budget, int) else ceil(tokens * self.budget)
 
     def _of_layer(self, budget: Tensor, entries: Entries) -> Tensor:
         """(batch,): what a layer gets of a budget that is the mean over the layers."""
@@ -86,8 +90,11 @@ class BudgetPolicy(Policy):
         if self.by_layer == "uniform" or layers == 1:
             return budget
         if self.by_layer == "pyramid":
-            most = (budget * (2 - 1 / _PYRAMID)).minimum(entries.tokens)  # no layer holds more than all tokens
-            return ceil(most - 2 * (most - budget) * layer / (layers - 1))
+            further = budget - self.least  # what is always kept comes on top in every layer, as the authors have it
+            most = (further * (2 - 1 / _PYRAMID)).minimum(entries.tokens - self.least)  # all tokens at most
+            upper = (most - 2 * (most - further) * min(layer, layers - 1 - layer) / (layers - 1)).round().long()
+            # the first layer and the last have twice the mean together, so do the second and the last but one
+            return self.least + (upper if 2 * layer < layers else 2 * further - upper)
         if len(self.by_layer) != layers:
             raise ValueError(
                 f"{type(self).__name__}: by_layer has {len(self.by_layer)} factors, the model {layers} layers"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -83,9 +83,22 @@ class HeadGroup:
         names = [self.heads[head] for head in heads]
         return HeadGroup(names, keys, values, positions, self._next(), received, bool((positions < 0).any()))
 
+    def with_values(self, values: Tensor) -> HeadGroup:
+        """Its entries with other values."""
+        return replace(self, values=values, _rooms={name: room for name, room in self._rooms.items() if name == "keys"})
+
+    def remove_last(self, number: int) -> None:
+        """Take back so many last tokens, none of which was dropped."""
+        end = self.length - number
+        self.keys, self.values, self.received = (
+            self.keys[:, :, :end],
+            self.values[:, :, :end],
+            self.received[:, :, :end],
+        )
+
     def can_replace(self) -> bool:
         """Whether `replace` may write into what is there."""
-        return bool(self._rooms) and not self.has_empty and all(_writable(room) for room in self._rooms.values())
+        return len(self._rooms) == 2 and not self.has_empty and all(_writable(room) for room in self._rooms.values())
 
     def replace(self, entry: Tensor) -> None:
         """Drop one entry of each head, (B, h), and put the last one into its place: nothing else is copied."""

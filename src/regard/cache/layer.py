@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -12,13 +14,27 @@ from transformers.cache_utils import CacheLayerMixin
 from regard.cache.head_group import HeadGroup, merge
 from regard.cache.open_block import OpenBlock
 from regard.cache.policy import Entries
-from regard.runtime import interceptors
+from regard.cache.window import Window
+from regard.runtime import Stack, interceptors
+
+if TYPE_CHECKING:
+    from regard.cache.after_block import AfterBlock
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """Who answers the calls of a model's layers that are kept like these."""
+
+    def keeps(self, stack: Stack) -> bool:
+        """Whether it answers the calls of what runs there."""
+        ...
 
 
 class KeptLayer(CacheLayerMixin):
     """A layer of a cache that counts every token and holds what the policy of `regard.compress` left of them."""
 
     is_sliding = False
+    is_croppable = True
 
     def __init__(self, rank: int, layers: int, block: OpenBlock) -> None:
         self.keys = self.values = None  # which head groups hold here
@@ -32,6 +48,19 @@ class KeptLayer(CacheLayerMixin):
         self.steps = 0  # decoding steps since the last prompt
         self.new = 0  # tokens whose attention call is to come
         self.dropped = False
+        self.is_latent = False  # whether the model makes keys and values of what it caches
+        self.is_shared = False  # whether layers without keys of their own attend to these
+        self.handed: ReferenceType[Tensor] | None = None  # the keys that the last update returned
+        self.before: list[HeadGroup] = []  # what the last call read of a shared layer, where entries were dropped since
+        self.window: list[Window] = []  # queries that a policy is still to read the attention of
+        self.dropped_at = 0  # tokens seen when entries were dropped last
+        self.recording = False  # whether tokens may be taken back after a pass
+        self.verifies = False  # whether its passes are of candidates for the next tokens, not a turn
+        self.removed = 0  # tokens that were taken back since the last update
+        self.pending: Callable[[], None] | None = None  # what is to be dropped at the next update
+        self.after: AfterBlock | None = None  # who reads the layer outside a block
+        self.edited = False  # whether regard.steer has changed a call of it
+        self.whole: Tensor | None = None  # (B,), boolean: texts that are too short for the policy to drop any of
         self.token_ids: Tensor | None = None  # (B, tokens seen), in the first layer, for all of them
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
@@ -45,23 +74,58 @@ class KeptLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take the keys and values of new tokens; the attention call that follows is this layer's.
 
-        The call is handed everything if nothing was dropped. Otherwise it gets the new ones only, to go by their shapes: what
-        it attends to is found where the call arrives.
+        The call is handed everything if nothing was dropped, and what is left of latents, which the model is to expand.
+        Otherwise it gets the new ones only, to go by their shapes: what it attends to is found where the call arrives.
         """
-        if not self.block.is_open and not any(other.outermost for other in interceptors()):
-            raise RuntimeError(
-                "this cache was compressed, and its model can read it within regard.compress(model, policy) only"
-            )
+        self.settle()
+        if not self.block.is_open:
+            self._read_after_block()
         if not self.groups:
             self.fill(key_states, value_states)
         else:
             for group in self.groups:
                 group.append(key_states[:, group.heads], value_states[:, group.heads])
             self.seen += key_states.shape[2]
-        self.new = key_states.shape[2]
-        if self.dropped:
-            return key_states, value_states
-        return self.groups[0].keys, self.groups[0].values
+        self.new, self.removed, self.before = key_states.shape[2], 0, []
+        if not self.dropped or self.is_latent:
+            key_states, value_states = self.groups[0].keys, self.groups[0].values
+        self.handed = ref(key_states)
+        return key_states, value_states
+
+    def settle(self) -> None:
+        """Drop what was not to be dropped before it was known which tokens of a pass stay."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending()
+
+    def _read_after_block(self) -> None:
+        """Have the attention call that is to come read what is left, if no block is open that will."""
+        stack = Stack()
+        if any(isinstance(other, Keeper) and other.keeps(stack) for other in interceptors()):
+            return
+        from regard.cache.after_block import AfterBlock
+
+        if self.after is not None and self.after.is_open:
+            self.after.close()
+            raise RuntimeError(
+                "attention over this compressed cache was not seen: read it within regard.compress(model, policy), with "
+                'attn_implementation="sdpa" or "eager"'
+            )
+        if self.is_shared:
+            raise RuntimeError(
+                "this cache was compressed, and further layers attend to the keys and values of one of it: read it within "
+                "a block, with regard.compress(model, regard.cache.KeepAll())"
+            )
+        self.window, self.token_ids = [], None  # of tokens that no policy was told of
+        self.after = AfterBlock(self)
+
+    def made(self, key: Tensor) -> bool:
+        """Whether keys (B, Hq or Hk, N, D) are those that its last update returned, repeated for query heads or not."""
+        handed = None if self.handed is None else self.handed()
+        if handed is None or key.shape[::2] != handed.shape[::2] or key.shape[3] != handed.shape[3]:
+            return False
+        own = key[:, :: max(key.shape[1] // handed.shape[1], 1)]
+        return own.shape == handed.shape and (own.data_ptr() == handed.data_ptr() or torch.equal(own, handed))
 
     def take_ids(self, ids: Tensor | None, tokens: int) -> None:
         """Take note of the ids (B, n) of new tokens; those of a text of which some are not known are not known."""
@@ -77,22 +141,26 @@ class KeptLayer(CacheLayerMixin):
         """Begin with no tokens."""
         self.fill(key_states[:, :, :0], value_states[:, :, :0])
 
-    def entries(self, real: Tensor | None, memory: dict[Any, Any], **further: Any) -> Entries:
-        """What a policy sees of the layer; ``real`` (B, tokens so far) tells tokens from padding, the others are fields."""
+    def entries(
+        self, real: Tensor | None, memory: dict[Any, Any], expanded: tuple[Tensor, Tensor] | None = None, **further: Any
+    ) -> Entries:
+        """What a policy sees of the layer.
+
+        ``real`` (B, tokens so far) tells tokens from padding, ``expanded`` are the keys and values (B, H, L, D) that the
+        model has made of latents, the others are fields.
+        """
         keys, values, positions, received = (
             self._of_all_heads(name) for name in ("keys", "values", "positions", "received")
         )
-        batch = keys.shape[0]
+        if expanded is not None:
+            keys, values = (tensor.transpose(1, 2).flatten(2)[:, None] for tensor in expanded)
         there = positions >= 0
-        if real is None:
-            first = torch.zeros(batch, 1, 1, dtype=torch.long, device=keys.device)
-        else:
+        if real is not None:
             real = real.to(keys.device)
-            first = real.long().argmax(dim=1)[:, None, None]
             index = positions.clamp(min=0)
             there = there & real[:, None].expand(-1, index.shape[1], -1).gather(2, index)
         return Entries(
-            self.rank, self.layers, keys, values, positions, there, received, first, self.seen, memory, **further
+            self.rank, self.layers, keys, values, positions, there, received, real, self.seen, memory, **further
         )  # fmt: skip
 
     def _of_all_heads(self, name: str) -> Tensor:
@@ -124,8 +192,9 @@ class KeptLayer(CacheLayerMixin):
                 lost[head] for head in group.heads
             ):
                 done.append(group)
-            elif self.dropped and not in_order and kept == {group.length - 1} and group.can_replace():
+            elif self._may_replace(in_order) and kept == {group.length - 1} and group.can_replace():
                 group.replace(scores[:, group.heads, : group.length].argmin(dim=-1))
+                self.dropped_at = self.seen
                 done.append(group)
             else:
                 rest.append(group)
@@ -133,8 +202,19 @@ class KeptLayer(CacheLayerMixin):
             return
         best = scores.argsort(dim=-1, descending=True, stable=True)
         numbers = sorted({longest[head] for group in rest for head in group.heads})
+        self.before = (self.before or self.groups) if self.is_shared else []
         self.groups = done + [_best(rest, best, counts, longest, number) for number in numbers]
-        self.dropped = True
+        self.dropped, self.dropped_at = True, self.seen
+
+    def change_values(self, values: Tensor) -> None:
+        """Other values (B, Hk, L, D) of the entries, those of all heads in order."""
+        if self.is_shared:
+            self.before = self.groups  # who attends to them too does so as they were
+        self.groups = [group.with_values(values[:, group.heads, : group.length]) for group in self.groups]
+
+    def _may_replace(self, in_order: bool) -> bool:
+        """Whether entries may be dropped in place: nobody else is to read them, and their order is nothing to the policy."""
+        return self.dropped and not in_order and not self.is_shared
 
     def forget(self) -> None:
         """Forget what the entries received, and nothing else."""
@@ -156,7 +236,10 @@ class KeptLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Begin anew: forget entries, tokens and what the policy remembers."""
         self.groups, self.state, self.seen, self.steps, self.new = [], {}, 0, 0, 0
-        self.dropped = self.is_initialized = False
+        self.dropped = self.is_initialized = self.is_latent = self.is_shared = self.edited = False
+        self.recording = self.verifies = False
+        self.handed, self.before, self.window, self.whole, self.pending = None, [], [], None, None
+        self.dropped_at = self.removed = 0
         self.token_ids = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -171,17 +254,43 @@ class KeptLayer(CacheLayerMixin):
         """Go on with some texts only."""
         self._rows(lambda tensor: tensor[indices])
 
+    def activate_past_recording(self) -> None:
+        """Drop nothing before it is known which tokens of a pass stay: assisted generation takes back those it rejects."""
+        self.recording, self.verifies = True, False
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: what was dropped for the tokens to be removed cannot be brought back."""
-        if tokens_to_remove:
+        """Take back so many last tokens, given as a negative number, as assisted generation does.
+
+        Raises:
+            NotImplementedError: tokens for which entries were dropped, which cannot be brought back.
+        """
+        number = abs(tokens_to_remove)
+        if not number:
+            return
+        if self.seen - number < self.dropped_at:
             raise NotImplementedError(
-                "a compressed cache cannot be cropped (assisted generation does): generate without an assistant, "
-                "or without regard.compress"
+                f"{number} tokens of a compressed cache cannot be taken back: entries were dropped for them; crop it before "
+                "regard.compress drops, or copy.deepcopy it"
             )
+        for group in self.groups:
+            group.remove_last(number)
+        self.seen -= number
+        self.removed += number
+        self.token_ids = None if self.token_ids is None else self.token_ids[:, :-number]
+        while number and self.window:
+            last = self.window.pop()
+            if number < last.length:
+                self.window.append(last.without_last(number))
+            number -= min(number, last.length)
 
     def offload(self) -> None:
         """Refuse to be moved: an offloaded cache is not adopted."""
         raise NotImplementedError("a compressed cache cannot be offloaded")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To be copied or saved, with what is to be dropped dropped."""
+        self.settle()
+        return vars(self) | {"handed": None, "before": [], "after": None}
 
     def numbers(self) -> int:
         """Bytes of keys and values."""
@@ -190,6 +299,7 @@ class KeptLayer(CacheLayerMixin):
     def _rows(self, change: Any) -> None:
         for group in self.groups:
             group.change_rows(change)
+        self.window = [window.of_rows(change) for window in self.window]
         self.token_ids = None if self.token_ids is None else change(self.token_ids)
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
 

@@ -53,7 +53,6 @@ class ObservedAttention(HeadBudgetPolicy):
         """Received attention; the recent tokens are kept."""
         received = entries.received
         if self.average:
-            received = received / (entries.seen - entries.positions).clamp(min=1)
-        budget = self.shares(entries)
-        recent = (budget * self.recent).long()[:, None, None]
-        return received.masked_fill(entries.real & (entries.positions >= entries.seen - recent), torch.inf)
+            received = received / (entries.tokens[:, None, None] - entries.ranks).clamp(min=1)
+        recent = (self.shares(entries) * self.recent).long()
+        return received.masked_fill(entries.recent(recent), torch.inf)

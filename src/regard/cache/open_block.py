@@ -11,5 +11,8 @@ class OpenBlock:
 
     is_open: bool = True
 
+    def __getstate__(self) -> dict[str, bool]:
+        return {"is_open": False}
+
     def __deepcopy__(self, memo: object) -> OpenBlock:
         return self

@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import Module
+
+from regard.cache.module_call import ModuleCall
 
 
 @dataclass(frozen=True)
@@ -17,10 +20,14 @@ class Entries:
 
     Tensors are (batch, key heads, entries), except ``keys`` and ``values`` with their width in addition. ``positions`` are
     those in the text, ``real`` tells entries from padding and empty slots, ``received`` is the attention that each was given
-    by the queries that the policy reads, the mean over the query heads of a group. ``first`` (batch, 1, 1) is the
-    position of each text's first real token and ``seen`` the number of tokens so far, padding included, of which this pass
-    brought the last ``new``. ``memory`` is a policy's own, shared by the layers of a cache. ``token_ids`` (batch, seen) are
-    the text's, None if the model was not given all of them as input_ids. ``beside`` is what `Policy.beside` gave.
+    by the queries that the policy reads, the mean over the query heads of a group, or with those in a last dimension where
+    it says so. ``text`` (batch, seen) tells the real tokens so far from padding, None if there is none; this pass brought
+    the last ``new`` of ``seen``. ``memory`` is a policy's own, shared by the layers of a cache. ``token_ids`` (batch, seen)
+    are the text's, None if the model was not given all of them as input_ids. ``beside`` is what `Policy.beside` gave.
+    ``module_call`` has the queries, hidden states and projections of the model's layer, for policies that ask.
+
+    Where a model caches latents that it expands to the keys and values of its heads (DeepSeek's MLA), there is one key
+    head, an entry of which has the keys and values of all heads, one after the other.
     """
 
     layer: int
@@ -30,25 +37,46 @@ class Entries:
     positions: Tensor
     real: Tensor
     received: Tensor
-    first: Tensor
+    text: Tensor | None
     seen: int
     memory: dict[Any, Any]
     new: int = 0
     token_ids: Tensor | None = None
     beside: Any = None
+    made_by: ModuleCall | None = None
 
     @property
+    def module_call(self) -> ModuleCall:
+        """What the model's layer was given and made: its queries, hidden states, projections and rotations."""
+        if self.made_by is None:
+            raise ValueError("these entries were not made by a model's layer")
+        return self.made_by
+
+    @cached_property
     def tokens(self) -> Tensor:
         """(batch,): real tokens so far, dropped ones too."""
-        return self.seen - self.first[:, 0, 0]
+        if self.text is None:
+            return self.positions.new_full((self.positions.shape[0],), self.seen)
+        return self.text.sum(dim=1)
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """(batch, key heads, entries): how many real tokens of its text stand before each entry."""
+        if self.text is None:
+            return self.positions
+        before = self.text.long().cumsum(dim=1) - 1
+        index = self.positions.clamp(min=0)
+        return before[:, None].expand(-1, index.shape[1], -1).gather(2, index)
 
     def sinks(self, number: int) -> Tensor:
         """Boolean: the first real tokens of each text."""
-        return self.real & (self.positions - self.first < number)
+        return self.real & (self.ranks < number)
 
-    def recent(self, number: int) -> Tensor:
-        """Boolean: its last tokens."""
-        return self.real & (self.positions >= self.seen - number)
+    def recent(self, number: int | Tensor) -> Tensor:
+        """Boolean: its last real tokens, so many of each text or (batch,) of each its own number."""
+        if self.text is None and isinstance(number, int):
+            return self.real & (self.positions >= self.seen - number)
+        return self.real & (self.ranks >= (self.tokens - number)[:, None, None])
 
 
 @dataclass(frozen=True)
@@ -81,10 +109,23 @@ class Policy(ABC):
     pools: ClassVar[bool] = False
     """Whether an entry's score depends on its neighbours', so that entries have to stay in the order of the text."""
 
+    merges: ClassVar[bool] = False
+    """Whether `merged` is to be asked what becomes of the entries that go."""
+
     @property
     def reads(self) -> int | None:
-        """Of how many last queries of each call it reads the attention; None for all, 0 for none."""
+        """Of how many last queries of a text it reads the attention; None for all since it last read, 0 for none."""
         return 0
+
+    @property
+    def keeps_queries(self) -> int:
+        """How many last queries of a text it wants to find in ``entries.module_call`` while decoding."""
+        return 0
+
+    @property
+    def by_query_head(self) -> bool:
+        """Whether it reads what each query head attends to, instead of the mean over those that share a key head."""
+        return False
 
     @property
     def accumulates(self) -> bool:
@@ -93,7 +134,7 @@ class Policy(ABC):
 
     @property
     def reads_steps(self) -> bool:
-        """Whether it reads the attention of decoding steps too."""
+        """Whether one that reads all queries reads those of decoding steps too."""
         return self.accumulates
 
     @property
@@ -124,7 +165,22 @@ class Policy(ABC):
     def counts(self, entries: Entries, scores: Tensor) -> Tensor:
         """(batch, key heads): how many entries each head keeps."""
 
+    def merged(self, entries: Entries, stays: Tensor) -> Tensor | None:
+        """The values of all entries, in which those that do not stay leave something; None if they leave nothing."""
+        return None
+
+    def keeps_whole(self, entries: Entries) -> Tensor | None:
+        """(batch,), boolean: texts that it keeps whole since they are too short for it; None if it knows none such."""
+        return None
+
     def __str__(self) -> str:
         """The policy as one would write it."""
-        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return f"{type(self).__name__}({', '.join(given)})"
+        given = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        return f"{type(self).__name__}({', '.join(f'{n}={_written(v)}' for n, v, d in given if v is not d and v != d)})"
+
+
+def _written(value: object) -> str:
+    """A value as one would write it, or what there is of numbers."""
+    if isinstance(value, Tensor):
+        return f"<{tuple(value.shape)}>"
+    return str(value) if isinstance(value, Policy) else repr(value)

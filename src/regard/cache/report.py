@@ -13,7 +13,8 @@ from torch import Tensor
 class LayerReport:
     """One layer: the number in the model, entries of each head (the most of any text of the batch), tokens, and bytes.
 
-    ``positions`` (batch, heads, tokens) tells which tokens are left. A layer with a ``window`` was left alone.
+    ``positions`` (batch, heads, tokens) tells which tokens are left. A layer with a ``window`` was left alone. ``whole``
+    texts of the batch were too short for the policy to drop any of their entries.
     """
 
     layer: int
@@ -23,6 +24,7 @@ class LayerReport:
     full_bytes: int
     positions: Tensor
     window: bool = False
+    whole: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Report:
         lines = [f"{self.policy}: {self.kept:.1%} of the entries, {_size(self.bytes)} of {_size(self.full_bytes)}"]
         if not self.frees:
             lines.append("(entries that are not attended to stay in memory)")
+        whole = max((layer.whole for layer in self.layers), default=0)
+        if whole:
+            texts = f"{whole} texts are" if whole > 1 else "1 text is"
+            lines.append(f"({texts} kept whole: the budget is less than the policy always keeps)")
         for layer in self.layers:
             heads = str(layer.kept[0]) if len(set(layer.kept)) == 1 else f"heads {', '.join(map(str, layer.kept))}"
             note = " (sliding window, left alone)" if layer.window else ""
@@ -91,7 +97,8 @@ def _of_kept(number: int, layer: Any) -> LayerReport:
             kept[head] = group.length
     of_entry = sum(t.shape[3] * t.element_size() for t in (layer.groups[0].keys, layer.groups[0].values))
     full = batch * heads * layer.seen * of_entry
-    return LayerReport(number, kept, layer.seen, layer.numbers(), full, left[..., :-1])
+    whole = 0 if layer.whole is None else int(layer.whole.sum())
+    return LayerReport(number, kept, layer.seen, layer.numbers(), full, left[..., :-1], whole=whole)
 
 
 def _of_window(number: int, layer: Any) -> LayerReport:

@@ -30,8 +30,10 @@ class RestrictedCall(KeptCall):
     entries are read once, or not at all.
     """
 
-    def __init__(self, policy: Policy, layer: KeptLayer, call: AttentionCall, tokens: int) -> None:
-        super().__init__(policy, layer, call, tokens)
+    policy: Policy
+
+    def __init__(self, policy: Policy, layer: KeptLayer, call: AttentionCall, tokens: int, due: bool = False) -> None:
+        super().__init__(policy, layer, call, tokens, due)
         if layer.dropped:
             raise ValueError(
                 f"{type(policy).__name__} chooses among all entries, but another policy dropped some of this cache; "
@@ -42,7 +44,7 @@ class RestrictedCall(KeptCall):
                 f"{type(policy).__name__} chooses entries by their logits, and knows no soft cap or sinks, as "
                 f"{call.place.path} has; take another policy"
             )
-        self.keys, self.values = layer.groups[0].keys, layer.groups[0].values
+        self.keys, self.values = self._tensors(layer.groups[0])
         self.query = call.query.view(*self.keys.shape[:2], -1, call.query.shape[3])
 
     @property
@@ -85,7 +87,13 @@ class RestrictedCall(KeptCall):
         """(B,): where each text's first real token stands."""
         if self.real is None:
             return torch.zeros(self.query.shape[0], dtype=torch.long, device=self.query.device)
-        return self.real.long().argmax(dim=1)
+        first = self.real.long().argmax(dim=1)
+        if bool((self.real.sum(dim=1) + first != self.real.shape[1]).any()):
+            raise ValueError(
+                f"{type(self.policy).__name__} takes a text's last tokens for its local ones, but this batch is padded on "
+                'the right: pad it on the left, with tokenizer.padding_side = "left"'
+            )
+        return first
 
     @functools.cached_property
     def _positions(self) -> Tensor:

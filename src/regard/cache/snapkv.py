@@ -17,13 +17,13 @@ from regard.cache.policy import Entries
 class SnapKV(HeadBudgetPolicy):
     """Keep the last ``window`` tokens, and of those before them the ones that they attend to most, in clusters:
 
-    ``score_j = pool_{|m| ≤ kernel // 2} Σ_{i in window} P_i,j+m``, P being the mean over the query heads of a group.
+    ``score_j = mean_h pool_{|m| ≤ kernel // 2} mean_{i in window} P^h_i,j+m``, the mean over the query heads of a group.
 
     Args:
         budget, prefill, every, by_layer, by_head: as for every `HeadBudgetPolicy`; the budget includes the window.
-        window: the last tokens, whose attention is read.
+        window: the last tokens, whose attention is read; while decoding, what they attend to among the entries left.
         kernel: the width of the pooling, odd; 1 for none.
-        pooling: "mean" or "max".
+        pooling: "mean" or "max", of each query head.
 
     Y. Li et al. (2024), SnapKV: LLM Knows What You are Looking for Before Generation.
 
@@ -57,10 +57,20 @@ class SnapKV(HeadBudgetPolicy):
         """The queries of the window."""
         return self.window
 
+    @property
+    def by_query_head(self) -> bool:
+        """Whether the pooling tells query heads apart."""
+        return self.pooling == "max"
+
     def score(self, entries: Entries) -> Tensor:
         """Received attention, pooled over neighbours; the window itself is kept."""
         window = entries.recent(self.window)
-        received = entries.received.masked_fill(window | ~entries.real, 0.0)
-        pool = functional.avg_pool1d if self.pooling == "mean" else functional.max_pool1d
-        pooled = pool(received, self.kernel, stride=1, padding=self.kernel // 2)
-        return pooled.masked_fill(window, torch.inf)
+        unread = window | ~entries.real
+        if self.pooling == "mean":
+            received = entries.received.masked_fill(unread, 0.0)
+            pooled = functional.avg_pool1d(received, self.kernel, stride=1, padding=self.kernel // 2)
+        else:
+            by_head = entries.received.masked_fill(unread[..., None], 0.0).mT.flatten(1, 2)
+            highest = functional.max_pool1d(by_head, self.kernel, stride=1, padding=self.kernel // 2)
+            pooled = highest.unflatten(1, (unread.shape[1], -1)).mean(dim=2)
+        return (pooled / self.window).masked_fill(window, torch.inf)

@@ -9,6 +9,7 @@ import torch
 from torch.nn import Module
 
 from regard.cache._compress import compress
+from regard.cache.around import Around
 from regard.cache.policy import Policy
 from regard.cache.report import Report
 from regard.models import complete as write
@@ -38,11 +39,21 @@ def read_policy(text: str, budget: int | float | None = None) -> Policy:
 
     >>> print(read_policy("snapkv(window=8)"))
     SnapKV(budget=0.25, window=8)
+    >>> print(read_policy("ChunkKV(Knorm)", 64))
+    ChunkKV(policy=Knorm(budget=64))
     """
-    given = {} if budget is None else {"budget": budget}
+    around = text.partition("(")[0].strip().lower() in {kind.__name__.lower() for kind in Around.__subclasses__()}
+    given = {} if budget is None or around else {"budget": budget}
     policy: Any = parse(text, Policy, "policy", "SnapKV(window=16)", **given)
-    unsaid = budget is None and getattr(policy, "budget", None) == 1.0
-    read: Policy = replace(policy, budget=0.25) if unsaid else policy
+    return _with_budget(policy, 0.25 if budget is None else budget)
+
+
+def _with_budget(policy: Any, budget: int | float) -> Policy:
+    """A policy, or the one that it goes around, with this budget if nothing is said of its own."""
+    if isinstance(policy, Around):
+        within: Any = _with_budget(policy.policy, budget)
+        return replace(policy, policy=within)
+    read: Policy = replace(policy, budget=budget) if getattr(policy, "budget", None) == 1.0 else policy
     return read
 
 

@@ -6,6 +6,7 @@ from regard.runtime.chain import Block, Proceed, intercept, interceptors, looked
 from regard.runtime.entry import Entry, Reentrant
 from regard.runtime.reading import Reading
 from regard.runtime.seams import entered
+from regard.runtime.stack import Stack
 from regard.runtime.text import Text
 from regard.runtime.tracker import Site, Tracker
 from regard.runtime.unseen_model import explain
@@ -23,6 +24,7 @@ __all__ = [
     "Reading",
     "Reentrant",
     "Site",
+    "Stack",
     "Text",
     "Tracker",
     "attend",

@@ -16,6 +16,7 @@ from regard.masks import Mask
 
 if TYPE_CHECKING:
     from regard.runtime.reading import Reading
+    from regard.runtime.stack import Frame
 
 _Made = TypeVar("_Made")
 
@@ -29,7 +30,7 @@ class Place:
     and the first key in the text: in a decoding step the one query stands at its end. ``token_ids`` (batch, tokens so far)
     are those of the text that the queries stand in, where the model was given any, and ``token_mask`` (batch, queries) tells
     real queries from padding, where the user said. ``cache`` is the model's key–value cache and ``cache_layer`` the call's
-    number in it, where there is one.
+    number in it, where there is one. ``frames`` are the modules that ran, the innermost first, for who gives a call its keys.
     """
 
     path: str = ""
@@ -42,6 +43,7 @@ class Place:
     cache: Any = None
     cache_layer: int | None = None
     memo: dict[object, Any] | None = None
+    frames: tuple[Frame, ...] = ()
 
     def remember(self, key: object, make: Callable[[], _Made]) -> _Made:
         """What ``make`` returns, made once for all calls of a pass."""

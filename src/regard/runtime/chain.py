@@ -356,7 +356,7 @@ def _place_of(site: Site) -> Place:
     cache, cache_layer = site.cache
     return Place(
         site.path, site.layer, site.pass_index, cache=cache, cache_layer=cache_layer,
-        token_ids=site.token_ids, memo=site.running.memo,
+        frames=tuple(site.frames), token_ids=site.token_ids, memo=site.running.memo,
     )  # fmt: skip
 
 

@@ -282,9 +282,12 @@ def _tokens_before(cache: Any, layer: int | None, queries: int) -> int | None:
     """How many tokens the cache held before the call's own, which it has taken by now; None if it does not tell."""
     if cache is None:
         return None
-    length = int(cache.get_seq_length(layer))
+    layers = [other for other in getattr(cache, "layers", ()) if hasattr(other, "get_seq_length")]
+    own = None if layer is None or not layers or layer >= len(cache.layers) else cache.layers[layer]
+    borrows = bool(layers) and not hasattr(own, "get_seq_length")
+    length = 0 if borrows else int(cache.get_seq_length(layer))
     if length < queries:  # a layer that attends to the keys of another has none of its own
-        length = max((int(other.get_seq_length()) for other in getattr(cache, "layers", ())), default=0)
+        length = max((int(other.get_seq_length()) for other in layers), default=0)
     return length - queries if length >= queries else None
 
 

@@ -1,0 +1,72 @@
+"""Neighbouring tokens that stay or go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.cache.around import Around
+from regard.cache.policy import Entries
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkKV(Around):
+    """Keep whole chunks of ``length`` tokens, those of the highest mean score of another policy: the same for all heads.
+
+    ``score_c = Σ_h mean_{j in c} score^h_j``; as many chunks stay as the budget has room for, beside the entries that the
+    other policy keeps in any case, such as its window.
+
+    Args:
+        policy: whose scores count, and whose budget holds; the mean of its heads where these share it unevenly.
+        length: tokens of a chunk, counted from the first of the text. The last may have fewer.
+
+    Left out: the paper has neighbouring layers share the chunks of one of them.
+
+    X. Liu et al. (2025), ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context LLM Inference.
+
+    >>> import regard
+    >>> print(regard.cache.ChunkKV(regard.cache.Knorm(budget=0.5), length=20).length)
+    20
+    """
+
+    length: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length < 1:
+            raise ValueError(f"ChunkKV: length must be at least 1 token, got {self.length}")
+
+    def score(self, entries: Entries) -> Tensor:
+        """The score of the entry's chunk, −∞ for chunks that go, infinite for what the policy within always keeps."""
+        scores = self.inner(entries)
+        sure = scores == torch.inf
+        free = entries.real & ~sure
+        chunk = torch.where(free, entries.ranks // self.length, 0)
+        of_chunk, number = _means(scores.masked_fill(~free, 0.0), free, chunk, entries.seen // self.length + 1)
+        room = self.policy.counts(entries, scores).double().mean(dim=1) - sure.sum(dim=2).double().mean(dim=1)
+        stay = (room / self.length + 1e-9).floor().clamp(min=0).long()
+        nothing = ~sure.flatten(1).any(dim=1)
+        stay = torch.where(nothing, stay.clamp(min=1), stay)
+        everything = (room >= free.sum(dim=2).double().mean(dim=1) - 1e-9)[:, None]
+        order = (
+            of_chunk.masked_fill(number == 0, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        )
+        kept = (order < stay[:, None]) | everything
+        index = chunk.flatten(1)
+        stays = kept.gather(1, index).view_as(chunk) & free
+        best = of_chunk.gather(1, index).view_as(scores)
+        return best.masked_fill(~stays, -torch.inf).masked_fill(sure, torch.inf)
+
+    def counts(self, entries: Entries, scores: Tensor) -> Tensor:
+        """(batch, key heads): what is in the chunks that stay, and what the policy within always keeps."""
+        return (scores > -torch.inf).sum(dim=2)
+
+
+def _means(scores: Tensor, free: Tensor, chunk: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    """The mean score (B, chunks) of the entries of each chunk, summed over heads, and the number of its entries."""
+    zeros = scores.new_zeros(*scores.shape[:2], chunks)
+    total = zeros.scatter_add(2, chunk, scores)
+    number = zeros.scatter_add(2, chunk, free.to(scores.dtype))
+    return (total / number.clamp(min=1)).sum(dim=1), number.sum(dim=1)

@@ -35,7 +35,7 @@ from regard.maps._scores import Scores
 from regard.maps._strip import answer, backward, capped, finish, hide, unlocked
 
 # Numbers in one strip: of lower ones a CPU's products are slower than they gain by the cache; or they keep a GPU busy.
-_STRIP = {"cpu": 2**18, "cuda": 2**26}
+_STRIP = {"cpu": 2**19, "cuda": 2**26}
 # Rows of all groups in a strip: with fewer a product is slow, with more a triangle's upper half is wasted on.
 _ROWS_AT_LEAST, _ROWS_AT_MOST = 64, 128
 # Pieces that workers take one after another: as many as leave no core idle for long at the end.

@@ -8,47 +8,32 @@ with the number of tiles that are visible, memory with the tokens.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from regard.maps import _workers
+from regard.maps import _strip_pass, _workers
 from regard.maps._plan import Plan, Share, Strip
-from regard.maps._request import (
-    Answer,
-    Request,
-    received_as_weights,
-    received_from_weights,
-    segments_as_values,
-    segments_from_values,
-)
-from regard.maps._rows import Rows, Units, sinks_gradient, softmax
+from regard.maps._request import Answer, Request
 from regard.maps._scores import Scores
-from regard.maps._strip import answer, backward, capped, hide, unlocked
+from regard.maps._strip import answer, backward, capped, hide
+from regard.maps._strip_pass import Gradients, Rows, Units, softmax
 from regard.masks import window
 
 
-class Workspace:
-    """One call's tensors in the form in which strips read them, and the plan of its strips."""
+class Workspace(_strip_pass.Workspace):
+    """One call's tensors, of which strips take parts, and the plan of the strips."""
 
-    def __init__(self, scores: Scores, plan: Plan, units: Units) -> None:
-        self.scores, self.plan, self.units = scores, plan, units
-        self.query = scores.query.to(plan.dtype).contiguous()
-        self.key = self.of_keys(scores.key)
-        self._of_thread = threading.local()
-
-    def of_keys(self, tensor: Tensor) -> Tensor:
-        """(B, heads, M, …) as (B · heads, M, …)."""
-        return tensor.to(self.plan.dtype).flatten(0, 1).contiguous()
+    def __init__(self, scores: Scores, plan: Plan) -> None:
+        super().__init__(scores, plan.dtype)
+        self.plan = plan
 
     def buffer(self, strip: Strip, number: int = 0) -> Tensor:
         """Uninitialised room for one strip; each thread has its own, the same each time."""
-        kept: list[Tensor] = self._of_thread.__dict__.setdefault("buffers", [])
+        kept: list[Tensor] = self.of_thread.__dict__.setdefault("buffers", [])
         size = math.prod(strip.shape)
         while len(kept) <= number:
             kept.append(self.query.new_empty(size))
@@ -61,10 +46,6 @@ class Workspace:
         mask = None if self.scores.mask is None else strip.of_mask(self.scores.mask)
         found = list(self.plan.biases(strip))
         return mask, [columns.start for columns, _ in found], [bias for _, bias in found]
-
-    def compiled(self, function: Callable[..., None]) -> Callable[..., None]:
-        """The function as workers call it; a GPU has none, and its operators do not wait for the interpreter."""
-        return unlocked(function) if self.query.device.type == "cpu" else function
 
     def shares(self) -> list[Share]:
         return self.plan.shares(torch.get_num_threads() if self.query.device.type == "cpu" else 1)
@@ -128,7 +109,7 @@ class _Forward:
 
     def __init__(self, scores: Scores, request: Request, plan: Plan) -> None:
         batch, heads, _, keys = scores.shape
-        self.work = work = Workspace(scores, plan, Units.of(scores))
+        self.work = work = Workspace(scores, plan)
         self.segments = request.segments
         self.rows = Rows(scores, request, work.units)
         self.shares = work.shares()
@@ -142,7 +123,7 @@ class _Forward:
 
     def answer(self) -> Answer:
         """Visit every strip and gather what they gave."""
-        self.answer_strip = self.work.compiled(_answer_strip)
+        self.answer_strip = self.work.compiled(answer)
         _workers.each(self._visit, self.shares)
         transposed = self.transposed
         return self.rows.answer(
@@ -161,8 +142,6 @@ class _Forward:
                 strip.of_queries(work.query),
                 strip.of_keys(work.key),
                 mask,
-                starts,
-                biases,
                 _of_queries(strip, rows.sinks),
                 None if self.values is None else strip.of_keys(self.values, self.values_per_query_head),
                 _of_queries(strip, self.weights),
@@ -171,54 +150,13 @@ class _Forward:
                 units.softcap,
                 units.hidden,
                 units.to_log2,
+                starts,
+                biases,
                 *(_of_queries(strip, tensor) for tensor in of_rows),
                 transposed,
             )
             if self.transposed is not None and transposed is not None:
                 self.transposed.settle(share, strip, transposed)
-
-
-def _answer_strip(
-    buffer: Tensor,
-    another: Tensor,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    starts: list[int],
-    biases: list[Tensor],
-    sinks: Tensor | None,
-    values: Tensor | None,
-    weights: Tensor | None,
-    segments: list[list[list[int]]],
-    scale: float,
-    softcap: float,
-    hidden: float,
-    to_log2: float,
-    highest: Tensor | None,
-    total: Tensor,
-    expected: Tensor | None,
-    mass: Tensor | None,
-    forward: Tensor | None,
-    transposed: Tensor | None,
-) -> None:
-    """The answers of a strip, given its part of every tensor."""
-    logits = hide(capped(query, key, scale, softcap, buffer), mask, hidden, starts, biases)
-    answer(
-        logits,
-        another,
-        sinks,
-        values,
-        weights,
-        segments,
-        hidden,
-        to_log2,
-        highest,
-        total,
-        expected,
-        mass,
-        forward,
-        transposed,
-    )
 
 
 def _runs_of_segment(strip: Strip, runs: tuple[slice, ...]) -> Iterator[list[int]]:
@@ -236,106 +174,69 @@ def _runs_of_segment(strip: Strip, runs: tuple[slice, ...]) -> Iterator[list[int
 class _Backward:
     """Gradients of one pass, summed up strip by strip."""
 
-    def __init__(self, ctx: Any, gradients: tuple[Tensor | None, ...]) -> None:
-        scores: Scores = ctx.scores
-        self.scores, self.needs = scores, ctx.needs_input_grad[3:]
-        self.work = work = Workspace(scores, ctx.plan, Units.of(scores))
-        *inputs, logsumexp = ctx.saved_tensors
-        self.inputs: list[Tensor | None] = inputs
-        _, _, _, _, values, weights = inputs
+    def __init__(self, scores: Scores, plan: Plan, ctx: Any, gradients: tuple[Tensor | None, ...]) -> None:
+        self.work = work = Workspace(scores, plan)
+        self.rows = rows = Gradients(work, ctx, gradients)
         self.shares = work.shares()
-        self.values = None if values is None else work.of_keys(values)
-        self.values_per_query_head = values is not None and values.shape[1] != scores.key.shape[1]
-        self.weights = None if weights is None else weights.to(ctx.plan.dtype).contiguous()
-        self.logsumexp = logsumexp.masked_fill(logsumexp.isneginf(), math.inf)
-        self.logsumexp_in_units = self.logsumexp / work.units.unit
-        d_logsumexp, d_forward, d_transposed, d_entropy = gradients
-        self.d_logsumexp = None if d_logsumexp is None else d_logsumexp.contiguous()
-        self.d_forward = None if d_forward is None else d_forward.contiguous()
-        self.d_transposed = None if d_transposed is None else work.of_keys(d_transposed)
-        self.d_entropy = None if d_entropy is None else d_entropy.contiguous()
-        self._make_sums()
+        self.d_key = self._key_sums(rows.wanted_key, per_query_head=False)
+        self.d_values = self._key_sums(rows.wanted_values, rows.values_per_query_head)
 
-    def _make_sums(self) -> None:
-        query, key, mask, sinks, values, weights = (
-            tensor if need else None for tensor, need in zip(self.inputs, self.needs, strict=True)
-        )
-        new = self.work.query.new_zeros
-        self.d_query = None if query is None else new(query.shape)
-        self.d_key = None if key is None else self._key_sums(key, per_query_head=False)
-        self.d_mask = None if mask is None else new(mask.shape)
-        self.row_sums = None if sinks is None else new(self.scores.shape[:3])
-        self.d_values = None
-        if values is not None and self.d_forward is not None:
-            self.d_values = self._key_sums(values, self.values_per_query_head)
-        self.d_weights = None if weights is None or self.d_transposed is None else new(weights.shape)
-
-    def _key_sums(self, tensor: Tensor, per_query_head: bool) -> KeySums:
+    def _key_sums(self, tensor: Tensor | None, per_query_head: bool) -> KeySums | None:
+        if tensor is None:
+            return None
         return KeySums(self.work.query.new_zeros(tensor.flatten(0, 1).shape), self.shares, per_query_head)
 
     def gradients(self) -> list[Tensor | None]:
         """Of query, key, mask, sinks, values and weights."""
         self.backward = self.work.compiled(backward)
-        if self.d_mask is not None:  # its dimensions of size 1 are written to by every share
+        if self.rows.d_mask is not None:  # its dimensions of size 1 are written to by every share
             for share in self.shares:
                 self._visit(share)
         else:
             _workers.each(self._visit, self.shares)
-        d_query = None if self.d_query is None else self.d_query.mul_(self.scores.scale)
-        d_key = None if self.d_key is None else self.d_key.finish().mul_(self.scores.scale)
-        d_values = None if self.d_values is None else self.d_values.finish()
-        d_sinks, sinks = None, self.inputs[3]
-        if sinks is not None and self.row_sums is not None:
-            d_sinks = sinks_gradient(sinks, self.logsumexp, self.row_sums, self.d_logsumexp)
-        sums = (d_query, d_key, self.d_mask, d_sinks, d_values, self.d_weights)
-        return [
-            None if total is None or tensor is None else total.view(tensor.shape).to(tensor.dtype)
-            for total, tensor in zip(sums, self.inputs, strict=True)
-        ]
+        return self.rows.finish(*(None if sums is None else sums.finish() for sums in (self.d_key, self.d_values)))
 
     def _visit(self, share: Share) -> None:
-        work, units = self.work, self.work.units
+        work, units, rows = self.work, self.work.units, self.rows
         for strip in share.strips:
             mask, starts, biases = work.hiding(strip)
             d_key, d_values = (
                 None if sums is None else sums.room(share, strip) for sums in (self.d_key, self.d_values)
             )
-            d_mask = None if self.d_mask is None else torch.zeros_like(work.buffer(strip))
+            d_mask = None if rows.d_mask is None else torch.zeros_like(work.buffer(strip))
             self.backward(
                 work.buffer(strip),
                 strip.of_queries(work.query),
                 strip.of_keys(work.key),
                 mask,
-                None if self.values is None else strip.of_keys(self.values, self.values_per_query_head),
-                _of_queries(strip, self.weights),
-                strip.of_queries(self.logsumexp_in_units),
+                None if rows.values is None else strip.of_keys(rows.values, rows.values_per_query_head),
+                _of_queries(strip, rows.weights),
+                strip.of_queries(rows.logsumexp),
                 units.scale,
                 units.softcap,
                 units.hidden,
                 units.to_log2,
                 starts,
                 biases,
-                _of_queries(strip, self.d_logsumexp),
-                _of_queries(strip, self.d_forward),
-                None if self.d_transposed is None else strip.of_keys(self.d_transposed, per_query_head=True),
-                _of_queries(strip, self.d_entropy),
-                _of_queries(strip, self.d_query),
+                _of_queries(strip, rows.d_logsumexp),
+                _of_queries(strip, rows.d_forward),
+                None if rows.d_transposed is None else strip.of_keys(rows.d_transposed, per_query_head=True),
+                _of_queries(strip, rows.d_entropy),
+                _of_queries(strip, rows.d_query),
                 d_key,
                 d_mask,
                 d_values,
-                _of_queries(strip, self.d_weights),
-                _of_queries(strip, self.row_sums),
+                _of_queries(strip, rows.d_weights),
+                _of_queries(strip, rows.row_sums),
             )
             for sums, room in ((self.d_key, d_key), (self.d_values, d_values)):
                 if sums is not None and room is not None:
                     sums.settle(share, strip, room)
-            if d_mask is not None:
-                self._add_to_mask(strip, d_mask)
+            if rows.d_mask is not None and d_mask is not None:
+                self._add_to_mask(rows.d_mask, strip, d_mask)
 
-    def _add_to_mask(self, strip: Strip, d_logits: Tensor) -> None:
-        total = self.d_mask
-        if total is None:
-            return
+    @staticmethod
+    def _add_to_mask(total: Tensor, strip: Strip, d_logits: Tensor) -> None:
         batch, heads = strip.batch, strip.heads_of_batch
         d_logits = d_logits.view(batch.stop - batch.start, heads.stop - heads.start, *d_logits.shape[2:])
         for keys, columns in strip.pieces():
@@ -345,38 +246,17 @@ class _Backward:
             part += d_logits[..., columns].sum_to_size(part.shape)
 
 
-class _Differentiable(torch.autograd.Function):
-    """The forward pass, and a backward pass that evaluates each strip again instead of having stored it."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Scores, request: Request, plan: Plan, *tensors: Tensor | None) -> Any:
-        answer = _Forward(scores, request, plan).answer()
-        ctx.scores, ctx.request, ctx.plan = scores, request, plan
-        ctx.save_for_backward(*tensors, answer.logsumexp)
-        return answer.logsumexp, answer.forward, answer.transposed, answer.entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.autocast(ctx.scores.query.device.type, enabled=False):
-            return None, None, None, *_Backward(ctx, gradients).gradients()
-
-
 def evaluate(scores: Scores, request: Request) -> Answer:
     """Answer the request from the visible tiles; differentiable in query, key, an additive mask, values and weights."""
     # The log-sum-exp of a half-precision row would not be good enough to make its probabilities again.
-    request = replace(received_as_weights(request), dtype=torch.promote_types(request.dtype, torch.float32))
+    request = replace(request, dtype=torch.promote_types(request.dtype, torch.float32))
     plan = _plan(scores, request.dtype)
-    if scores.requires_grad or request.requires_grad:
-        asked, request = request, segments_as_values(scores, request)
-        tensors = (scores.query, scores.key, scores.mask, scores.sinks, request.values, request.weights)
-        apply: Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]] = _Differentiable.apply
-        logsumexp, forward, transposed, entropy = apply(scores, request, plan, *tensors)
-        answer = segments_from_values(asked, Answer(logsumexp, forward, transposed, entropy=entropy))
-    else:
-        with torch.no_grad():
-            answer = _Forward(scores, request, plan).answer()
-    return received_from_weights(request, answer)
+    return _strip_pass.evaluate(
+        scores,
+        request,
+        lambda asked: _Forward(scores, asked, plan).answer(),
+        lambda ctx, gradients: _Backward(scores, plan, ctx, gradients).gradients(),
+    )
 
 
 def _plan(scores: Scores, dtype: torch.dtype) -> Plan:
@@ -387,9 +267,9 @@ def _plan(scores: Scores, dtype: torch.dtype) -> Plan:
 @torch.no_grad()
 def softmax_strips(scores: Scores) -> Iterator[tuple[Strip, Tensor]]:
     """Each strip with its probabilities, (heads, groups, rows, columns); they are overwritten by the next."""
-    plan, units = _plan(scores, scores.dtype), Units.of(scores)
-    work, row_sinks = Workspace(scores, plan, units), units.sinks(scores, scores.dtype)
-    for strip in plan.strips():
+    work = Workspace(scores, _plan(scores, scores.dtype))
+    units, row_sinks = work.units, work.units.sinks(scores, scores.dtype)
+    for strip in work.plan.strips():
         mask, starts, biases = work.hiding(strip)
         query, key = strip.of_queries(work.query), strip.of_keys(work.key)
         logits = capped(query, key, units.scale, units.softcap, work.buffer(strip))

@@ -98,12 +98,19 @@ def multiply_transposed(matrix: Tensor, right: Tensor, total: Tensor) -> None:
 def answer(
     logits: Tensor,
     another: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
     sinks: Tensor | None,
     values: Tensor | None,
     weights: Tensor | None,
     segments: list[list[list[int]]],
+    scale: float,
+    softcap: float,
     hidden: float,
     to_log2: float,
+    starts: list[int],
+    biases: list[Tensor],
     highest: Tensor | None,
     total: Tensor,
     expected: Tensor | None,
@@ -113,10 +120,11 @@ def answer(
 ) -> None:
     """Write what is asked of the strip; but for ``transposed``, rows are to be divided by their totals in the end.
 
-    ``total`` is each row's sum of exponentials, of logits less the ``highest``, where there is room for that; ``expected``
-    that of exponentials times logits, in units of log 2, for which ``another`` is a buffer; ``mass`` those over the
-    segments' runs (start, stop, step).
+    ``logits`` is a buffer. ``total`` is each row's sum of exponentials, of logits less the ``highest``, where there is room
+    for that; ``expected`` that of exponentials times logits, in units of log 2, for which ``another`` is a buffer; ``mass``
+    those over the segments' runs (start, stop, step).
     """
+    hide(capped(query, key, scale, softcap, logits), mask, hidden, starts, biases)
     if highest is not None:
         highest.copy_(shift(logits, sinks, hidden, to_log2))
     exps = another.view(logits.shape) if expected is not None else logits
@@ -194,9 +202,11 @@ def gradient(
 
     The sums are written to ``row_sums`` too, for a sink has no dP, but its share of the rest.
     """
-    d_matrix = torch.zeros_like(matrix)
     if values is not None and d_forward is not None:
+        d_matrix = torch.empty_like(matrix)
         multiply(d_forward.contiguous(), values.transpose(1, 2), d_matrix)
+    else:
+        d_matrix = torch.zeros_like(matrix)
     if weights is not None and d_transposed is not None:
         more = torch.empty_like(matrix)
         multiply(weights.contiguous(), d_transposed.transpose(1, 2), more)

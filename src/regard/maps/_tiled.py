@@ -11,7 +11,6 @@ that share a key head, those of keys (heads, M, …), and a strip is (heads, gro
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,20 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from regard.maps import _workers
-from regard.maps._request import (
-    Answer,
-    Request,
-    received_as_weights,
-    received_from_weights,
-    segments_as_values,
-    segments_from_values,
-)
-from regard.maps._rows import Rows, Units, sinks_gradient, softmax
+from regard.maps import _strip_pass, _workers
+from regard.maps._request import Answer, Request
 from regard.maps._scores import Scores
 from regard.maps._strip import answer, backward, capped, finish, hide, unlocked
+from regard.maps._strip_pass import Gradients, Rows, Units, softmax
 
 # Numbers in one strip: of lower ones a CPU's products are slower than they gain by the cache; or they keep a GPU busy.
 _STRIP = {"cpu": 2**19, "cuda": 2**26}
@@ -134,25 +125,13 @@ def total_of_parts(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(dim=0)
 
 
-class Workspace:
-    """One call's tensors in the form in which strips read them."""
+class Workspace(_strip_pass.Workspace):
+    """One call's tensors, of which pieces take parts."""
 
-    def __init__(self, scores: Scores, dtype: torch.dtype) -> None:
-        self.scores = scores
-        self.dtype = dtype
-        self.query = scores.query.to(dtype).contiguous()
-        self.key = self.of_keys(scores.key)
-        self.units = units = Units.of(scores)
-        self.triangle = _triangle(units.hidden, dtype, self.query.device) if scores.is_causal else None
-        self._of_thread = threading.local()
-
-    def of_keys(self, tensor: Tensor) -> Tensor:
-        """(B, heads, M, …) as (B · heads, M, …)."""
-        return tensor.to(self.dtype).flatten(0, 1).contiguous()
-
-    def compiled(self, function: Callable[..., None]) -> Callable[..., None]:
-        """The function as workers call it; a GPU has none, and its operators do not wait for the interpreter."""
-        return function if _on_gpu(self.scores) else unlocked(function)
+    @property
+    def triangle(self) -> Tensor | None:
+        """What hides the later keys of a causal call."""
+        return _triangle(self.units.hidden, self.dtype, self.query.device) if self.scores.is_causal else None
 
     def of_queries(self, tensor: Tensor | None, piece: Piece) -> Tensor | None:
         """The part of the piece's heads, (heads, groups, N, …), of a contiguous (B, Hq, N, …) tensor."""
@@ -182,9 +161,9 @@ class Workspace:
     def buffers(self, strips: list[Strip], number: int) -> list[Tensor]:
         """Uninitialised room for any of these strips, so many times; each thread has its own, and keeps it for the call."""
         size = max(math.prod(strip.shape) for strip in strips)
-        kept: list[Tensor] = getattr(self._of_thread, "buffers", [])
+        kept: list[Tensor] = getattr(self.of_thread, "buffers", [])
         if len(kept) < number or kept[0].numel() < size:
-            kept = self._of_thread.buffers = [self.query.new_empty(size) for _ in range(number)]
+            kept = self.of_thread.buffers = [self.query.new_empty(size) for _ in range(number)]
         return kept[:number]
 
     def sums_over_queries(self, of_all: list[Piece], *shape: int) -> Tensor:
@@ -198,25 +177,10 @@ def _triangle(hidden: float, dtype: torch.dtype, device: torch.device) -> Tensor
     return torch.full((1, 1, _ROWS_AT_MOST, _ROWS_AT_MOST), hidden, dtype=dtype, device=device).triu_(1)
 
 
-def _strip_logits(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    triangle: Tensor | None,
-    buffer: Tensor,
-    start: int,
-    stop: int,
-    columns: int,
-    scale: float,
-    softcap: float,
-    hidden: float,
-) -> Tensor:
-    """The logits of these rows; what is hidden is far below any other."""
-    shape = [query.size(0), query.size(1), stop - start, columns]
-    out = buffer[: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
-    capped(query[:, :, start:stop], key[:, :columns], scale, softcap, out)
-    starts, biases = _hiding(triangle, start, stop, columns)
-    return hide(out, _part_of_mask(mask, start, stop, columns), hidden, starts, biases)
+def _room_for(buffer: Tensor, query: Tensor, rows: int, columns: int) -> Tensor:
+    """A buffer's part for a strip of so many rows and columns."""
+    heads, groups = query.size(0), query.size(1)
+    return buffer[: heads * groups * rows * columns].view(heads, groups, rows, columns)
 
 
 def _hiding(triangle: Tensor | None, start: int, stop: int, columns: int) -> tuple[list[int], list[Tensor]]:
@@ -257,26 +221,22 @@ def softmax_strips(scores: Scores) -> Iterator[tuple[Strip, Tensor]]:
         key, mask = work.key[piece.heads], work.of_mask(scores.mask, piece)
         for strip in of_piece:
             start, stop, columns = strip.bounds
-            logits = _strip_logits(
-                query, key, mask, work.triangle, buffer, start, stop, columns, units.scale, units.softcap, units.hidden
-            )
+            logits = _room_for(buffer, query, stop - start, columns)
+            capped(query[:, :, start:stop], key[:, :columns], units.scale, units.softcap, logits)
+            part = _part_of_mask(mask, start, stop, columns)
+            hide(logits, part, units.hidden, *_hiding(work.triangle, start, stop, columns))
             yield strip, softmax(logits, None if row_sinks is None else strip.of_queries(row_sinks), units)
 
 
 def evaluate(scores: Scores, request: Request) -> Answer:
     """Answer the request strip by strip; differentiable in query, key, mask, sinks, values and weights."""
-    request = received_as_weights(request)
-    if scores.requires_grad or request.requires_grad:
-        asked, request = request, segments_as_values(scores, request)
-        tensors = (scores.query, scores.key, scores.mask, scores.sinks, request.values, request.weights)
-        apply: Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]] = _Differentiable.apply
-        logsumexp, forward, transposed, entropy = apply(scores, request, *tensors)
-        answer = segments_from_values(asked, Answer(logsumexp, forward, transposed, entropy=entropy))
-    elif _is_one_strip(scores):
-        answer = _answer_at_once(scores, request)
-    else:
-        answer = _Forward(scores, request).run()
-    return received_from_weights(request, answer)
+
+    def forward(request: Request) -> Answer:
+        return _answer_at_once(scores, request) if _is_one_strip(scores) else _Forward(scores, request).run()
+
+    return _strip_pass.evaluate(
+        scores, request, forward, lambda ctx, gradients: _Backward(scores, ctx, gradients).run()
+    )
 
 
 def _is_one_strip(scores: Scores) -> bool:
@@ -284,7 +244,6 @@ def _is_one_strip(scores: Scores) -> bool:
     return not _on_gpu(scores) and queries <= _rows_at_most(scores) and batch * heads * queries * keys <= _room(scores)
 
 
-@torch.no_grad()
 def _answer_at_once(scores: Scores, request: Request) -> Answer:
     """The answer of a call that is one strip, as that of a short text or a step of decoding."""
     units, keys = Units.of(scores), scores.shape[3]
@@ -399,7 +358,6 @@ class _Forward:
             self.transposed = work.sums_over_queries(self.pieces, batch * heads, keys, self.weights.shape[-1])
         self.segments = [[[*run.indices(keys)] for run in runs] for runs in request.segments]
 
-    @torch.no_grad()
     def run(self) -> Answer:
         """Add up every strip, then finish."""
         answer_strips = self.work.compiled(_answer_strips)
@@ -460,16 +418,23 @@ def _answer_strips(
 ) -> None:
     """The answers of all strips of a piece, given the piece's part of every tensor."""
     for start, stop, columns in strips:
-        logits = _strip_logits(query, key, mask, triangle, buffer, start, stop, columns, scale, softcap, hidden)
+        starts, biases = _hiding(triangle, start, stop, columns)
         answer(
-            logits,
-            another[: logits.numel()],
+            _room_for(buffer, query, stop - start, columns),
+            _room_for(another, query, stop - start, columns),
+            query[:, :, start:stop],
+            key[:, :columns],
+            _part_of_mask(mask, start, stop, columns),
             _rows(sinks, start, stop),
             _keys(values, columns),
             _rows(weights, start, stop),
             segments,
+            scale,
+            softcap,
             hidden,
             to_log2,
+            starts,
+            biases,
             _rows(highest, start, stop),
             total[:, :, start:stop],
             _rows(expected, start, stop),
@@ -479,84 +444,31 @@ def _answer_strips(
         )
 
 
-class _Differentiable(torch.autograd.Function):
-    """The forward pass, and a backward pass that evaluates each strip again instead of having stored it."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Scores, request: Request, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        answer = _Forward(scores, request).run()
-        ctx.scores, ctx.request = scores, request
-        ctx.save_for_backward(*tensors, answer.logsumexp)
-        return answer.logsumexp, answer.forward, answer.transposed, answer.entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.autocast(ctx.scores.query.device.type, enabled=False):
-            return None, None, *_Backward(ctx, gradients).run()
-
-
 class _Backward:
     """Gradients of one pass, summed up strip by strip."""
 
-    def __init__(self, ctx: Any, gradients: tuple[Tensor | None, ...]) -> None:
-        query, key, mask, sinks, values, weights, logsumexp = ctx.saved_tensors
-        self.scores: Scores = ctx.scores
-        self.work = work = Workspace(self.scores, ctx.request.dtype)
-        self.inputs = (query, key, mask, sinks, values, weights)
-        self.needs = ctx.needs_input_grad[2:]
-        self.values = None if values is None else work.of_keys(values)
-        self.weights = None if weights is None else weights.to(work.dtype).contiguous()
-        self.logsumexp = logsumexp.masked_fill(logsumexp.isneginf(), math.inf)
-        self.logsumexp_in_units = self.logsumexp / work.units.unit
-        d_logsumexp, d_forward, d_transposed, d_entropy = gradients
-        self.d_logsumexp = None if d_logsumexp is None else d_logsumexp.contiguous()
-        self.d_forward = None if d_forward is None else d_forward.contiguous()
-        self.d_transposed = None if d_transposed is None else work.of_keys(d_transposed)
-        self.d_entropy = None if d_entropy is None else d_entropy.contiguous()
-        self._make_sums()
-
-    def _make_sums(self) -> None:
-        query, key, mask, sinks, values, weights = (
-            tensor if need else None for tensor, need in zip(self.inputs, self.needs, strict=True)
-        )
-        new = self.work.query.new_zeros
-        batch, heads, queries, _ = self.scores.shape
+    def __init__(self, scores: Scores, ctx: Any, gradients: tuple[Tensor | None, ...]) -> None:
+        self.scores = scores
+        self.work = work = Workspace(scores, ctx.request.dtype)
+        self.rows = rows = Gradients(work, ctx, gradients)
         # A mask's gradient is added to head by head, and in order, since it may be one for many heads.
-        self.pieces = pieces(self.scores, head_by_head=mask is not None)
-        self.d_query = None if query is None else new(query.shape)
-        self.d_key = None
-        if key is not None:
-            self.d_key = self.work.sums_over_queries(self.pieces, batch * key.shape[1], *key.shape[2:])
-        self.d_mask = None if mask is None else new(mask.shape)
-        self.row_sums = None if sinks is None else new(batch, heads, queries)
-        self.d_values = None
-        if values is not None and self.d_forward is not None:
-            self.d_values = self.work.sums_over_queries(self.pieces, batch * values.shape[1], *values.shape[2:])
-        self.d_weights = None if weights is None or self.d_transposed is None else new(weights.shape)
+        self.pieces = pieces(scores, head_by_head=rows.d_mask is not None)
+        self.d_key, self.d_values = (
+            None if tensor is None else work.sums_over_queries(self.pieces, *tensor.flatten(0, 1).shape)
+            for tensor in (rows.wanted_key, rows.wanted_values)
+        )
 
     def run(self) -> list[Tensor | None]:
         """Add up every strip; gradients of query, key, mask, sinks, values and weights."""
         add_strips = self.work.compiled(_add_strips)
-        together = self.d_mask is None and not _on_gpu(self.scores)
+        together = self.rows.d_mask is None and not _on_gpu(self.scores)
         _do(lambda piece: self._add(piece, add_strips), self.pieces, together)
-        d_key = None if self.d_key is None else total_of_parts(self.d_key).mul_(self.scores.scale)
-        d_query = None if self.d_query is None else self.d_query.mul_(self.scores.scale)
-        d_values = None if self.d_values is None else total_of_parts(self.d_values)
-        sums = (d_query, d_key, self.d_mask, self._d_sinks(), d_values, self.d_weights)
-        return [
-            None if total is None or tensor is None else total.view(tensor.shape).to(tensor.dtype)
-            for total, tensor in zip(sums, self.inputs, strict=True)
-        ]
-
-    def _d_sinks(self) -> Tensor | None:
-        sinks = self.inputs[3]
-        if self.row_sums is None or sinks is None:
-            return None
-        return sinks_gradient(sinks, self.logsumexp, self.row_sums, self.d_logsumexp)
+        return self.rows.finish(
+            *(None if parts is None else total_of_parts(parts) for parts in (self.d_key, self.d_values))
+        )
 
     def _add(self, piece: Piece, add_strips: Callable[..., None]) -> None:
-        work, units, of_piece = self.work, self.work.units, list(strips(self.scores, piece))
+        work, units, rows, of_piece = self.work, self.work.units, self.rows, list(strips(self.scores, piece))
         (buffer,) = work.buffers(of_piece, 1)
         d_key, d_values = (None if parts is None else parts[piece.number] for parts in (self.d_key, self.d_values))
         add_strips(
@@ -566,23 +478,23 @@ class _Backward:
             work.key[piece.heads],
             work.of_mask(self.scores.mask, piece),
             work.triangle,
-            work.of_key_heads(self.values, piece),
-            work.of_queries(self.weights, piece),
-            work.of_queries(self.logsumexp_in_units, piece),
+            work.of_key_heads(rows.values, piece),
+            work.of_queries(rows.weights, piece),
+            work.of_queries(rows.logsumexp, piece),
             units.scale,
             units.softcap,
             units.hidden,
             units.to_log2,
-            work.of_queries(self.d_logsumexp, piece),
-            work.of_queries(self.d_forward, piece),
-            work.of_key_heads(self.d_transposed, piece),
-            work.of_queries(self.d_entropy, piece),
-            work.of_queries(self.d_query, piece),
+            work.of_queries(rows.d_logsumexp, piece),
+            work.of_queries(rows.d_forward, piece),
+            work.of_key_heads(rows.d_transposed, piece),
+            work.of_queries(rows.d_entropy, piece),
+            work.of_queries(rows.d_query, piece),
             work.of_key_heads(d_key, piece),
-            work.of_mask(self.d_mask, piece),
+            work.of_mask(rows.d_mask, piece),
             work.of_key_heads(d_values, piece),
-            work.of_queries(self.d_weights, piece),
-            work.of_queries(self.row_sums, piece),
+            work.of_queries(rows.d_weights, piece),
+            work.of_queries(rows.row_sums, piece),
         )
 
 
@@ -613,10 +525,9 @@ def _add_strips(
 ) -> None:
     """The gradients of all strips of a piece, given the piece's part of every tensor."""
     for start, stop, columns in strips:
-        shape = [query.size(0), query.size(1), stop - start, columns]
         starts, biases = _hiding(triangle, start, stop, columns)
         backward(
-            buffer[: shape[0] * shape[1] * shape[2] * shape[3]].view(shape),
+            _room_for(buffer, query, stop - start, columns),
             query[:, :, start:stop],
             key[:, :columns],
             _part_of_mask(mask, start, stop, columns),

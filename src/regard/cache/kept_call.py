@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regard.cache.window import joined, last_queries
 from regard.maps import TokenMap
-from regard.runtime import AttentionCall, run
+from regard.runtime import AttentionCall, run, visible
 
 if TYPE_CHECKING:
     from regard.cache.head_group import HeadGroup
@@ -96,7 +96,7 @@ class KeptCall:
         mask = self._mask()
         if mask is None:
             return None
-        return _visible(mask[:, 0, -1]).expand(self.call.query.shape[0], -1)
+        return visible(mask[:, 0, -1]).expand(self.call.query.shape[0], -1)
 
     @property
     def left(self) -> int:
@@ -320,8 +320,3 @@ class KeptCall:
             return found
         empty = (positions < 0).repeat_interleave(shared, dim=1)
         return found & ~empty if found.dtype == torch.bool else found.masked_fill(empty, -math.inf)
-
-
-def _visible(mask: Tensor) -> Tensor:
-    """Where a mask lets a query look, boolean or additive."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 from transformers.cache_utils import Cache
 
 from regard.mixers.mixer import Mixer
 from regard.mixers.state_cache import StateLayer, layer_of
+from regard.runtime import visible
 from regard.tokens import Layers, Selection
 
 
@@ -105,7 +105,6 @@ def _real(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
         return None
     tokens = hidden.shape[1]
     if mask.ndim == 4:  # what the last query sees
-        mask = mask[:, 0, -1]
-        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = visible(mask[:, 0, -1])
     real = mask[:, -tokens:].bool().expand(len(hidden), tokens)
     return None if bool(real.all()) else real

@@ -1,7 +1,7 @@
 """How calls of attention are found in a model, where they stand, and the chain of blocks that they go through."""
 
 from regard.runtime.attention import attend, edited_map, read, run, stored
-from regard.runtime.call import AttentionCall, Call, Column, Factor, HiddenCall, Place
+from regard.runtime.call import AttentionCall, Call, Column, Factor, HiddenCall, Place, visible
 from regard.runtime.chain import Block, Proceed, intercept, interceptors, looked_at, unseen
 from regard.runtime.entry import Entry, Reentrant
 from regard.runtime.reading import Reading
@@ -38,4 +38,5 @@ __all__ = [
     "run",
     "stored",
     "unseen",
+    "visible",
 ]

@@ -261,6 +261,11 @@ def without_hidden(mask: Tensor, least: float | None = None) -> Tensor:
     return mask.masked_fill(hidden & ~hidden.all(dim=-1, keepdim=True), -math.inf)
 
 
+def visible(mask: Tensor) -> Tensor:
+    """Where a mask lets a query look, of a boolean or an additive one, by whose lowest numbers models hide."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
 @dataclass(frozen=True)
 class HiddenCall:
     """A call of a layer that mixes its values by a matrix of its own, as linear mixers do.

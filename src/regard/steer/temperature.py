@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from regard.runtime import AttentionCall, stored
+from regard.runtime import AttentionCall, stored, visible
 from regard.steer.edit import Edit, Strength, check_strength, query_set, strength
 from regard.tokens import Where
 
@@ -75,4 +75,4 @@ def is_bias(mask: Tensor) -> bool:
     """Whether an additive mask does more than to hide keys."""
     if mask.dtype == torch.bool:
         return False
-    return bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any())
+    return bool(((mask != 0) & visible(mask)).any())

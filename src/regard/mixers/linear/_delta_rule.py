@@ -12,8 +12,8 @@ from torch.nn import Linear, RMSNorm
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, check_heads, cut, initial_state
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear.short_convolution import ShortConvolution
-from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
+from regard.mixers.linear.short_convolution import ShortConvolution, convolved_heads
+from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads
 from regard.mixers.state import State
 
 CHUNK = 64
@@ -189,9 +189,9 @@ class DeltaRule(Mixer):
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, N, D), and the convolution's tail."""
-        joined = torch.cat([projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        convolved, tail = self.conv1d(joined, None if state is None else state["tail"], mask)
-        query, key, value = (split_heads(part, self.heads) for part in convolved.chunk(3, dim=-1))
+        before = None if state is None else state["tail"]
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value, tail = convolved_heads(x, projections, self.conv1d, self.heads, before, mask)
         query = _unit(query) * query.shape[3] ** -0.5  # which the norm does not undo, as long as its epsilon weighs
         return query, _unit(key), value, tail
 

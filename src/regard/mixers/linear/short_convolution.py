@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter, functional
+
+from regard.mixers.mixer import split_heads
 
 
 class ShortConvolution(Module):
@@ -40,3 +44,18 @@ class ShortConvolution(Module):
             joined = joined.gather(1, order.expand_as(joined))
         convolved = functional.conv1d(joined.mT, self.weight.flip(-1), groups=dim).mT
         return functional.silu(convolved), joined[:, length:]
+
+
+def convolved_heads(
+    x: Tensor,
+    projections: Iterable[Module],
+    convolution: ShortConvolution,
+    heads: int,
+    tail: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What three projections make of the tokens, (B, H, N, D) each, behind one convolution; and its tail."""
+    joined = torch.cat([projection(x) for projection in projections], dim=-1)
+    convolved, tail = convolution(joined, tail, mask)
+    query, key, value = (split_heads(part, heads) for part in convolved.chunk(3, dim=-1))
+    return query, key, value, tail

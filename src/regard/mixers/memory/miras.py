@@ -13,7 +13,7 @@ from torch.nn import Linear, Parameter, ParameterList, RMSNorm, Sequential, func
 
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear.short_convolution import ShortConvolution
+from regard.mixers.linear.short_convolution import ShortConvolution, convolved_heads
 from regard.mixers.memory._neural_memory import CHUNK, neural_memory
 from regard.mixers.memory.choices import KL, Decay, Design, DotProduct, Huber, Lp, Lq, Memory
 from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
@@ -194,9 +194,9 @@ class Miras(Mixer):
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, N, D), and the convolution's tail."""
-        joined = torch.cat([projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        convolved, tail = self.conv1d(joined, None if state is None else state["tail"], mask)
-        query, key, value = (split_heads(part, self.heads) for part in convolved.chunk(3, dim=-1))
+        before = None if state is None else state["tail"]
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value, tail = convolved_heads(x, projections, self.conv1d, self.heads, before, mask)
         return functional.normalize(query, dim=-1), functional.normalize(key, dim=-1), value, tail
 
     def _learn(

@@ -11,6 +11,7 @@ from regard.cache.flowcut import FlowCut
 from regard.cache.image_rank import ImageRank
 from regard.cache.keydiff import KeyDiff
 from regard.cache.knorm import Knorm
+from regard.cache.kvzip import KVzip
 from regard.cache.module_call import ModuleCall
 from regard.cache.observed_attention import ObservedAttention
 from regard.cache.policy import Entries, Policy, Step
@@ -35,6 +36,7 @@ __all__ = [
     "FlowCut",
     "HeadBudgetPolicy",
     "ImageRank",
+    "KVzip",
     "KeepAll",
     "KeyDiff",
     "Knorm",

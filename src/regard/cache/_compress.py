@@ -81,19 +81,25 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
             self._block = OpenBlock()
             entering.callback(setattr, self._block, "is_open", False)
             self._entered = entering.enter_context(entered(self, self.model))
+            entering.push(self._settle_unless_failed)
             self._exit = entering.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._exit.close()
-        if kind is None:
-            self._settle()
+        self._exit.__exit__(kind, error, trace)
         if kind is None and self._cache is None:
             raise RuntimeError(_explain_no_cache(self.model, bool(self._entered.seen)))
         if kind is None:
             self._entered.check()
+
+    def _settle_unless_failed(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """First of all that is done when the block is left."""
+        if kind is None:
+            self._settle()
 
     def report(self) -> Report:
         """What is kept in the last cache, by layer and head."""

@@ -175,7 +175,7 @@ class Policy(ABC):
 
     def __str__(self) -> str:
         """The policy as one would write it."""
-        given = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        given = [(f.name, getattr(self, f.name), f.default) for f in fields(self) if f.repr]
         return f"{type(self).__name__}({', '.join(f'{n}={_written(v)}' for n, v, d in given if v is not d and v != d)})"
 
 

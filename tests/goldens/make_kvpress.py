@@ -22,6 +22,7 @@ import regard
 
 FILE = Path(__file__).with_name("kvpress.json")
 PROMPT, STEPS = 128, 9
+CHUNK = 50  # tokens of the prompt that KVzip repeats at once
 MARGIN = 3e-5  # of each score: what is kept has to be the same if they differ by so much
 STREAMING = {0: [0, 1, 3], 1: [2], 3: [0, 1, 2, 3]}  # key heads, by layer
 FILTERS = torch.randn(4, 4, 32, generator=torch.Generator().manual_seed(0))
@@ -58,6 +59,9 @@ def presses() -> dict[str, Callable[[], Press]]:
     def expected(**settings: Any) -> Press:
         return of("expected_attention", "ExpectedAttentionPress", 0.75, **settings)
 
+    def kvzip(**settings: Any) -> Press:
+        return of("kvzip", "KVzipPress", 0.75, chunk_size=CHUNK, **settings)
+
     def critical(press: Press) -> Press:
         return of("criticalkv", "CriticalKVPress", press)
 
@@ -78,6 +82,9 @@ def presses() -> dict[str, Callable[[], Press]]:
         "ExpectedAttention": expected,
         "ExpectedAttention, mean alone": lambda: expected(use_covariance=False, use_vnorm=False, n_sink=2),
         "Q-Filters": filters,
+        "KVzip": kvzip,
+        "KVzip, by layer": lambda: kvzip(layerwise=True),
+        "KVzip+": lambda: kvzip(kvzip_plus_normalization=True, n_sink=2),
         "KeyDiff": lambda: of("keydiff", "KeyDiffPress", 0.75),
         "ChunkKV of Knorm": lambda: of("chunkkv", "ChunkKVPress", of("knorm", "KnormPress", 0.5), chunk_length=20),
         "CriticalKV of SnapKV": lambda: critical(snapkv(0.75, 16, 5)),
@@ -91,6 +98,8 @@ def presses() -> dict[str, Callable[[], Press]]:
 def kept_by(model: Any, press: Press, ids: Tensor) -> list[list[list[int]]]:
     """The positions that are left, by layer and key head, of a prompt, and of steps after it if the press decodes."""
     model.set_attn_implementation("eager" if "Observed" in type(press).__name__ else "sdpa")
+    if "KVzip" in type(press).__name__:
+        return kept_after_repeating(model, press, ids[:, :PROMPT])
     places: dict[int, Tensor] = {}  # (key heads, entries), by layer
     token = 0  # the first of a call
 
@@ -123,6 +132,18 @@ def kept_by(model: Any, press: Press, ids: Tensor) -> list[list[list[int]]]:
     return [left_of(module, places[module.layer_idx]) for module in attention]
 
 
+def kept_after_repeating(model: Any, press: Press, ids: Tensor) -> list[list[list[int]]]:
+    """The positions that are left, by layer and key head, by a press that has the model read the prompt again."""
+    with torch.no_grad(), press(model):
+        model(ids, past_key_values=hf.DynamicCache(config=model.config))
+    attention = [layer.self_attn for layer in model.model.layers]
+    every = torch.arange(ids.shape[1]).expand(model.config.num_key_value_heads, -1)
+    left = [left_of(module, every) for module in attention]
+    for module in attention:
+        module.masked_key_indices = None
+    return left
+
+
 def left_of(module: nn.Module, places: Tensor) -> list[list[int]]:
     """Positions by head, less those that the press has masked instead of dropping them."""
     left = torch.ones_like(places, dtype=torch.bool)
@@ -135,15 +156,22 @@ def left_of(module: nn.Module, places: Tensor) -> list[list[int]]:
 def shake(press: Press, seed: int) -> None:
     """Change the press's scores a little, as another order of the same sums would, only more."""
     scorer = next((getattr(press, name) for name in ("base_press", "press") if hasattr(press, name)), press)
-    if not hasattr(scorer, "score"):
-        return
-    score, generator = scorer.score, torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
-    def shaken(*args: Any) -> Tensor:
-        scores: Tensor = score(*args)
+    def shaken(scores: Tensor) -> Tensor:
         return scores * (1 + MARGIN * (2 * torch.rand(scores.shape, generator=generator) - 1))
 
-    scorer.score = shaken
+    if hasattr(scorer, "score"):
+        score = scorer.score
+        scorer.score = lambda *args: shaken(score(*args))
+    if hasattr(scorer, "compress_post"):
+        compress_post = scorer.compress_post
+
+        def shaken_post(model: Any) -> None:
+            scorer.score_val = shaken(scorer.score_val)
+            compress_post(model)
+
+        scorer.compress_post = shaken_post
 
 
 def stand_in(folder: str) -> None:

@@ -15,6 +15,7 @@ from regard.cache import (
     ExpectedAttention,
     KeyDiff,
     Knorm,
+    KVzip,
     ObservedAttention,
     Policy,
     QFilters,
@@ -22,7 +23,7 @@ from regard.cache import (
     SnapKV,
     StreamingLLM,
 )
-from tests.goldens.make_kvpress import FILE, FILTERS, PROMPT, STREAMING
+from tests.goldens.make_kvpress import CHUNK, FILE, FILTERS, PROMPT, STREAMING
 
 GOLDEN = json.loads(FILE.read_text(encoding="utf-8"))
 RETRIEVAL = {layer: [head for head in range(4) if head not in STREAMING.get(layer, ())] for layer in range(4)}
@@ -55,6 +56,12 @@ DECODING: dict[str, Policy] = {
     "TOVA while decoding": TOVA(budget=60, prefill=False, every=4),
 }
 
+REPEATING: dict[str, dict[str, Any]] = {
+    "KVzip": {},
+    "KVzip, by layer": {"across": "layer"},
+    "KVzip+": {"normalized": True, "sinks": 2},
+}
+
 
 def kept_by(model: Module, policy: Policy, tokens: int) -> list[list[list[int]]]:
     """The positions that are left of so many tokens, those after the prompt read one by one, by layer and key head."""
@@ -67,7 +74,7 @@ def kept_by(model: Module, policy: Policy, tokens: int) -> list[list[list[int]]]
 
 
 def test_every_press_is_tried() -> None:
-    assert set(GOLDEN["kept"]) == {*READING, *DECODING}
+    assert set(GOLDEN["kept"]) == {*READING, *DECODING, *REPEATING}
 
 
 @pytest.mark.parametrize("name", READING)
@@ -78,3 +85,10 @@ def test_of_a_prompt(mini: tuple[Module, Any], name: str) -> None:
 @pytest.mark.parametrize("name", DECODING)
 def test_while_decoding(mini: tuple[Module, Any], name: str) -> None:
     assert kept_by(mini[0], DECODING[name], len(GOLDEN["ids"])) == GOLDEN["kept"][name]
+
+
+@pytest.mark.parametrize("name", REPEATING)
+def test_of_a_prompt_that_is_repeated(mini: tuple[Module, Any], name: str) -> None:
+    model, tokenizer = mini
+    policy = KVzip(tokenizer, budget=0.25, chunk=CHUNK, **REPEATING[name])
+    assert kept_by(model, policy, PROMPT) == GOLDEN["kept"][name]

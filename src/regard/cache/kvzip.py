@@ -24,9 +24,9 @@ class KVzip(Policy):
     ``score_j = max_{h, i} P^h_ij``, over the query heads h of a group and the tokens i of the repetition, P being the softmax
     over the first tokens, the chunk that is repeated and the repetition itself.
 
-    The text is repeated, and entries are dropped, when the block of `compress` is left: read the text inside, ask after it. The
-    chunks are read in passes of the model's own, about two or three times as much work as reading the text; blocks of
-    `regard.watch` around see these too. Of a matrix no more than a strip is stored.
+    The text is repeated, and entries are dropped, when the block of `compress` is left: read the text inside, ask after it.
+    Repeating takes passes of the model, two or three times as much work as reading; a block of `regard.watch` around sees
+    these too. Of a matrix no more than a strip is stored.
 
     Args:
         tokenizer: of the model, for the request to repeat; its chat template tells what begins a user's turn, which stays
@@ -61,7 +61,7 @@ class KVzip(Policy):
     normalized: bool = False
 
     def __post_init__(self) -> None:
-        if not callable(self.tokenizer):
+        if not hasattr(self.tokenizer, "encode"):
             raise TypeError(f"KVzip needs the model's tokenizer first, got {self.tokenizer!r}")
         if self.across not in ("model", "layer", "head"):
             raise ValueError(f'KVzip: across must be "model", "layer" or "head", got {self.across!r}')
@@ -90,7 +90,9 @@ class KVzip(Policy):
             ValueError: padded texts, or entries that were dropped.
         """
         if entries.text is not None and not bool(entries.text.all()):
-            raise ValueError("KVzip: texts of a batch must be equally long, without padding; read shorter ones by themselves")
+            raise ValueError(
+                "KVzip: texts of a batch must be equally long, without padding; read shorter ones by themselves"
+            )
         if entries.keys.shape[2] != entries.seen:
             raise ValueError(
                 f"KVzip: {entries.seen - entries.keys.shape[2]} of {entries.seen} tokens were dropped already, and what is "
@@ -112,7 +114,7 @@ class KVzip(Policy):
         sure = scores[0].isinf().sum(dim=2)
         if self._number(layers[0].seen) < int(sure.max()):
             for layer in layers:
-                layer.whole = torch.ones(len(sure), dtype=torch.bool)
+                layer.whole = torch.ones(len(sure), dtype=torch.bool)  # the first tokens are more than the budget
             return
         groups = [scores] if self.across == "model" else [[one] for one in scores]
         counts = [own for group in groups for own in self._counts_of(group)]

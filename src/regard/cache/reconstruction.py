@@ -51,8 +51,7 @@ class Reconstruction:
             ValueError: a text of which not all token ids are known, of images, or too long to be repeated.
         """
         layers = kept_layers(cache)
-        ids = layers[0].token_ids
-        _check_text(model, ids)
+        ids = _token_ids(model, layers[0].token_ids)
         prefix, suffix = _template(self.tokenizer)
         start = len(prefix) if ids[0, : len(prefix)].tolist() == prefix else 0
         sure = min(max(start, self.sinks), ids.shape[1])
@@ -78,10 +77,9 @@ class Reconstruction:
     def _check_room(self, model: Module, seen: int, tokens: int) -> None:
         limit = max_positions(model, self.tokenizer)
         if seen + tokens > limit:
-            request = tokens - min(self.chunk, seen)
             raise ValueError(
-                f"a text of {seen} tokens and {tokens} more, which ask to repeat it and do, are beyond the model's {limit:,} "
-                f"positions: take a chunk of at most {max(limit - seen - request - _LAST_TOKENS, 0)} tokens"
+                f"a text of {seen} tokens, and {tokens} more to have {min(self.chunk, seen)} of them repeated, are beyond "
+                f"the model's {limit:,} positions: take a smaller chunk, or a shorter text"
             )
 
 
@@ -161,19 +159,20 @@ def kept_layers(cache: Any) -> list[KeptLayer]:
     return [layer for layer in cache.layers if isinstance(layer, KeptLayer)]
 
 
-def _check_text(model: Module, ids: Tensor | None) -> None:
-    """Refuse what cannot be repeated."""
+def _token_ids(model: Module, ids: Tensor | None) -> Tensor:
+    """The ids of a text, (batch, tokens), if it can be repeated."""
     if ids is None:
         raise ValueError(
             "the text cannot be repeated, as not all of its token ids are known: give the model all of it as input_ids, in a "
             "new cache, inside the block"
         )
     try:
-        image = image_tokens(model)
-    except ValueError:
-        return
-    if bool(image(ids).any()):
-        raise ValueError(f"the text cannot be repeated: {int(image(ids).sum())} of its tokens stand for images")
+        images = int(image_tokens(model)(ids).sum())
+    except ValueError:  # the model reads none
+        return ids
+    if images:
+        raise ValueError(f"the text cannot be repeated: {images} of its tokens stand for images")
+    return ids
 
 
 def _template(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -336,7 +336,9 @@ def test_what_cannot_be_repeated() -> None:
     with pytest.raises(ValueError, match=r"not all of its token ids are known"):
         read(model, policy(), None, inputs_embeds=embedded)  # type: ignore[arg-type]
     model.config.max_position_embeddings = 60
-    with pytest.raises(ValueError, match=r"12 tokens, and 77 more .* 8 of them repeated, are beyond the model's 60 positions"):
+    with pytest.raises(
+        ValueError, match=r"12 tokens, and 77 more .* 8 of them repeated, are beyond the model's 60 positions"
+    ):
         read(model, policy(), ids)
     model.config.image_token_id = int(ids[0, 3])
     with pytest.raises(ValueError, match=r"1 of its tokens stand for images"):

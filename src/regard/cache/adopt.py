@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 from weakref import ref
 
@@ -23,7 +24,8 @@ from regard.runtime import AttentionCall
 def adopt(cache: Any, number: int, model: Module, block: OpenBlock, call: AttentionCall) -> KeptLayer | None:
     """The layer of this number, which has just taken a call's keys, as one that can drop entries, put into its place.
 
-    None for sliding windows, which hold no more than the window and are left as they are.
+    None for layers that are left as they are: sliding windows, which hold no more than the window, and cross-attention, which
+    holds an image's states (Mllama). A model of sliding windows alone is warned of.
 
     Raises:
         ValueError: a cache, or a layer, that holds keys in a way of its own.
@@ -37,17 +39,25 @@ def adopt(cache: Any, number: int, model: Module, block: OpenBlock, call: Attent
         if layer.block is not block:
             layer.block, layer.state = block, {}  # what another policy remembers is nothing to this one
         return layer
-    growing = [place for place, other in enumerate(cache.layers) if type(other) in (DynamicLayer, KeptLayer)]
-    if not growing:
-        raise ValueError(
-            f"compress has nothing to drop: every layer of {type(model).__name__} keeps a sliding window, and no more than it"
+    config: Any = model.config
+    config = config.get_text_config(decoder=True)
+    crossing = set(getattr(config, "cross_attention_layers", None) or ())
+    growing = [
+        place
+        for place, other in enumerate(cache.layers)
+        if type(other) in (DynamicLayer, KeptLayer) and place not in crossing
+    ]
+    if not growing and number == 0 and call.query.shape[2] > 1:
+        warnings.warn(
+            f"compress leaves {type(model).__name__} alone: every layer keeps a sliding window, and no more than it",
+            UserWarning,
+            stacklevel=2,
         )
     if number not in growing:
         return None
     layers = len(growing)
     if cache.layer_class_to_replicate is DynamicLayer:  # it makes its layers as they come
-        config: Any = model.config
-        layers = config.get_text_config(decoder=True).num_hidden_layers
+        layers = config.num_hidden_layers - len(crossing)
     kept = KeptLayer(growing.index(number), layers, block)
     kept.fill(layer.keys, layer.values)
     kept.handed = ref(layer.keys)
@@ -101,11 +111,15 @@ def _check(cache: Any, model: Module) -> None:
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise ValueError(f"compress works on a decoder's DynamicCache, not on {type(cache).__name__}")
     if cache.offloading:
-        raise ValueError("compress cannot drop entries of an offloaded cache; use a DynamicCache without offloading")
+        raise ValueError(
+            "compress cannot drop entries of an offloaded cache; use a DynamicCache without offloading, which holds less once "
+            "it is compressed"
+        )
     known = (DynamicLayer, DynamicSlidingWindowLayer, KeptLayer)
     for layer in cache.layers:
         if isinstance(layer, CacheLayerMixin) and type(layer) not in known:
-            what = "quantised" if "Quantized" in type(layer).__name__ else type(layer).__name__
+            quantised = any("Quantized" in kind.__name__ for kind in type(layer).__mro__)
+            what = "quantised" if quantised else type(layer).__name__
             if "LinearAttention" in what:
                 raise ValueError(
                     f"compress cannot drop entries of {type(model).__name__}, whose layers keep a recurrent state beside "

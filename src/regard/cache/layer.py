@@ -68,6 +68,7 @@ class KeptLayer(CacheLayerMixin):
         self.dtype, self.device = keys.dtype, keys.device
         none = keys.new_zeros(*keys.shape[:2], 0)
         self.groups = [HeadGroup(list(range(keys.shape[1])), keys, values, none.long(), 0, none.float())]
+        self.keys = self.values = keys.new_empty(0)  # Mllama asks every layer how much these hold
         self.seen = self.new = keys.shape[2]
         self.is_initialized = True
 

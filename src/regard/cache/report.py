@@ -49,12 +49,16 @@ class Report:
     def kept(self) -> float:
         """The share of entries that are kept, of the layers without a window."""
         counted = [layer for layer in self.layers if not layer.window]
+        if not counted:
+            return 1.0
         entries = sum(sum(layer.kept) for layer in counted)
         return entries / max(sum(len(layer.kept) * layer.seen for layer in counted), 1)
 
     def __str__(self) -> str:
         """A table, a line for each layer."""
         lines = [f"{self.policy}: {self.kept:.1%} of the entries, {_size(self.bytes)} of {_size(self.full_bytes)}"]
+        if self.layers and all(layer.window for layer in self.layers):
+            lines.append("(nothing is dropped: every layer keeps a sliding window, and no more than it)")
         if not self.frees:
             lines.append("(entries that are not attended to stay in memory)")
         whole = max((layer.whole for layer in self.layers), default=0)
@@ -73,13 +77,15 @@ class Report:
 
 def report(cache: Any, policy: str, frees: bool) -> Report:
     """The report of a cache of transformers whose layers were adopted."""
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
     from regard.cache.layer import KeptLayer
 
     layers = []
     for number, layer in enumerate(cache.layers):
         if isinstance(layer, KeptLayer) and layer.groups:
             layers.append(_of_kept(number, layer))
-        elif isinstance(getattr(layer, "keys", None), Tensor):
+        elif isinstance(layer, DynamicSlidingWindowLayer) and isinstance(layer.keys, Tensor):
             layers.append(_of_window(number, layer))
     return Report(layers, policy, frees)
 

@@ -112,8 +112,8 @@ def _check(cache: Any, model: Module) -> None:
         raise ValueError(f"compress works on a decoder's DynamicCache, not on {type(cache).__name__}")
     if cache.offloading:
         raise ValueError(
-            "compress cannot drop entries of an offloaded cache; use a DynamicCache without offloading, which holds less once "
-            "it is compressed"
+            "compress cannot drop entries of an offloaded cache; use a DynamicCache without offloading, which holds less "
+            "once it is compressed"
         )
     known = (DynamicLayer, DynamicSlidingWindowLayer, KeptLayer)
     for layer in cache.layers:

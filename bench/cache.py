@@ -1,16 +1,20 @@
 """What it costs to compress a cache, what it gains, and what is lost by it.
 
-    python -m bench.cache [--quick] [--save]             time and memory, on a Llama of 8 layers
+    python -m bench.cache [--quick] [--kvpress PYTHON] [--save]        time and memory, on a Llama of 8 layers
     python -m bench.cache --facts [--held-out BOOKS] [--samples 200]   facts recalled against the budget, on the bundled model
 
-The first prints the time of reading a prompt with a policy as a ratio to plain, and then tokens per second and peak memory of
-decoding with a quarter of the cache. The second prints one table of exact-match answers, with Wilson's 95% intervals, and
-draws it (--plot FILE).
+The first prints one table: the time of reading a prompt and tokens per second of decoding with a quarter of the cache, as
+ratios to the model alone, and memory; beside kvpress's presses where --kvpress names an interpreter that has them (in an
+environment of its own: it wants an older transformers). The second prints one table of exact-match answers, with Wilson's 95%
+intervals, and draws it (--plot FILE).
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,16 +30,18 @@ from torch import Tensor
 from torch.nn import Module
 from training.evaluate import DIGITS, FactRow, fact_row, proportion
 from training.tasks import Material
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 import regard
 from bench.held_out import held_out_books
-from bench.measuring import Run, allocated, clock, compare
-from bench.results import Report, command_line
+from bench.measuring import Run, allocated
+from bench.presses import Cost, cost, llama, tokens
+from bench.results import ROOT, Report, command_line
 from regard.cache import (
     TOVA,
-    KeepAll,
+    ExpectedAttention,
     Knorm,
+    KVzip,
     ObservedAttention,
     Policy,
     Random,
@@ -45,70 +51,74 @@ from regard.cache import (
     TaskKV,
 )
 
-READING: dict[str, Policy] = {
-    "observed attention": ObservedAttention(budget=0.25),
-    "SnapKV": SnapKV(budget=0.25),
-    "SnapKV, by head": SnapKV(budget=0.25, by_head="adaptive"),
-    "TOVA": TOVA(budget=0.25),
-    "StreamingLLM": StreamingLLM(budget=0.25),
-    "Knorm": Knorm(budget=0.25),
-    "keep all": KeepAll(),
-}
-DECODING = ("SnapKV", "SnapKV, by head", "observed attention", "TOVA", "StreamingLLM")
 Recall = dict[str, dict[float, tuple[float, float, float]]]  # exact match and its interval, by policy and budget
+LENGTHS = (512, 1024, 2048, 4096, 8192)
 BUDGETS = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
 LENGTH, DISTRACTORS, BATCH, SEED = 512, 4, 8, 11
 
 
-def llama(device: str) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1408,
-        vocab_size=8192, max_position_embeddings=32768, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().to(device)
+class Presses:
+    """kvpress in a process of its own, which measures what it is asked for, and waits in between.
+
+    Args:
+        python: an interpreter that has kvpress.
+
+    Raises:
+        RuntimeError: that interpreter could not import what it needs.
+    """
+
+    def __init__(self, python: str) -> None:
+        command = [python, "-m", "bench.presses", str(regard.mini.path()), str(torch.get_num_threads())]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self.versions = ", ".join(f"{name} {version}" for name, version in self._line().items())
+
+    def cost(self, name: str, length: int) -> Cost:
+        """Of the press that stands beside a policy of this name."""
+        assert self._process.stdin is not None
+        print(json.dumps({"name": name, "length": length}), file=self._process.stdin, flush=True)
+        return Cost(**self._line())
+
+    def _line(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"kvpress ended with {self._process.wait()}; see above")
+        found: dict[str, Any] = json.loads(line)
+        return found
 
 
-def block(model: LlamaForCausalLM, policy: Policy | None) -> AbstractContextManager[object]:
+def timed_policies(tokenizer: Any) -> dict[str, Policy]:
+    """Each with a quarter of the entries, chosen after the prompt, as presses do; names are those of `bench.presses`."""
+    return {
+        "Knorm": Knorm(budget=0.25),
+        "SnapKV": SnapKV(budget=0.25),
+        "SnapKV, by head": SnapKV(budget=0.25, by_head="adaptive"),
+        "ExpectedAttention": ExpectedAttention(budget=0.25),
+        "KVzip": KVzip(tokenizer, budget=0.25),
+        "TOVA": TOVA(budget=0.25, every=None),
+        "StreamingLLM": StreamingLLM(budget=0.25, every=None),
+        "observed attention": ObservedAttention(budget=0.25, recent=0.0, every=None),
+        "TOVA, each step": TOVA(budget=0.25),
+        "observed attention, each step": ObservedAttention(budget=0.25),
+    }
+
+
+def block(model: Module, policy: Policy | None) -> AbstractContextManager[object]:
     return nullcontext() if policy is None else regard.compress(model, policy)
 
 
-def tokens(length: int, device: str) -> Tensor:
-    return torch.randint(3, 8000, (1, length), generator=torch.Generator().manual_seed(length)).to(device)
+def own_cost(model: Any, policy: Policy | None, length: int, device: str) -> Cost:
+    """Steps are inside the block, except after a policy that drops when it is left."""
+    inside = not isinstance(policy, KVzip)
+    return cost(model, tokens(length, device), device, partial(block, model, policy), _held, steps_inside=inside)
 
 
-def read(model: LlamaForCausalLM, ids: Tensor, policy: Policy | None) -> DynamicCache:
-    with torch.inference_mode(), block(model, policy):
-        cache: DynamicCache = model(
-            ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1
-        ).past_key_values
-    return cache
-
-
-def reading_table(length: int, device: str, repeats: int) -> Table:
-    model, ids = llama(device), tokens(length, device)
-    runs: dict[str, Run] = {"plain": partial(read, model, ids, None)}
-    runs |= {name: partial(read, model, ids, policy) for name, policy in READING.items()}
-    seconds, ratios = compare(runs, device, repeats)
-    table = Table("policy, a quarter of the cache", "ratio to plain", title=f"reading {length:,} tokens")
-    table.add_row("plain", f"{seconds:.2f} s")
-    for name in list(runs)[1:]:
-        table.add_row(name, f"{ratios[name]:.2f}×")
-    return table
-
-
-def seconds_per_step(model: LlamaForCausalLM, ids: Tensor, policy: Policy | None, steps: int, device: str) -> float:
-    with torch.inference_mode(), block(model, policy):
-        cache = model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1).past_key_values
-        token = ids[:, :1]
-        return statistics.median(clock(lambda: model(token, past_key_values=cache), device) for _ in range(steps))
-
-
-def decoding_memory(model: LlamaForCausalLM, ids: Tensor, policy: Policy | None) -> int:
+def decoding_memory(model: Any, ids: Tensor, policy: Policy | None) -> int:
     """Bytes that 40 steps of decoding hold at their peak, the cache included."""
 
     def read_text() -> Run:
-        cache = model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1).past_key_values
+        with block(model, policy if isinstance(policy, KVzip) else None):
+            cache = model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1).past_key_values
 
         def decode() -> None:
             for _ in range(40):
@@ -116,38 +126,70 @@ def decoding_memory(model: LlamaForCausalLM, ids: Tensor, policy: Policy | None)
 
         return decode
 
-    with torch.inference_mode(), block(model, policy):
+    with torch.inference_mode(), block(model, None if isinstance(policy, KVzip) else policy):
         return allocated(read_text)
 
 
-def decoding_table(length: int, device: str, rounds: int) -> Table:
-    model, ids = llama(device), tokens(length, device)
-    policies: dict[str, Policy | None] = {"plain": None} | {name: READING[name] for name in DECODING}
-    times = [
-        {name: seconds_per_step(model, ids, policy, 12, device) for name, policy in policies.items()}
-        for _ in range(rounds)
-    ]
-    table = Table(
-        "policy",
-        "tokens/s",
-        "ratio to plain",
-        "cache, MB",
-        "peak, MB",
-        title=f"decoding after {length:,} tokens",
-    )
-    for name, policy in policies.items():
-        ratio = statistics.median(of["plain"] / of[name] for of in times)
-        left = read(model, ids, policy)
-        size = sum(tensor.nbytes for layer in left.layers for tensor in _tensors(layer))
-        most = decoding_memory(model, ids, policy)
-        rate = statistics.median(1 / of[name] for of in times)
-        table.add_row(name, f"{rate:.1f}", f"{ratio:.2f}×", f"{size / 1e6:.0f}", f"{most / 1e6:.0f}")
-    return table
+def _held(cache: Any) -> int:
+    return sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(layer))
 
 
 def _tensors(layer: Any) -> list[Tensor]:
     groups = getattr(layer, "groups", [layer])
     return [tensor for group in groups for tensor in (group.keys, group.values)]
+
+
+def time_table(lengths: Sequence[int], device: str, rounds: int, presses: Presses | None) -> Table:
+    """Reading and decoding with each policy, as ratios to the model alone in the same process and round."""
+    _, tokenizer = regard.mini()
+    tokenizer.model_max_length = 32768  # as the model's
+    model, policies = llama(device), timed_policies(tokenizer)
+    theirs = [] if presses is None else [name for name in policies if "each step" not in name]
+    title = "a quarter of the entries: ratios to the model alone" + (f"; beside {presses.versions}" if presses else "")
+    sides = ("", ", kvpress") if presses else ("",)
+    columns = [f"{what}{side}" for what in ("reading, ×", "tokens/s, ×", "cache, MB") for side in sides]
+    table = Table("tokens", "policy", *columns, "peak, MB", title=title)
+    for length in lengths:
+        found: dict[tuple[str, str], list[Cost]] = {}
+        for round_ in range(rounds + 1):  # the first warms up
+            for name, policy in ({"": None} | policies).items():
+                of = {"": own_cost(model, policy, length, device)}
+                if presses is not None and name in ["", *theirs]:
+                    of[", kvpress"] = presses.cost(name, length)
+                for side, one in of.items():
+                    found.setdefault((name, side), []).extend([one] if round_ else [])
+        for name, policy in ({"": None} | policies).items():
+            cells = _cells(found, name, sides)
+            peak = decoding_memory(model, tokens(length, device), policy)
+            table.add_row(
+                f"{length:,}",
+                name or "the model alone",
+                *cells,
+                f"{peak / 1e6:.0f}",
+                end_section=name == list(policies)[-1],
+            )
+    return table
+
+
+def _cells(found: dict[tuple[str, str], list[Cost]], name: str, sides: Sequence[str]) -> list[str]:
+    """What reading and a step take, the median over the rounds, and what is held, side by side."""
+    cells = []
+    for what in ("reading", "step", "held"):
+        for side in sides:
+            own, alone = found.get((name, side)), found["", side]
+            if own is None:
+                cells.append("")
+            elif what == "held":
+                cells.append(f"{own[0].held / 1e6:.1f}")
+            elif not name:
+                median = statistics.median(getattr(one, what) for one in alone)
+                cells.append(f"{median:.2f} s" if what == "reading" else f"{1 / median:.1f}/s")
+            else:
+                pairs = zip(own, alone, strict=True)
+                ratios = [getattr(one, what) / getattr(other, what) for one, other in pairs]
+                median = statistics.median(ratios)
+                cells.append(f"{median if what == 'reading' else 1 / median:.2f}×")
+    return cells
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------------
@@ -245,6 +287,11 @@ def facts_plot(found: Recall, samples: int) -> go.Figure:
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter texts, fewer rounds and samples")
+    parser.add_argument(
+        "--kvpress", metavar="PYTHON", help="an interpreter that has kvpress, to measure it in the same run"
+    )
+    parser.add_argument("--lengths", type=int, nargs="*", help="of the texts, in tokens")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--facts", action="store_true", help="recall against the budget, instead of time and memory")
     parser.add_argument("--held-out", type=Path, help="folder of books; by default the chapter that ships")
     parser.add_argument("--samples", type=int, default=200)
@@ -259,9 +306,12 @@ def main() -> None:
         if arguments.plot:
             facts_plot(found, samples).write_html(arguments.plot)
         return
+    presses = None if arguments.kvpress is None else Presses(arguments.kvpress)
     with Report("cache", arguments.save, width=150) as report:
-        for length, repeats in ((1024, 3),) if arguments.quick else ((4096, 7), (16384, 3)):
-            report.show(reading_table(length, device, repeats), decoding_table(length, device, repeats))
+        if presses is None:
+            report.console.print("kvpress is left out: --kvpress PYTHON names an interpreter that has it")
+        lengths = arguments.lengths or ((512,) if arguments.quick else LENGTHS)
+        report.show(time_table(lengths, device, 1 if arguments.quick else arguments.rounds, presses))
 
 
 if __name__ == "__main__":

@@ -247,8 +247,7 @@ def measurements(device: str) -> Iterator[Callable[[], Table]]:
     yield lambda: scaling.operator_table((2048, 8192, 32768), device, 5)
     yield lambda: observe.model_table(4096, device)
     yield lambda: steer.decode_table(1024, 16, 1024, 40, device, 5)
-    yield lambda: cache.reading_table(4096, device, 5)
-    yield lambda: cache.decoding_table(4096, device, 3)
+    yield lambda: cache.time_table([4096], device, 3, None)
 
 
 def main() -> None:

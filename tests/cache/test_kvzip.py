@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regard
-from regard.cache import KeepAll, Knorm, KVzip
+from regard.cache import KeepAll, Knorm, KVzip, reconstruction
 from regard.cache.reconstruction import Reconstruction
-from regard.maps import token_map
 from tests.cache.conftest import DECODERS, MORE, decoder, texts
 from tests.cache.test_families import LATENTS, SHARED, masked, model_of
 
@@ -291,7 +290,7 @@ class Largest(TorchDispatchMode):
 
 def test_no_matrix_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask for all heads is transformers' own; nothing as large is made for each head."""
-    monkeypatch.setattr(token_map, "_NUMBERS_AT_ONCE", 2**15)
+    monkeypatch.setattr(reconstruction, "_NUMBERS_AT_ONCE", 2**15)
     model, ids = decoder("llama"), texts(400)["input_ids"]
     with torch.no_grad(), regard.compress(model, KeepAll()):
         cache = model(ids).past_key_values
@@ -337,7 +336,7 @@ def test_what_cannot_be_repeated() -> None:
         read(model, policy(), None, inputs_embeds=embedded)  # type: ignore[arg-type]
     model.config.max_position_embeddings = 60
     with pytest.raises(
-        ValueError, match=r"12 tokens, and 77 more .* 8 of them repeated, are beyond the model's 60 positions"
+        ValueError, match=r"12 tokens, and 81 more .* 8 of them repeated, are beyond the model's 60 positions"
     ):
         read(model, policy(), ids)
     model.config.image_token_id = int(ids[0, 3])

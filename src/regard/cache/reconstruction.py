@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from regard.cache._compress import compress
 from regard.cache.controls import KeepAll
 from regard.cache.module_call import ModuleCall
 from regard.cache.policy import Entries
-from regard.maps import TokenMap
+from regard.runtime import AttentionCall
 from regard.tokens import image_tokens, max_positions
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ _FIRST = "\n\nRepeat the previous context exactly."
 _FURTHER = "\n\nRepeat the part of the previous context exactly, starting with"
 _LAST_TOKENS = 8  # of the chunk before, by which the model is told where a further one starts
 _CONTENT = "#content#"
+_NUMBERS_AT_ONCE = 2**20  # of a strip of logits: some rows of the matrix
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Reconstruction:
         prefix, suffix = _template(self.tokenizer)
         start = len(prefix) if ids[0, : len(prefix)].tolist() == prefix else 0
         sure = min(max(start, self.sinks), ids.shape[1])
+        self._check_room(model, ids.shape[1], ids.shape[1] - start, len(suffix))
         parts: list[dict[int, Tensor]] = []
         for first in range(start, ids.shape[1], self.chunk):
             chunk = slice(first, min(first + self.chunk, ids.shape[1]))
@@ -62,7 +64,6 @@ class Reconstruction:
             asked = self._encoded(_FIRST if first == start else _FURTHER).to(ids.device).expand(len(ids), -1)
             answer = torch.tensor(suffix, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
             tokens = torch.cat([asked, before, answer, ids[:, chunk]], dim=1)
-            self._check_room(model, ids.shape[1], tokens.shape[1])
             parts.append(_repeat(model, cache, tokens, _Repetition(chunk, min(sure, first), self.normalized)))
         return [self._of_layer([part[layer.rank] for part in parts], start, sure) for layer in layers]
 
@@ -74,12 +75,20 @@ class Reconstruction:
     def _encoded(self, text: str) -> Tensor:
         return torch.tensor([self.tokenizer.encode(text, add_special_tokens=False)])
 
-    def _check_room(self, model: Module, seen: int, tokens: int) -> None:
+    def _check_room(self, model: Module, seen: int, repeated: int, suffix: int) -> None:
+        """Refuse a text so long that the longest request and its answer go beyond the model's positions."""
         limit = max_positions(model, self.tokenizer)
-        if seen + tokens > limit:
+        if repeated <= self.chunk:
+            request = self._encoded(_FIRST).shape[1] + suffix
+        else:
+            request = self._encoded(_FURTHER).shape[1] + _LAST_TOKENS + suffix
+        needed = request + min(self.chunk, repeated)
+        if seen + needed > limit:
+            most = limit - seen - self._encoded(_FURTHER).shape[1] - _LAST_TOKENS - suffix
+            advice = f"a chunk of at most {most} tokens" if most > 0 else "a shorter text"
             raise ValueError(
-                f"a text of {seen} tokens, and {tokens} more to have {min(self.chunk, seen)} of them repeated, are beyond "
-                f"the model's {limit:,} positions: take a smaller chunk, or a shorter text"
+                f"a text of {seen} tokens, and {needed} more to have {min(self.chunk, repeated)} of them repeated, are "
+                f"beyond the model's {limit:,} positions: take {advice}"
             )
 
 
@@ -99,28 +108,59 @@ class _Repetition(KeepAll):
     def score(self, entries: Entries) -> Tensor:
         """All alike."""
         made_by = entries.module_call
-        attention = _attention(made_by, self.chunk, self.first)
-        if self.normalized:
-            norms = torch.linalg.vector_norm(made_by.hidden_states.to(attention.dtype), dim=-1)
-            attention = attention.scale_rows(1 / norms[:, None])
-        most = attention.T.max()[:, :, self.first : self.first + self.chunk.stop - self.chunk.start]
+        most = _highest(made_by, self.chunk, self.first, self._weights(made_by))
         if self.normalized:
             most = most * _output_norms(made_by, self.chunk)
         self.found[entries.layer] = most.unflatten(1, (entries.keys.shape[1], -1)).amax(dim=2)
         return super().score(entries)
 
+    def _weights(self, made_by: ModuleCall) -> Tensor | None:
+        """(batch, tokens of the pass) by which attention is multiplied."""
+        return 1 / torch.linalg.vector_norm(made_by.hidden_states.float(), dim=-1) if self.normalized else None
 
-def _attention(made_by: ModuleCall, chunk: slice, first: int) -> TokenMap:
-    """The attention of a pass to the first tokens, the chunk and the pass itself, as if there were no others."""
-    call, seen = made_by.call, made_by.seen
-    new, device = call.query.shape[2], call.query.device
+
+def _highest(made_by: ModuleCall, chunk: slice, first: int, weights: Tensor | None) -> Tensor:
+    """(batch, query heads, tokens of the chunk): ``max_i w_i P_ij`` over the tokens i of a pass, from strips of the matrix.
+
+    P is the attention to the first tokens, the chunk and the pass itself, as if there were no others.
+    """
+    call, seen, new = made_by.call, made_by.seen, made_by.call.query.shape[2]
     keys = torch.cat([torch.arange(first), torch.arange(chunk.start, chunk.stop), torch.arange(seen - new, seen)])
-    keys = keys.to(device)
-    if call.attn_mask is None:
-        mask = keys <= torch.arange(seen - new, seen, device=device)[:, None]
-    else:
-        mask = call.attn_mask[..., keys]
-    return replace(call, key=call.key[:, :, keys], attn_mask=mask, is_causal=False).map()
+    keys = keys.to(call.key.device)
+    of_chunk = slice(first, first + chunk.stop - chunk.start)
+    query = call.query.to(torch.promote_types(call.query.dtype, torch.float32))
+    key = call.key[:, :, keys].to(query.dtype)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT.contiguous()
+    bias = _bias(call, seen)[..., keys]
+    highest = query.new_zeros(*query.shape[:2], chunk.stop - chunk.start)
+    for rows in torch.arange(new, device=key.device).split(max(1, _NUMBERS_AT_ONCE // key[:, :, 0].numel())):
+        logits = query[:, :, rows] @ key * call.factor
+        if call.softcap is not None:
+            logits = call.softcap * (logits / call.softcap).tanh()
+        logits = logits + bias[..., rows, :]
+        if call.sinks is not None:
+            logits = torch.cat([logits, _sinks(call, call.sinks, rows)], dim=3)
+        shares = logits.softmax(dim=3)[..., of_chunk]
+        if weights is not None:
+            shares = shares * weights[:, None, rows, None]
+        highest = highest.maximum(shares.amax(dim=2))
+    return highest
+
+
+def _bias(call: AttentionCall, seen: int) -> Tensor:
+    """What is added to the logits of a pass, (B|1, Hq|1, new, seen): its mask, by default that none looks ahead."""
+    mask, new = call.attn_mask, call.query.shape[2]
+    if mask is None:
+        mask = (torch.arange(seen) <= torch.arange(seen - new, seen)[:, None])[None, None].to(call.key.device)
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
+
+
+def _sinks(call: AttentionCall, sinks: Tensor, rows: Tensor) -> Tensor:
+    """One more logit of each of these rows, (B, Hq, rows, 1), from (Hq,), (B, Hq) or (B|1, Hq|1, N|1)."""
+    sinks = sinks[None, :, None] if sinks.ndim == 1 else sinks.view(-1, *sinks.shape[1:], *[1] * (3 - sinks.ndim))
+    return sinks.expand(call.query.shape[:3])[:, :, rows, None]
 
 
 def _output_norms(made_by: ModuleCall, chunk: slice) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import Module
 from regard.cache.budget import ceil, check_budget
 from regard.cache.policy import Entries, Policy
 from regard.cache.reconstruction import Reconstruction, kept_layers
+from regard.cache.when import Every, When
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +80,10 @@ class KVzip(Policy):
             for cache in caches:
                 self._compress(model, cache)
 
-    def due(self, tokens: int, steps: int) -> bool:
-        """After a prompt or a turn, to find the cache; nothing is dropped then."""
-        return tokens > 1 or steps == 0
+    @property
+    def when(self) -> When:
+        """Every call, to find the cache; nothing is dropped then."""
+        return Every(1)
 
     def score(self, entries: Entries) -> Tensor:
         """0 for every entry, as none is dropped before all layers are scored.

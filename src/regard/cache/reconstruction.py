@@ -14,6 +14,7 @@ from regard.cache._compress import compress
 from regard.cache.controls import KeepAll
 from regard.cache.module_call import ModuleCall
 from regard.cache.policy import Entries
+from regard.cache.when import Every, When
 from regard.runtime import AttentionCall
 from regard.tokens import image_tokens, max_positions
 
@@ -101,9 +102,10 @@ class _Repetition(KeepAll):
     normalized: bool = field(kw_only=False)
     found: dict[int, Tensor] = field(default_factory=dict)
 
-    def due(self, tokens: int, steps: int) -> bool:
-        """After the pass."""
-        return True
+    @property
+    def when(self) -> When:
+        """After the pass, whatever it is taken for."""
+        return Every(1)
 
     def score(self, entries: Entries) -> Tensor:
         """All alike."""

@@ -42,6 +42,9 @@ class Letters:
         assert not add_special_tokens
         return [3 + ord(letter) % 90 for letter in text]
 
+    def __repr__(self) -> str:
+        return "Letters()"
+
     def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
         assert options["add_generation_prompt"]
         return f"USER {messages[0]['content']} DONE"

@@ -85,6 +85,8 @@ def presses() -> dict[str, Callable[[], Press]]:
         "KVzip": kvzip,
         "KVzip, by layer": lambda: kvzip(layerwise=True),
         "KVzip+": lambda: kvzip(kvzip_plus_normalization=True, n_sink=2),
+        "ThinK": lambda: of("think", "ThinKPress", 0.5, window_size=16),
+        "ThinK, most channels": lambda: of("think", "ThinKPress", 0.25, window_size=32),
         "KeyDiff": lambda: of("keydiff", "KeyDiffPress", 0.75),
         "ChunkKV of Knorm": lambda: of("chunkkv", "ChunkKVPress", of("knorm", "KnormPress", 0.5), chunk_length=20),
         "CriticalKV of SnapKV": lambda: critical(snapkv(0.75, 16, 5)),
@@ -111,6 +113,8 @@ def kept_by(model: Any, press: Press, ids: Tensor) -> list[list[list[int]]]:
         module.masked_key_indices = None
         output = press.forward_hook(module, args, kwargs | {"cache_position": new[0]}, output)
         after = cache.layers[layer].keys[0]
+        if "ThinK" in type(press).__name__:
+            return output
         same = (before[:, None] == after[:, :, None]).all(dim=-1)  # (heads, kept, entries)
         assert same.sum(dim=-1).eq(1).all(), "two entries have one key"
         places[layer] = places[layer].gather(1, same.long().argmax(dim=-1))  # in the order of the cache
@@ -129,6 +133,8 @@ def kept_by(model: Any, press: Press, ids: Tensor) -> list[list[list[int]]]:
             token = end
     for handle in handles:
         handle.remove()
+    if "ThinK" in type(press).__name__:  # it makes channels zero: those that are not, instead of positions
+        return [[head.any(dim=0).nonzero()[:, 0].tolist() for head in layer.keys[0]] for layer in past.layers]
     return [left_of(module, places[module.layer_idx]) for module in attention]
 
 
@@ -164,6 +170,9 @@ def shake(press: Press, seed: int) -> None:
     if hasattr(scorer, "score"):
         score = scorer.score
         scorer.score = lambda *args: shaken(score(*args))
+    if hasattr(scorer, "compute_window_queries"):
+        queries = scorer.compute_window_queries
+        scorer.compute_window_queries = lambda *args: shaken(queries(*args))
     if hasattr(scorer, "compress_post"):
         compress_post = scorer.compress_post
 

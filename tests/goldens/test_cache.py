@@ -26,6 +26,7 @@ from regard.cache import (
     RetrievalHeads,
     SnapKV,
     StreamingLLM,
+    ThinK,
 )
 from tests.goldens.make_kvpress import CHUNK, FILE, FILTERS, PROMPT, STREAMING
 
@@ -66,6 +67,10 @@ REPEATING: dict[str, dict[str, Any]] = {
     "KVzip, by layer": {"across": "layer"},
     "KVzip+": {"normalized": True, "sinks": 2},
 }
+CHANNELS: dict[str, ThinK] = {
+    "ThinK": ThinK(Knorm(budget=1.0), channels=0.5, window=16),
+    "ThinK, most channels": ThinK(Knorm(budget=1.0), channels=0.75, window=32),
+}
 
 
 def kept_by(model: Module, policy: Policy, tokens: int) -> list[list[list[int]]]:
@@ -79,7 +84,7 @@ def kept_by(model: Module, policy: Policy, tokens: int) -> list[list[list[int]]]
 
 
 def test_every_press_is_tried() -> None:
-    assert set(GOLDEN["kept"]) == {*READING, *DECODING, *REPEATING}
+    assert set(GOLDEN["kept"]) == {*READING, *DECODING, *REPEATING, *CHANNELS}
 
 
 @pytest.mark.parametrize("name", READING)
@@ -97,3 +102,11 @@ def test_of_a_prompt_that_is_repeated(mini: tuple[Module, Any], name: str) -> No
     model, tokenizer = mini
     policy = KVzip(tokenizer, budget=0.25, chunk=CHUNK, **REPEATING[name])
     assert kept_by(model, policy, PROMPT) == GOLDEN["kept"][name]
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_channels_of_a_prompt(mini: tuple[Module, Any], name: str) -> None:
+    with torch.no_grad(), regard.compress(mini[0], CHANNELS[name]):
+        past = mini[0](torch.tensor([GOLDEN["ids"][:PROMPT]])).past_key_values
+    found = [[head.tolist() for head in group.channels[0]] for layer in past.layers for group in layer.groups]
+    assert found == GOLDEN["kept"][name]

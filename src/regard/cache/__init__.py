@@ -29,6 +29,7 @@ from regard.cache.saved import load, save
 from regard.cache.snapkv import SnapKV
 from regard.cache.streaming_llm import StreamingLLM
 from regard.cache.task_kv import TaskKV
+from regard.cache.think import ThinK
 from regard.cache.tova import TOVA
 from regard.cache.unread import Unread
 from regard.cache.when import AfterPrompt, Every, Never, When
@@ -71,6 +72,7 @@ __all__ = [
     "Step",
     "StreamingLLM",
     "TaskKV",
+    "ThinK",
     "Uniform",
     "Unread",
     "When",

@@ -42,6 +42,18 @@ class HeadGroup:
         blocks = (self._rooms.get(name, getattr(self, name)) for name in ("keys", "values"))
         return sum(block.numel() * block.element_size() for block in blocks)
 
+    def whole(self) -> HeadGroup:
+        """With all channels of every key: itself, unless it holds fewer."""
+        return self
+
+    def whole_keys(self) -> Tensor:
+        """The keys (B, h, L, D) of all entries."""
+        return self.keys
+
+    def products(self, query: Tensor) -> Tensor:
+        """Products (B, h, n, L) of queries (B, h, n, D) and keys."""
+        return query @ self.keys.mT
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add the keys and values of new tokens, (B, h, n, D)."""
         self.keys, self.values = self._longer("keys", keys), self._longer("values", values)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.cache.head_group import ChosenPart, HeadGroup
+from regard.cache.narrow_group import NarrowGroup
 from regard.cache.policy import Reads
 from regard.cache.window import joined, last_queries
 from regard.maps import TokenMap
@@ -135,7 +136,7 @@ class KeptCall:
     def _tensors(self, group: HeadGroup) -> tuple[Tensor, Tensor]:
         """Keys and values of a group, or those of all heads that the model has made of latents."""
         if not self.layer.is_latent:
-            return group.keys, group.values
+            return group.whole_keys(), group.values
         key, value = self.call.key, self.call.value
         return (group.of_all(key), group.of_all(value)) if isinstance(group, ChosenPart) else (key, value)
 
@@ -180,7 +181,7 @@ class KeptCall:
 
     def _attend(self, group: HeadGroup) -> Tensor:
         plain = self.call.softcap is None and self.call.sinks is None and not self.layer.is_latent
-        if self.observed and self.tokens == 1 and plain:
+        if (self.observed or isinstance(group, NarrowGroup)) and self.tokens == 1 and plain:
             query = self._query_of(group)
             return self._step(group, query, self._mask_of(group, query.shape[1]))
         own = self._call_on(group)
@@ -243,13 +244,14 @@ class KeptCall:
         """One query, whose small matrix is at hand."""
         batch, heads, _, width = query.shape
         shared = heads // len(group.heads)
-        logits = (query.view(batch, -1, shared, width) @ group.keys.mT).float() * self.call.factor
+        logits = group.products(query.view(batch, -1, shared, width)).float() * self.call.factor
         if mask is not None:
             mask = mask.expand(-1, heads, -1, -1).reshape(mask.shape[0], -1, shared, group.length)
             logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
         matrix = logits.softmax(dim=-1).nan_to_num(0.0)
-        attention = matrix.detach()
-        group.receive(attention.mT if self.reads.by_query_head else attention.mean(dim=2))
+        if self.observed:
+            attention = matrix.detach()
+            group.receive(attention.mT if self.reads.by_query_head else attention.mean(dim=2))
         return (matrix.to(group.values.dtype) @ group.values).view(batch, heads, 1, -1)
 
     def _received(self, attention: TokenMap, weights: tuple[Tensor, ...] | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers.cache_utils import CacheLayerMixin
 
 from regard.cache.head_group import HeadGroup, merge
+from regard.cache.narrow_group import NarrowGroup
 from regard.cache.open_block import OpenBlock
 from regard.cache.policy import Entries
 from regard.cache.window import Window
@@ -170,9 +171,10 @@ class KeptLayer(CacheLayerMixin):
         longest = max(group.length for group in self.groups)
         parts = []
         for group in self.groups:
-            part = group.all_positions() if name == "positions" else getattr(group, name)
+            whole = group.whole()
+            part = whole.all_positions() if name == "positions" else getattr(whole, name)
             if name == "received" and not part.numel():
-                part = torch.zeros(group.keys.shape[:3], device=part.device)
+                part = torch.zeros(whole.keys.shape[:3], device=part.device)
             if len(self.groups) == 1:
                 return part
             padding = [0, 0] * (part.ndim - 3) + [0, longest - group.length]
@@ -218,6 +220,14 @@ class KeptLayer(CacheLayerMixin):
             for group in self.groups
         ]
         self.dropped = True
+
+    def narrow(self, channels: Tensor, window: int) -> None:
+        """Hold these channels (B, Hk, C) alone of all keys but the last ``window`` of each head."""
+        before = self.groups
+        self.groups = [NarrowGroup.of(group, channels[:, group.heads], window) for group in before]
+        if self.is_shared and not self.before:
+            self.before = before
+        self.dropped, self.dropped_at = True, self.seen
 
     def change_values(self, values: Tensor) -> None:
         """Other values (B, Hk, L, D) of the entries, those of all heads in order."""

@@ -2,6 +2,7 @@
 
     python -m bench.cache [--quick] [--kvpress PYTHON] [--save]        time and memory, on a Llama of 8 layers
     python -m bench.cache --facts [--held-out BOOKS] [--samples 200]   facts recalled against the budget, on the bundled model
+    python -m bench.cache --facts --later                              the same, asked for after the context was compressed
 
 The first prints one table: the time of reading a prompt and tokens per second of decoding with a quarter of the cache, as
 ratios to the model alone, and memory; beside kvpress's presses where --kvpress names an interpreter that has them (in an
@@ -52,11 +53,15 @@ from regard.cache import (
     SnapKV,
     StreamingLLM,
     TaskKV,
+    ThinK,
 )
+from regard.cache.narrow_group import NarrowGroup
 
-Recall = dict[str, dict[float, tuple[float, float, float]]]  # exact match and its interval, by policy and budget
-LENGTHS = (512, 1024, 2048, 4096, 8192)
+Recall = dict[
+    str, dict[float, tuple[float, float, float]]
+]  # exact match and its interval, by policy and budgetLENGTHS = (512, 1024, 2048, 4096, 8192)
 BUDGETS = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
+QUESTION = 16  # last tokens of a text, the question among them
 LENGTH, DISTRACTORS, BATCH, SEED = 512, 4, 8, 11
 
 
@@ -101,6 +106,7 @@ def timed_policies(tokenizer: Any) -> dict[str, Policy]:
         "TOVA": TOVA(budget=0.25, when=AfterPrompt()),
         "StreamingLLM": StreamingLLM(budget=0.25, when=AfterPrompt()),
         "observed attention": ObservedAttention(budget=0.25, recent=0.0, when=AfterPrompt()),
+        "SnapKV, ThinK": ThinK(SnapKV(budget=0.25), channels=0.5),
         "TOVA, each step": TOVA(budget=0.25),
         "observed attention, each step": ObservedAttention(budget=0.25),
     }
@@ -139,7 +145,8 @@ def _held(cache: Any) -> int:
 
 def _tensors(layer: Any) -> list[Tensor]:
     groups = getattr(layer, "groups", [layer])
-    return [tensor for group in groups for tensor in (group.keys, group.values)]
+    tensors = [tensor for group in groups for tensor in (group.keys, group.values)]
+    return tensors + [group.narrow for group in groups if isinstance(group, NarrowGroup)]
 
 
 def time_table(lengths: Sequence[int], device: str, rounds: int, presses: Presses | None) -> Table:
@@ -208,6 +215,7 @@ def policies(model: Module, budget: float, samples: list[Tensor]) -> dict[str, P
         "SnapKV, pyramid": SnapKV(budget=Pyramid(budget), window=16),
         "Task-KV": TaskKV(budget=budget, sinks=4, recent=16, window=16),
         "observed attention": ObservedAttention(budget=budget),
+        "ExpectedAttention": ExpectedAttention(budget=budget),
         "TOVA": TOVA(budget=budget),
         "StreamingLLM": StreamingLLM(budget=budget),
         "Knorm": Knorm(budget=budget),
@@ -226,6 +234,36 @@ def retrieval_heads(model: Module, budget: float, samples: list[Tensor]) -> Poli
     return RetrievalHeads(budget=rest, heads=found)
 
 
+def policies_before(tokenizer: Any, budget: float) -> dict[str, Policy]:
+    """Policies that compress a context before it is known what will be asked."""
+    return {
+        "KVzip": KVzip(tokenizer, budget=budget),
+        "KVzip, by layer": KVzip(tokenizer, budget=budget, across="layer"),
+        "KVzip, by head": KVzip(tokenizer, budget=budget, across="head"),
+        "KVzip+": KVzip(tokenizer, budget=budget, normalized=True),
+        "ExpectedAttention": ExpectedAttention(budget=budget),
+        "ExpectedAttention, by head": ExpectedAttention(budget=Adaptive(budget)),
+        "SnapKV": SnapKV(budget=budget, window=16),
+        "SnapKV, by head": SnapKV(budget=Adaptive(budget), window=16),
+    }
+
+
+def recalled_later(model: Any, rows: list[FactRow], policy: Policy) -> int:
+    """How many answers are written out right, where the question comes after the context was compressed."""
+    hits = 0
+    for start in range(0, len(rows), BATCH):
+        ids = torch.from_numpy(np.stack([row.ids for row in rows[start : start + BATCH]]))
+        prompt, answer = ids[:, :-DIGITS], ids[:, -DIGITS:]
+        with torch.inference_mode(), regard.compress(model, policy):
+            past = model(prompt[:, :-QUESTION]).past_key_values
+        mask = torch.ones_like(prompt)
+        written = model.generate(
+            prompt, attention_mask=mask, past_key_values=past, max_new_tokens=DIGITS, do_sample=False
+        )
+        hits += int((written[:, -DIGITS:] == answer).all(dim=1).sum())
+    return hits
+
+
 def recalled(model: Any, rows: list[FactRow], policy: Policy) -> int:
     """How many answers are written out right, all five digits."""
     hits = 0
@@ -240,8 +278,8 @@ def recalled(model: Any, rows: list[FactRow], policy: Policy) -> int:
     return hits
 
 
-def facts(folder: Path | None, samples: int) -> Recall:
-    """Accuracy with its interval, by policy and budget."""
+def facts(folder: Path | None, samples: int, later: bool) -> Recall:
+    """Accuracy with its interval, by policy and budget; ``later``: the question comes after the context was compressed."""
     model, tokenizer = regard.mini()
     material = Material(held_out_books(folder, tokenizer), tokenizer, held_out=True)
     random = np.random.default_rng(SEED)
@@ -253,16 +291,19 @@ def facts(folder: Path | None, samples: int) -> Recall:
     with Progress(transient=True) as bar:
         task = bar.add_task("policies", total=len(BUDGETS))
         for budget in BUDGETS:
-            for name, policy in policies(model, budget, profiled).items():
-                figure = proportion(name, recalled(model, rows, policy), samples)
+            tried = policies_before(tokenizer, budget) if later else policies(model, budget, profiled)
+            for name, policy in tried.items():
+                right = (recalled_later if later else recalled)(model, rows, policy)
+                figure = proportion(name, right, samples)
                 found.setdefault(name, {})[budget] = (figure.value, figure.low, figure.high)
                 bar.update(task, description=f"{budget:.0%}, {name}")
             bar.advance(task)
     return found
 
 
-def facts_table(found: Recall, samples: int) -> Table:
-    title = f"{samples} facts asked for, {DISTRACTORS} distractors, {LENGTH} tokens: exact match, 95% interval"
+def facts_table(found: Recall, samples: int, later: bool) -> Table:
+    asked = "asked for after the context was compressed" if later else "asked for"
+    title = f"{samples} facts {asked}, {DISTRACTORS} distractors, {LENGTH} tokens: exact match, 95% interval"
     table = Table("policy", *(f"{budget:.0%}" for budget in BUDGETS), title=title)
     for name, of in found.items():
         table.add_row(name, *(f"{value:.2f} ({low:.2f}–{high:.2f})" for value, low, high in of.values()))
@@ -296,6 +337,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", help="of the texts, in tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--facts", action="store_true", help="recall against the budget, instead of time and memory")
+    parser.add_argument("--later", action="store_true", help="facts are asked for after the context was compressed")
     parser.add_argument("--held-out", type=Path, help="folder of books; by default the chapter that ships")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--plot", type=Path, help="write the recall as a picture, an HTML page")
@@ -303,9 +345,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.facts:
         samples = 24 if arguments.quick else arguments.samples
-        with Report("cache_facts", arguments.save, width=150) as report:
-            found = facts(arguments.held_out, samples)
-            report.show(facts_table(found, samples))
+        with Report("cache_later" if arguments.later else "cache_facts", arguments.save, width=150) as report:
+            found = facts(arguments.held_out, samples, arguments.later)
+            report.show(facts_table(found, samples, arguments.later))
         if arguments.plot:
             facts_plot(found, samples).write_html(arguments.plot)
         return

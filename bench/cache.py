@@ -61,6 +61,7 @@ Recall = dict[
     str, dict[float, tuple[float, float, float]]
 ]  # exact match and its interval, by policy and budgetLENGTHS = (512, 1024, 2048, 4096, 8192)
 BUDGETS = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
+LENGTHS = (512, 1024, 2048, 4096, 8192)
 QUESTION = 16  # last tokens of a text, the question among them
 LENGTH, DISTRACTORS, BATCH, SEED = 512, 4, 8, 11
 

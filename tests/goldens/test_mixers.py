@@ -37,16 +37,13 @@ def test_gated_delta_rule_of_qwen3_next(form: Form, whole: bool) -> None:
 
 
 def test_selective_ssm_is_the_mixer_of_mamba() -> None:
-    """The whole layer; transformers' convolution has a bias by default, which the paper does not have."""
-    config = hf.MambaConfig(
-        hidden_size=24, state_size=5, expand=2, conv_kernel=4, time_step_rank=3, use_conv_bias=False
-    )
+    config = hf.MambaConfig(hidden_size=24, state_size=5, expand=2, conv_kernel=4, time_step_rank=3)
     theirs = MambaMixer(config, layer_idx=0).eval()
-    ours = SelectiveSSM(24, states=5, expand=2, rank=3, convolution=4).eval()
+    ours = SelectiveSSM(24, state_size=5, expand=2, time_step_rank=3, conv_kernel=4).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))
-        ours.load_state_dict(theirs.state_dict() | {"conv1d.weight": theirs.conv1d.weight.flip(-1)})  # own token first
+        ours.load_state_dict(theirs.state_dict())
         x = torch.randn(2, 40, 24)
         torch.testing.assert_close(ours(x)[0], theirs(x), atol=1e-5, rtol=1e-4)
 
@@ -84,7 +81,7 @@ def test_gated_delta_rule_is_the_layer_of_qwen3_next() -> None:
         gate = mine["g_proj.weight"].unflatten(0, (4, 8))
         theirs.in_proj_qkvz.weight.copy_(torch.cat([query, key, value, gate], dim=1).flatten(0, 1))
         theirs.in_proj_ba.weight.copy_(torch.stack([mine["b_proj.weight"], mine["a_proj.weight"]], dim=1).flatten(0, 1))
-        theirs.conv1d.weight.copy_(mine["conv1d.weight"].flip(-1))
+        theirs.conv1d.weight.copy_(mine["conv1d.weight"])
         theirs.A_log.copy_(mine["A_log"])
         theirs.dt_bias.copy_(mine["dt_bias"])
         theirs.norm.weight.copy_(mine["norm.weight"])

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, RMSNorm
+from torch.nn import Linear, RMSNorm, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, check_heads, cut, initial_state
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear.short_convolution import ShortConvolution, convolved_heads
-from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads
+from regard.mixers.linear.short_convolution import ShortConvolution, convolved_parts
+from regard.mixers.mixer import (
+    Facts,
+    Mixer,
+    check_divides,
+    check_groups,
+    expanded,
+    join_heads,
+    repeat_heads,
+    split_heads,
+)
 from regard.mixers.state import State
 
 CHUNK = 64
@@ -117,14 +126,41 @@ def _unit(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
+def _unit_sum(x: Tensor) -> Tensor:
+    return functional.normalize(x, p=1.0, dim=-1, eps=1e-6)
+
+
+_NORMS = {"l2": _unit, "sum": _unit_sum}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "relu": functional.relu,
+    "elu": lambda x: functional.elu(x) + 1,
+    "identity": lambda x: x,
+}
+
+
 class DeltaRule(Mixer):
     """The layer of DeltaNet: short convolutions and SiLU before queries, keys and values, keys of length 1, queries of length
     1/√D, ``β = sigmoid(W x)``, an RMS norm of each head's output.
 
     Args:
         dim: of the tokens.
-        heads: that divide it.
-        convolution: tokens that the short convolutions see.
+        heads: of queries and keys.
+        num_v_heads: of values, a multiple of `heads`; as many by default.
+        head_dim: D, of a head of queries and keys; ``dim / heads`` by default.
+        expand_v: a head of values is so many times as wide as one of keys.
+        use_gate: multiply the normed output by ``SiLU(W x)``.
+        use_beta: else β = 1.
+        use_short_conv: else there is no convolution.
+        conv_size: tokens that the short convolutions see.
+        conv_bias: whether they have a bias.
+        allow_neg_eigval: β from 0 to 2, so that what is held for a key may change its sign.
+        qk_norm: queries and keys are divided by their length, "l2", or by the sum of their absolute numbers, "sum".
+        qk_activation: of queries and keys, "silu", "relu", "elu" (and 1 is added) or "identity".
+        norm_eps: of the norm.
+
+    Raises:
+        ValueError: heads that do not divide the width, or one another; no such norm or activation.
 
     S. Yang et al. (2024), Parallelizing Linear Transformers with the Delta Rule over Sequence Length.
 
@@ -143,15 +179,48 @@ class DeltaRule(Mixer):
         state="D²/H",
     )
 
-    def __init__(self, dim: int, heads: int = 4, convolution: int = 4) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 4,
+        *,
+        num_v_heads: int | None = None,
+        head_dim: int | None = None,
+        expand_v: float = 1.0,
+        use_gate: bool = False,
+        use_beta: bool = True,
+        use_short_conv: bool = True,
+        conv_size: int = 4,
+        conv_bias: bool = False,
+        allow_neg_eigval: bool = False,
+        qk_norm: str = "l2",
+        qk_activation: str = "silu",
+        norm_eps: float = 1e-5,
+    ) -> None:
         super().__init__(dim)
-        check_divides(type(self).__name__, dim, heads)
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
-        self.conv1d = ShortConvolution(3 * dim, convolution)
-        self.b_proj = Linear(dim, heads, bias=False)
-        self.norm = RMSNorm(dim // heads, eps=1e-5)
-        self.o_proj = Linear(dim, dim, bias=False)
+        name = type(self).__name__
+        for given, known in ((qk_norm, _NORMS), (qk_activation, _ACTIVATIONS)):
+            if given not in known:
+                raise ValueError(f"{name}: there is no {given!r} of queries and keys; known are {', '.join(known)}")
+        if head_dim is None:
+            check_divides(name, dim, heads)
+            head_dim = dim // heads
+        self.heads, self.num_v_heads = heads, heads if num_v_heads is None else num_v_heads
+        check_groups(name, ("heads", heads), ("num_v_heads", self.num_v_heads))
+        self.allow_neg_eigval, self.qk_norm, self.qk_activation = allow_neg_eigval, qk_norm, qk_activation
+        v_dim = expanded(name, head_dim, expand_v)
+        key_width, value_width = heads * head_dim, self.num_v_heads * v_dim
+        self.q_proj, self.k_proj = (Linear(dim, key_width, bias=False) for _ in range(2))
+        self.v_proj = Linear(dim, value_width, bias=False)
+        self.conv1d = (
+            ShortConvolution(2 * key_width + value_width, conv_size, conv_bias, activation=False)
+            if use_short_conv
+            else None
+        )
+        self.b_proj = Linear(dim, self.num_v_heads, bias=False) if use_beta else None
+        self.g_proj = Linear(dim, value_width, bias=False) if use_gate else None
+        self.norm = RMSNorm(v_dim, eps=norm_eps)
+        self.o_proj = Linear(value_width, dim, bias=False)
 
     def mix(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
@@ -162,7 +231,7 @@ class DeltaRule(Mixer):
             query, key, value, self._beta(x, mask), None if state is None else state["memory"],
             log_decay=self._log_decay(x, mask),
         )  # fmt: skip
-        return self._outputs(x, mixed), {"memory": after, "tail": tail}
+        return self._outputs(x, mixed), {"memory": after, **tail}
 
     def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
         """The matrix of the values after their convolution."""
@@ -187,21 +256,33 @@ class DeltaRule(Mixer):
 
     def _inputs(
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, N, D), and the convolution's tail."""
-        before = None if state is None else state["tail"]
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value, tail = convolved_heads(x, projections, self.conv1d, self.heads, before, mask)
-        query = _unit(query) * query.shape[3] ** -0.5  # which the norm does not undo, as long as its epsilon weighs
-        return query, _unit(key), value, tail
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Queries, keys and values (B, H, N, D), one for each head of values, and the convolution's tail."""
+        before = None if state is None or self.conv1d is None else state["tail"]
+        projected = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        (query, key, value), tail = convolved_parts(projected, self.conv1d, before, mask)
+        activation, norm = _ACTIVATIONS[self.qk_activation], _NORMS[self.qk_norm]
+        query, key = (norm(activation(split_heads(part, self.heads))) for part in (query, key))
+        query, key = (repeat_heads(part, self.num_v_heads) for part in (query, key))
+        query = query * query.shape[3] ** -0.5  # which the norm does not undo, as long as its epsilon weighs
+        return query, key, split_heads(functional.silu(value), self.num_v_heads), tail
 
     def _beta(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        beta: Tensor = self.b_proj(x).sigmoid().mT
+        """(B, H, N), 0 for padding."""
+        if self.b_proj is None:
+            beta = x.new_ones(len(x), self.num_v_heads, x.shape[1])
+        else:
+            beta = self.b_proj(x).sigmoid().mT
+        if self.allow_neg_eigval:
+            beta = 2 * beta
         return beta if mask is None else beta * mask[:, None]
 
     def _log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         return None
 
     def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
-        y: Tensor = self.o_proj(join_heads(self.norm(mixed)))
+        joined = join_heads(self.norm(mixed))
+        if self.g_proj is not None:
+            joined = joined * functional.silu(self.g_proj(x))
+        y: Tensor = self.o_proj(joined)
         return y

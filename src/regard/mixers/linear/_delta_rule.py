@@ -269,10 +269,8 @@ class DeltaRule(Mixer):
 
     def _beta(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(B, H, N), 0 for padding."""
-        if self.b_proj is None:
-            beta = x.new_ones(len(x), self.num_v_heads, x.shape[1])
-        else:
-            beta = self.b_proj(x).sigmoid().mT
+        ones = x.new_ones(len(x), self.num_v_heads, x.shape[1])
+        beta = ones if self.b_proj is None else self.b_proj(x).sigmoid().mT
         if self.allow_neg_eigval:
             beta = 2 * beta
         return beta if mask is None else beta * mask[:, None]

@@ -255,6 +255,8 @@ class SelectiveSSM(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Convolved channels and their gates (B, N, E), and the convolution's tail."""
         channels, gate = self.in_proj(x).chunk(2, dim=-1)
+        if mask is not None:  # with a bias, padding is no longer zeros
+            channels = channels * mask[..., None]
         values, tail = self.conv1d(channels, None if state is None else state["tail"], mask)
         return values, gate, tail
 

@@ -18,7 +18,7 @@ from regard.mixers.state import State
 
 
 class GatedLinearAttention(Mixer):
-    """The layer of GLA: `linear_attention` with a decay ``α = σ(W₂ W₁ x + b)^{1/16}`` of each channel of the keys, an RMS norm
+    """The layer of GLA: `linear_attention` with a decay ``α = σ(W₂ W₁ x + b)^{1/16}`` of each channel of the keys, a norm
     of each head's output, and a SiLU gate on it.
 
     Args:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FILE = Path(__file__).with_name("fla.safetensors")
-TOKENS, READ = 68, 66  # more than 64, up to which their recurrent kernels stand in for those in chunks; read, then decoded
+TOKENS, READ = 68, 66  # read and then decoded; up to 64, recurrent kernels stand in for those in chunks
 PADDING = 5  # before the second text
 WIDTH = 16
 Config = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Layers and models of flash-linear-attention, as its Triton kernels ran them under the interpreter, and the same as mixers."""
+"""Layers and models of flash-linear-attention, as its own Triton kernels ran them, and the same as mixers."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ with safe_open(Path(__file__).with_name("fla.safetensors"), "pt") as file:
     CONFIGS: dict[str, dict[str, Any]] = json.loads(file.metadata()["configs"])
 LAYERS, MODELS = ([name for name in CONFIGS if name.startswith(kind)] for kind in ("layer", "model"))
 X, MASK, IDS = GOLDEN["x"], GOLDEN["mask"].bool(), GOLDEN["ids"]
-TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
+TOLERANCE = {"atol": 3e-5, "rtol": 1e-4}
 
 
 def weights_of(name: str) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from regard.mixers.checkpoints import load_layer as load_layer
     from regard.mixers.checkpoints import load_model as load_model
     from regard.mixers.in_place import replace_attention as replace_attention
+    from regard.mixers.in_place import replace_linear_layers as replace_linear_layers
     from regard.mixers.language_model import MixerConfig as MixerConfig
     from regard.mixers.language_model import MixerLM as MixerLM
 
@@ -32,6 +33,7 @@ _OF_TRANSFORMERS = {
     "load_layer": "checkpoints",
     "load_model": "checkpoints",
     "replace_attention": "in_place",
+    "replace_linear_layers": "in_place",
 }
 
 

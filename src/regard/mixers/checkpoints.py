@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Module
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from regard.mixers.language_model import MixerConfig, MixerLM
 from regard.mixers.linear import DeltaRule, GatedDeltaRule, GatedLinearAttention, SelectiveSSM
@@ -113,14 +113,40 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> MixerL
     )  # fmt: skip
     options.close(layout.beside)
     with torch.device("meta"):
-        model = MixerLM(config).to(dtype)
-    model.to_empty(device="cpu")
+        model = MixerLM(config)
+    Module.to(model, dtype).to_empty(device="cpu")
     weights: dict[str, Tensor] = {}
     for file in files:
         weights |= load_file(file)
     _fill(model, layout.model.sources(model, layout), layout.renamed(weights), options.kind)
     model.tie_weights()
-    return model.eval()
+    model.train(False)
+    return model
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, Module]:
+    """The linear layers of a model of transformers that `load_layer` knows, by path.
+
+    Raises:
+        ValueError: a model that has none.
+
+    >>> from transformers import MambaConfig, MambaForCausalLM
+    >>> list(linear_layers(MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=50))))
+    ['backbone.layers.0.mixer', 'backbone.layers.1.mixer']
+    """
+    kind = model.config.get_text_config().model_type
+    layout = _LAYOUTS.get(kind)
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if layout is not None and path.rpartition(".")[2] == layout.module and hasattr(module, "layer_idx")
+    }
+    if not found:
+        known = ", ".join(sorted(name for name, layout in _LAYOUTS.items() if layout.module))
+        raise ValueError(
+            f"a {type(model).__name__} ({kind}) has no linear layers that are known as mixers; {known} have"
+        )
+    return found
 
 
 class _Options:
@@ -169,7 +195,7 @@ class _Source:
     """Where a tensor comes from: their names, and what becomes of these."""
 
     names: tuple[str, ...]
-    take: Take = lambda _, parts: torch.cat(parts) if len(parts) > 1 else parts[0]  # noqa: E731
+    take: Take = lambda _, parts: torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True)
@@ -185,21 +211,21 @@ class _Model:
 
     def sources(self, model: MixerLM, layout: _Layout) -> dict[str, _Source]:
         """Of each tensor of a model."""
-        found = {}
+        found: dict[str, _Source] = {}
         for own, theirs in self.names.items():
             numbers = range(len(model.layers)) if "{}" in own else range(1)
             found |= {own.format(number): _Source((theirs.format(number),)) for number in numbers}
         for number, block in enumerate(model.layers):
-            before = self.layer.format(number)
-            for own, source in layout.sources(block.mixer).items():
-                take = partial(_of_layer, source.take, block.mixer)
+            before, mixer = self.layer.format(number), block.get_submodule("mixer")
+            for own, source in layout.sources(mixer).items():
+                take = partial(_of_layer, source.take, mixer)
                 found[f"layers.{number}.mixer.{own}"] = _Source(tuple(before + name for name in source.names), take)
         if model.config.tie_word_embeddings:
             found["lm_head.weight"] = found["embed_tokens.weight"]
         return found
 
 
-def _of_layer(take: Take, mixer: Mixer, _: MixerLM, parts: list[Tensor]) -> Tensor:
+def _of_layer(take: Take, mixer: Module, _: MixerLM, parts: list[Tensor]) -> Tensor:
     return take(mixer, parts)
 
 
@@ -216,8 +242,10 @@ class _Layout:
     other_names: Mapping[str, str] = field(default_factory=dict)
     """Ends of names that a weight may have too."""
     model: _Model | None = None
+    module: str | None = None
+    """What a model of transformers calls the layer."""
 
-    def sources(self, mixer: Mixer) -> dict[str, _Source]:
+    def sources(self, mixer: Module) -> dict[str, _Source]:
         """Of each tensor of a mixer."""
         return {own: self.table.get(own, _Source((own,))) for own in mixer.state_dict()}
 
@@ -389,16 +417,21 @@ def _qwen(options: _Options) -> dict[str, Any]:
 def _by_key_head(number: int, mixer: GatedDeltaRule, parts: list[Tensor]) -> Tensor:
     """Of what is told key head by key head: its query, its key, the values and the gates of its heads of values."""
     key, values = mixer.q_proj.out_features // mixer.heads, mixer.v_proj.out_features // mixer.heads
-    return parts[0].unflatten(0, (mixer.heads, -1)).split([key, key, values, values], dim=1)[number].flatten(0, 1)
+    of_heads: tuple[Tensor, ...] = (
+        parts[0].view(mixer.heads, 2 * (key + values), -1).split([key, key, values, values], dim=1)
+    )
+    return of_heads[number].flatten(0, 1)
 
 
 def _half_by_key_head(number: int, mixer: GatedDeltaRule, parts: list[Tensor]) -> Tensor:
-    return parts[0].unflatten(0, (mixer.heads, 2, -1))[:, number].flatten(0, 1)
+    of_heads: Tensor = parts[0].view(mixer.heads, 2, mixer.num_v_heads // mixer.heads, -1)
+    return of_heads[:, number].flatten(0, 1)
 
 
 def _one_of_three(number: int, mixer: GatedDeltaRule, parts: list[Tensor]) -> Tensor:
     key, values = mixer.q_proj.out_features, mixer.v_proj.out_features
-    return parts[0].split([key, key, values])[number]
+    split: tuple[Tensor, ...] = parts[0].split([key, key, values])
+    return split[number]
 
 
 _QWEN_OUTPUT = {"o_proj.weight": _Source(("out_proj.weight",))}
@@ -414,6 +447,7 @@ _QWEN3_NEXT = _Layout(
         f"{one}_proj.weight": _Source(("in_proj_ba.weight",), partial(_half_by_key_head, number))
         for number, one in enumerate("ba")
     },
+    module="linear_attn",
 )
 _QWEN3_5 = _Layout(
     GatedDeltaRule,
@@ -424,6 +458,7 @@ _QWEN3_5 = _Layout(
         for number, one in enumerate("qkv")
     }
     | {f"{own}_proj.weight": _Source((f"in_proj_{one}.weight",)) for own, one in zip("gba", "zba", strict=True)},
+    module="linear_attn",
 )
 
 _NORM = {"norm.weight": _Source(("o_norm.weight",))}
@@ -434,7 +469,7 @@ _LAYOUTS = {
     ),
     "delta_net": _Layout(DeltaRule, _delta_net, _CONVOLUTIONS | _NORM, _FLA_BESIDE, model=_FLA_MODEL),
     "gated_deltanet": _Layout(GatedDeltaRule, _gated_deltanet, _CONVOLUTIONS | _NORM, _FLA_BESIDE, model=_FLA_MODEL),
-    "mamba": _Layout(SelectiveSSM, _mamba, {}, _MAMBA_BESIDE, model=_MAMBA_MODEL),
+    "mamba": _Layout(SelectiveSSM, _mamba, {}, _MAMBA_BESIDE, model=_MAMBA_MODEL, module="mixer"),
     "qwen3_next": _QWEN3_NEXT,
     "qwen3_5_text": _QWEN3_5,
     "qwen3_5_moe_text": _QWEN3_5,

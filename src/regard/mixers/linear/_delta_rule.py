@@ -12,6 +12,7 @@ from torch.nn import Linear, RMSNorm, functional
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, check_heads, cut, initial_state
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.linear import _fla_kernels
 from regard.mixers.linear.short_convolution import ShortConvolution, convolved_parts
 from regard.mixers.mixer import (
     Facts,
@@ -37,12 +38,13 @@ def delta_rule(
     *,
     log_decay: Tensor | None = None,
     form: Form = "chunked",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``S_i = α_i (I − β_i k_i k_iᵀ) S_{i−1} + β_i k_i v_iᵀ,  o_i = S_iᵀ q_i``.
 
     Written as ``S_i = α_i S_{i−1} + k_i u_iᵀ``, the corrections ``u_i = β_i (v_i − α_i S_{i−1}ᵀ k_i)`` of a chunk solve one
-    triangular system, so that chunks are products of matrices.
+    triangular system, so that chunks are products of matrices. Where a GPU and flash-linear-attention are, the chunked
+    form of values in half precision is its Triton kernel, whose gradients have none of their own, unless `chunk` is given.
 
     Args:
         query, key: (B, H, N, Dk); keys of length 1, or β‖k‖² ≤ 2, keep the memory from growing.
@@ -51,7 +53,7 @@ def delta_rule(
         state: S before the first token, (B, H, Dk, Dv); zeros by default.
         log_decay: log α, (B, H, N), at most 0; none by default.
         form: "parallel" one triangular system of all tokens, "chunked" one for each chunk, "recurrent" token by token.
-        chunk: tokens of a chunk.
+        chunk: tokens of a chunk, by default 64 or the kernel's own.
 
     Returns:
         The output (B, H, N, Dv) in the values' dtype, and S after the last token, in float32 at least.
@@ -75,15 +77,21 @@ def delta_rule(
         if gate is not None and gate.shape != query.shape[:3]:
             raise ValueError(f"{name} must be of shape {tuple(query.shape[:3])}, got {tuple(gate.shape)}")
     before = initial_state(state, query, value)
+    if form == "chunked" and chunk is None:
+        kernel = _fla_kernels.operator("delta_rule" if log_decay is None else "gated_delta_rule", query, value)
+        if kernel is not None:
+            heads = {"q": query.to(value), "k": key.to(value), "v": value, "beta": beta}
+            if log_decay is not None:
+                heads["g"] = log_decay.float()
+            return _fla_kernels.run(kernel, heads, value, state)
     dtype = torch.promote_types(value.dtype, torch.float32)
     q, k, v, b = (tensor.to(dtype) for tensor in (query, key, value, beta))
     decay = torch.zeros_like(b) if log_decay is None else log_decay.to(dtype)
     if form == "recurrent":
         output, after = _recurrent(q, k, v, b, decay, before)
     else:
-        output, after = _chunked(
-            q, k, v, b, decay, before, q.shape[2] if form == "parallel" else min(chunk, q.shape[2])
-        )
+        size = q.shape[2] if form == "parallel" else min(CHUNK if chunk is None else chunk, q.shape[2])
+        output, after = _chunked(q, k, v, b, decay, before, size)
     return output.to(value.dtype), after
 
 

@@ -11,12 +11,11 @@ from torch.nn import Linear, RMSNorm, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, check_heads, cut, initial_state
-from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear import _fla_kernels
 from regard.mixers.linear.short_convolution import ShortConvolution, convolved_parts
 from regard.mixers.mixer import (
     Facts,
-    Mixer,
     check_divides,
     check_groups,
     expanded,
@@ -24,7 +23,8 @@ from regard.mixers.mixer import (
     repeat_heads,
     split_heads,
 )
-from regard.mixers.state import State
+from regard.mixers.projected import Projected
+from regard.mixers.value_mixer import ValueMixer
 
 CHUNK = 64
 
@@ -147,7 +147,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class DeltaRule(Mixer):
+class DeltaRule(ValueMixer):
     """The layer of DeltaNet: short convolutions and SiLU before queries, keys and values, keys of length 1, queries of length
     1/√D, ``β = sigmoid(W x)``, an RMS norm of each head's output.
 
@@ -230,65 +230,49 @@ class DeltaRule(Mixer):
         self.norm = RMSNorm(v_dim, eps=norm_eps)
         self.o_proj = Linear(value_width, dim, bias=False)
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Project, convolve, remember, read."""
-        query, key, value, tail = self._inputs(x, state, mask)
-        mixed, after = delta_rule(
-            query, key, value, self._beta(x, mask), None if state is None else state["memory"],
-            log_decay=self._log_decay(x, mask),
-        )  # fmt: skip
-        return self._outputs(x, mixed), {"memory": after, **tail}
-
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        """The matrix of the values after their convolution."""
-        tensors = None if state is None else state.tensors
-        query, key, value, _ = self._inputs(x, tensors, None)
-        beta, decay = self._beta(x, None), self._log_decay(x, None)
-        batch, heads, tokens, _ = query.shape
-
-        def apply(values: Tensor) -> Tensor:
-            return delta_rule(query, key, values, beta, log_decay=decay)[0]
-
-        return HiddenMap(apply, (batch, heads, tokens, tokens), value)
-
-    def system(self, x: Tensor) -> DynamicalSystem:
-        """``Λ = α (I − β k kᵀ), b = β k, c = q``."""
-        query, key, _, _ = self._inputs(x, None, None)
-        beta, decay = self._beta(x, None)[..., None], self._log_decay(x, None)
-        transition = torch.eye(key.shape[-1], device=x.device) - beta[..., None] * key[..., None] * key[..., None, :]
-        if decay is not None:
-            transition = decay.exp()[..., None, None] * transition
-        return DynamicalSystem(transition, beta * key, query)
-
-    def _inputs(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Queries, keys and values (B, H, N, D), one for each head of values, and the convolution's tail."""
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Queries, keys and values behind one convolution, one for each head of values, β, and where it forgets, log α."""
         before = None if state is None or self.conv1d is None else state["tail"]
         projected = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
-        (query, key, value), tail = convolved_parts(projected, self.conv1d, before, mask)
+        (query, key, value), tail = convolved_parts(projected, self.conv1d, before, layout.mask)
         activation, norm = _ACTIVATIONS[self.qk_activation], _NORMS[self.qk_norm]
         query, key = (norm(activation(split_heads(part, self.heads))) for part in (query, key))
         query, key = (repeat_heads(part, self.num_v_heads) for part in (query, key))
         query = query * query.shape[3] ** -0.5  # which the norm does not undo, as long as its epsilon weighs
-        return query, key, split_heads(functional.silu(value), self.num_v_heads), tail
+        real = 1.0 if layout.mask is None else layout.mask[:, None]
+        gates = {name: gate * real for name, gate in self._gates(x).items()}
+        value = split_heads(functional.silu(value), self.num_v_heads)
+        return Projected(value, {"query": query, "key": key, "x": x, **gates}, tail)
 
-    def _beta(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, H, N), 0 for padding."""
-        ones = x.new_ones(len(x), self.num_v_heads, x.shape[1])
-        beta = ones if self.b_proj is None else self.b_proj(x).sigmoid().mT
-        if self.allow_neg_eigval:
-            beta = 2 * beta
-        return beta if mask is None else beta * mask[:, None]
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The delta rule."""
+        mixed, after = delta_rule(
+            projected["query"], projected["key"], projected.value, projected["beta"],
+            None if state is None else state["memory"], log_decay=projected.get("log_decay"),
+        )  # fmt: skip
+        return mixed, {"memory": after}
 
-    def _log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        return None
-
-    def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """Each head's norm, gated where there is a gate, and the output's projection."""
         joined = join_heads(self.norm(mixed))
         if self.g_proj is not None:
-            joined = joined * functional.silu(self.g_proj(x))
+            joined = joined * functional.silu(self.g_proj(projected["x"]))
         y: Tensor = self.o_proj(joined)
         return y
+
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """``Λ = α (I − β k kᵀ), b = β k, c = q``."""
+        projected = self.project(x)
+        key, beta, decay = projected["key"], projected["beta"][..., None], projected.get("log_decay")
+        transition = torch.eye(key.shape[-1], device=x.device) - beta[..., None] * key[..., None] * key[..., None, :]
+        if decay is not None:
+            transition = decay.exp()[..., None, None] * transition
+        return DynamicalSystem(transition, beta * key, projected["query"])
+
+    def _gates(self, x: Tensor) -> dict[str, Tensor]:
+        """β, (B, H, N)."""
+        ones = x.new_ones(len(x), self.num_v_heads, x.shape[1])
+        beta = ones if self.b_proj is None else self.b_proj(x).sigmoid().mT
+        return {"beta": 2 * beta if self.allow_neg_eigval else beta}

@@ -65,10 +65,10 @@ class GatedDeltaRule(DeltaRule):
         step = torch.empty(self.num_v_heads).uniform_(-6.9, -2.3).exp()
         self.dt_bias = Parameter(step.expm1().log())  # the inverse of softplus
 
-    def _log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _gates(self, x: Tensor) -> dict[str, Tensor]:
+        """β and log α, (B, H, N)."""
         dtype = torch.promote_types(
             x.dtype, torch.float32
         )  # in half precision, decays near 1 would be one and the same
         step = functional.softplus(self.a_proj(x).to(dtype) + self.dt_bias.to(dtype))
-        decay = (-self.A_log.to(dtype).exp() * step).mT
-        return decay if mask is None else decay * mask[:, None]
+        return super()._gates(x) | {"log_decay": (-self.A_log.to(dtype).exp() * step).mT}

@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.nn import Linear, RMSNorm, Sequential, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem
-from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear.short_convolution import ShortConvolution, convolved_parts
-from regard.mixers.mixer import Facts, Mixer, check_groups, expanded, join_heads, repeat_heads, split_heads
-from regard.mixers.state import State
+from regard.mixers.mixer import Facts, check_groups, expanded, join_heads, repeat_heads, split_heads
+from regard.mixers.projected import Projected
+from regard.mixers.value_mixer import ValueMixer
 
 
-class GatedLinearAttention(Mixer):
+class GatedLinearAttention(ValueMixer):
     """The layer of GLA: `linear_attention` with a decay ``α = σ(W₂ W₁ x + b)^{1/16}`` of each channel of the keys, a norm
     of each head's output, and a SiLU gate on it.
 
@@ -91,56 +92,42 @@ class GatedLinearAttention(Mixer):
         self.norm = RMSNorm(value_width // heads, eps=norm_eps)
         self.o_proj = Linear(value_width, dim, bias=False)
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Project, remember, read, norm and gate."""
-        query, key, value, tail = self._inputs(x, state, mask)
-        before = None if state is None else state["memory"]
-        mixed, after = linear_attention(query, key, value, self._log_decay(x, mask), before)
-        return self._outputs(x, mixed), {"memory": after, **tail}
-
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        """``Σ_c q_ic k_jc exp(G_ic − G_jc)``, of the values after their convolution where there is one."""
-        query, key, value, _ = self._inputs(x, None if state is None else state.tensors, None)
-        decay = self._log_decay(x, None)
-        batch, heads, tokens, _ = query.shape
-
-        def apply(values: Tensor) -> Tensor:
-            return linear_attention(query, key, values, decay)[0]
-
-        return HiddenMap(apply, (batch, heads, tokens, tokens), value)
-
-    def system(self, x: Tensor) -> DynamicalSystem:
-        """``Λ = α, b = k, c = q``."""
-        query, key, _, _ = self._inputs(x, None, None)
-        return DynamicalSystem(self._log_decay(x, None).exp(), key, query)
-
-    def _inputs(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Queries, keys and values (B, H, N, D), one for each head of queries, and the convolution's tail."""
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Queries, and for each of their heads keys, values and log α, 0 for padding."""
         before = None if state is None or self.conv1d is None else state["tail"]
         projected = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
-        (query, key, value), tail = convolved_parts(projected, self.conv1d, before, mask)
-        if mask is not None:  # behind a convolution, padding is no longer zeros
-            key = key * mask[..., None]
-        key, value = (repeat_heads(split_heads(part, self.num_kv_heads), self.heads) for part in (key, value))
-        query = split_heads(query, self.heads)
-        return query * query.shape[3] ** -0.5, key, value, tail
-
-    def _log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """log α, (B, H, N, D), 0 for padding."""
+        (query, key, value), tail = convolved_parts(projected, self.conv1d, before, layout.mask)
         logits = self.gk_proj(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         decay = functional.logsigmoid(logits) / self.gate_logit_normalizer
-        if mask is not None:
-            decay = decay * mask[..., None]
-        return repeat_heads(split_heads(decay, self.num_kv_heads), self.heads)
+        if layout.mask is not None:  # behind a convolution, padding is no longer zeros
+            key, decay = key * layout.mask[..., None], decay * layout.mask[..., None]
+        key, value, decay = (
+            repeat_heads(split_heads(part, self.num_kv_heads), self.heads) for part in (key, value, decay)
+        )
+        query = split_heads(query, self.heads)
+        query = query * query.shape[3] ** -0.5
+        return Projected(value, {"query": query, "key": key, "log_decay": decay, "x": x}, tail)
 
-    def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Linear attention with a decay for each channel."""
+        mixed, after = linear_attention(
+            projected["query"], projected["key"], projected.value, projected["log_decay"],
+            None if state is None else state["memory"],
+        )  # fmt: skip
+        return mixed, {"memory": after}
+
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """Each head's norm, gated where there is a gate, and the output's projection."""
         joined = join_heads(self.norm(mixed))
         if self.g_proj is not None:
-            joined = joined * functional.silu(self.g_proj(x))
+            joined = joined * functional.silu(self.g_proj(projected["x"]))
         y: Tensor = self.o_proj(joined)
         return y
+
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """``Λ = α, b = k, c = q``."""
+        projected = self.project(x)
+        return DynamicalSystem(projected["log_decay"].exp(), projected["key"], projected["query"])

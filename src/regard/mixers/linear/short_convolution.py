@@ -40,7 +40,8 @@ class ShortConvolution(Module):
             raise ValueError(f"ShortConvolution: width must be at least 1, got {width}")
         self.width, self.activation = width, activation
         bound = width**-0.5
-        self.weight = Parameter(torch.empty(dim, 1, width).uniform_(-bound, bound))
+        taps = torch.empty(dim, 1, width).uniform_(-bound, bound)
+        self.weight = Parameter(taps.flip(-1))  # the own token's drawn first: a seed gives what it gave
         self.bias = Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor, tail: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from regard.maps._scores import Scores
 from regard.maps._select import KernelName, evaluate
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A product asked of the matrix; ``side`` names the field of the request that its columns become a part of."""
 
     side: Literal["values", "weights", "received", "entropy", "segments"]

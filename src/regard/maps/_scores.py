@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from regard.maps._strip import largest_product, unlocked
 from regard.masks import Mask, causal
 
 # Rounding in a logit s is about |s| times the unit roundoff, and becomes the relative error of a probability. Beyond
@@ -41,7 +40,7 @@ class Scores:
     sinks: Tensor | None = None
     rule: Mask | None = None
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int, int]:
         batch, heads, queries, _ = self.query.shape
         return batch, heads, queries, self.key.shape[2]
@@ -61,8 +60,7 @@ class Scores:
         """An upper bound on the magnitude of the logits that carry weight."""
         if self.bound is not None:
             return self.bound
-        with torch.no_grad():
-            limit: float = unlocked(largest_product)(self.query, self.key) * abs(self.scale)
+        limit = abs(self.scale) * _largest_product(self.query, self.key)
         if not math.isfinite(limit):
             raise ValueError(_describe_not_finite(self.query, self.key))
         if self.softcap is not None:
@@ -262,6 +260,15 @@ def _check_sinks(sinks: Tensor, shape: tuple[int, int, int, int], query: Tensor)
             f"the rows {wanted}; got shape {sizes}"
         )
     return sinks.reshape(three)
+
+
+def _largest_product(query: Tensor, key: Tensor) -> float:
+    """The largest norm of a query times that of a key, in float32 at least: no product of the two is larger."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    of_queries, of_keys = (
+        torch.linalg.vector_norm(tensor.detach(), dim=-1, dtype=dtype).amax() for tensor in (query, key)
+    )
+    return float(of_queries * of_keys)
 
 
 def _largest_sink(sinks: Tensor) -> float:

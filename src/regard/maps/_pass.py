@@ -98,10 +98,12 @@ def _join(columns: list[Tensor | None], scores: Scores) -> Tensor | None:
 
 def _parts(product: Tensor | None, questions: dict[Hashable, Question], side: str) -> dict[Hashable, Tensor]:
     """Give each question of this side its columns of the product."""
+    if product is None:
+        return {}
     parts, start = {}, 0
     for key, question in questions.items():
-        if product is not None and question.side == side:
+        if question.side == side:
             width = len(question.segments) if question.columns is None else question.columns.shape[-1]
-            parts[key] = product[..., start : start + width]
+            parts[key] = product if width == product.shape[-1] else product[..., start : start + width]
             start += width
     return parts

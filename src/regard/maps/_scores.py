@@ -166,8 +166,8 @@ def make_scores(
     batch = _broadcast_batch(query, key)
     heads = _check_heads(query.shape[1], key.shape[1], enable_gqa)
     key_heads = key.shape[1] if query.shape[1] % key.shape[1] == 0 else heads
-    query = query.expand(batch, heads, -1, -1)
-    key = key.expand(batch, key_heads, -1, -1)
+    if query.shape[:2] != (batch, heads) or key.shape[:2] != (batch, key_heads):
+        query, key = query.expand(batch, heads, -1, -1), key.expand(batch, key_heads, -1, -1)
     shape = (batch, heads, query.shape[2], key.shape[2])
     mask = None if attn_mask is None else _check_mask(attn_mask, shape, query)
     if scale is None:
@@ -265,10 +265,10 @@ def _check_sinks(sinks: Tensor, shape: tuple[int, int, int, int], query: Tensor)
 def _largest_product(query: Tensor, key: Tensor) -> float:
     """The largest norm of a query times that of a key, in float32 at least: no product of the two is larger."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    of_queries, of_keys = (
-        torch.linalg.vector_norm(tensor.detach(), dim=-1, dtype=dtype).amax() for tensor in (query, key)
-    )
-    return float(of_queries * of_keys)
+    if torch.is_grad_enabled():
+        query, key = query.detach(), key.detach()
+    of_queries = torch.linalg.vector_norm(query, dim=-1, dtype=dtype).amax()
+    return float(of_queries * torch.linalg.vector_norm(key, dim=-1, dtype=dtype).amax())
 
 
 def _largest_sink(sinks: Tensor) -> float:

@@ -13,18 +13,18 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.checkpoint import checkpoint
 
 from regard.maps import AttentionMap
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.in_turn import in_turn
 from regard.mixers.mixer_call import MixerCall
 from regard.mixers.packed import unpack
 from regard.mixers.state import State
 from regard.runtime import HiddenCall, intercept, looked_at, read, unseen
 
 _PIECE = 2048  # tokens of all texts together
-_TRAINED_PIECE = 512  # of which all that the backward pass needs is stored at a time
+_TRAINED = 512 * 1024  # numbers in the tokens of which all that the backward pass needs is stored at a time
 _SMALLEST_PIECE = 256  # below, the pieces' number costs more than their size saves
 
 
@@ -174,18 +174,19 @@ class Mixer(Module, ABC):
         self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`mix`, in pieces where that is better; each is mixed again for its gradients, so that one at a time is stored."""
-        at_once = _TRAINED_PIECE if torch.is_grad_enabled() else _PIECE
-        piece = max(at_once // max(len(x), 1), _SMALLEST_PIECE)
-        if x.shape[1] <= piece or not (self.in_pieces and self.causal):
+        batch, tokens, dim = x.shape
+        training = torch.is_grad_enabled()
+        piece = max(_TRAINED // (batch * dim) if training else _PIECE // batch, _SMALLEST_PIECE)
+        if tokens <= piece or not (self.in_pieces and self.causal):
             return self.mix(x, state, mask)
         texts = x.split(piece, dim=1)
         masks = [None] * len(texts) if mask is None else mask.split(piece, dim=1)
-        if torch.is_grad_enabled():
-            outputs, after = [], state
-            for text, real in zip(texts, masks, strict=True):
-                output, after = checkpoint(self.mix, text, after, real, use_reentrant=False)
-                outputs.append(output)
-            return torch.cat(outputs, dim=1), dict(after or {})
+        if training:
+            outputs, last = in_turn(
+                lambda part, before: self.mix(part[0], before, part[1]), list(zip(texts, masks, strict=True)), state,
+                lambda held: sum(tensor.numel() for tensor in (held or {}).values()) > texts[0].numel(),
+            )  # fmt: skip
+            return torch.cat(outputs, dim=1), dict(last or {})
         first, after = self.mix(texts[0], state, masks[0])
         y = first.new_empty(x.shape)  # pieces joined at the end would be held twice
         places = y.split(piece, dim=1)

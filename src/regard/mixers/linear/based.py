@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import Linear, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem, of_features
-from regard.mixers.forms import Form, check_form, check_heads
+from regard.mixers.forms import Form, check_form, check_heads, initial_state
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.linear._linear_attention import CHUNK, linear_attention
+from regard.mixers.linear._linear_attention import linear_attention
+from regard.mixers.linear._second_order import CHUNK, second_order_sums
 from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads
 from regard.mixers.softmax.sliding_window import SlidingWindow, check_window
 from regard.mixers.state import State
@@ -76,7 +77,8 @@ def taylor_attention(
         state: ``Σ φ(k) [v, 1]ᵀ`` before the first token, (B, H, 1 + F + F (F+1)/2, Dv + 1); zeros by default.
         mask: (B, N), false for padding, which no token sees.
         causal: else each token sees all.
-        form, chunk: as in `linear_attention`, of which this is an instance.
+        form: as in `linear_attention`, of which this is an instance.
+        chunk: tokens of a chunk; where there are more, the features of each are computed again in the backward pass.
 
     Returns:
         The output (B, H, N, Dv) in the values' dtype, and the state after the last token, in float32 at least.
@@ -99,10 +101,23 @@ def taylor_attention(
     counted = torch.cat([value.to(dtype), value.new_ones(*value.shape[:3], 1, dtype=dtype)], dim=-1)
     if mask is not None:
         counted = counted * mask[:, None, :, None]
-    q, k = taylor_features(query.to(dtype)), taylor_features(key.to(dtype))
-    sums, after = linear_attention(q, k, counted, state=state, causal=causal, form=form, chunk=chunk)
+    q, k = query.to(dtype), key.to(dtype)
+    if form == "chunked" and causal:
+        width = q.shape[3]
+        before = initial_state(state, q.new_empty(*q.shape[:3], taylor_width(width)), counted)
+        scale = width**-0.25
+        sums, after = second_order_sums(q * scale, k * scale, counted, before, _pairs(width, q.device), chunk)
+    else:
+        features = taylor_features(q), taylor_features(k)
+        sums, after = linear_attention(*features, counted, state=state, causal=causal, form=form, chunk=chunk)
     output = sums[..., :-1] / sums[..., -1:].clamp(min=_SMALLEST)
     return output.to(value.dtype), after
+
+
+def _pairs(width: int, device: torch.device) -> Tensor:
+    """The pairs of dimensions whose products are features, in their order."""
+    squares = torch.arange(width, device=device).expand(2, -1)
+    return torch.cat([squares, torch.triu_indices(width, width, offset=1, device=device)], dim=1)
 
 
 class TaylorAttention(Mixer):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+LARGE = 512 * 1024
+"""Numbers, of which to store one for each part would outweigh the parts."""
 
 Part = TypeVar("Part")
 Held = TypeVar("Held")
@@ -17,29 +21,34 @@ Step = Callable[[Part, Held], tuple[Tensor, Held]]
 
 
 def in_turn(
-    step: Step[Part, Held], parts: Sequence[Part], held: Held, large: Callable[[Held], bool]
+    step: Step[Part, Held], parts: Sequence[Part], held: Held, numbers: int, group: int = 1
 ) -> tuple[list[Tensor], Held]:
     """The outputs of all parts, and what is held after the last.
 
-    Where gradients are wanted and there are several parts, what was held before each is stored, and all else computed again
-    in the backward pass. Of what is large, one is stored for each of √n groups, and one for each part of a group while that is
-    computed again: 2 √n in place of n, for one more pass.
+    Where gradients are wanted and there are several groups of parts, what was held before each group is stored, and all else
+    computed again in the backward pass. Where that is a lot, it is stored before each of √n groups, and before each part of a
+    group while that is computed again: 2 √n in place of n, for one more pass.
+
+    Args:
+        step: the output of a part, and what is held after it.
+        parts: of a text.
+        held: before the first.
+        numbers: in what is held.
+        group: parts that are computed again together.
 
     >>> import torch
-    >>> in_turn(lambda part, held: (part + held, held + 1), [torch.zeros(1), torch.ones(1)], 5, lambda held: False)
+    >>> in_turn(lambda part, held: (part + held, held + 1), [torch.zeros(1), torch.ones(1)], 5, 1)
     ([tensor([5.]), tensor([7.])], 7)
     """
-    if len(parts) == 1 or not torch.is_grad_enabled():
+    many = numbers > LARGE and len(parts) > 3
+    size = math.isqrt(len(parts)) if many else group
+    if len(parts) <= size or not torch.is_grad_enabled():
         return _plainly(step, parts, held)
-    output, held = _again(step, parts[0], held)
-    outputs, rest = [output], parts[1:]
-    if not large(held) or len(rest) < 4:
-        others, held = _each_again(step, rest, held)
-        return outputs + others, held
-    size = math.ceil(math.sqrt(len(rest)))
-    for start in range(0, len(rest), size):
-        others, held = _again(lambda group, held: _each_again(step, group, held), rest[start : start + size], held)
-        outputs += others
+    inner = _each_again if many else _plainly
+    outputs: list[Tensor] = []
+    for start in range(0, len(parts), size):
+        some, held = _again(partial(inner, step), parts[start : start + size], held)
+        outputs += some
     return outputs, held
 
 

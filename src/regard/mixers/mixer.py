@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils.checkpoint import checkpoint
 
 from regard.maps import AttentionMap
 from regard.mixers.dynamical_system import DynamicalSystem
@@ -182,11 +183,7 @@ class Mixer(Module, ABC):
         texts = x.split(piece, dim=1)
         masks = [None] * len(texts) if mask is None else mask.split(piece, dim=1)
         if training:
-            outputs, last = in_turn(
-                lambda part, before: self.mix(part[0], before, part[1]), list(zip(texts, masks, strict=True)), state,
-                lambda held: sum(tensor.numel() for tensor in (held or {}).values()) > texts[0].numel(),
-            )  # fmt: skip
-            return torch.cat(outputs, dim=1), dict(last or {})
+            return self._read_again(list(zip(texts, masks, strict=True)), state)
         first, after = self.mix(texts[0], state, masks[0])
         y = first.new_empty(x.shape)  # pieces joined at the end would be held twice
         places = y.split(piece, dim=1)
@@ -195,6 +192,18 @@ class Mixer(Module, ABC):
             output, after = self.mix(text, after, real)
             place.copy_(output)
         return y, after
+
+    def _read_again(
+        self, parts: list[tuple[Tensor, Tensor | None]], state: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The first piece by itself, after which it is known how large a state is."""
+
+        def step(part: tuple[Tensor, Tensor | None], before: Mapping[str, Tensor] | None) -> tuple[Tensor, Any]:
+            return self.mix(part[0], before, part[1])
+
+        first, after = checkpoint(step, parts[0], state, use_reentrant=False)
+        outputs, after = in_turn(step, parts[1:], after, sum(tensor.numel() for tensor in after.values()))
+        return torch.cat([first, *outputs], dim=1), after
 
     @abstractmethod
     def mix(

@@ -31,9 +31,7 @@ def second_order_sums(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     chunks = list(zip(*(tensor.split(chunk, dim=2) for tensor in (query, key, value)), strict=True))
-    outputs, after = in_turn(
-        lambda tokens, held: _chunk(*tokens, held, pairs), chunks, before, lambda held: held.numel() > query[:, :, :chunk].numel()
-    )
+    outputs, after = in_turn(lambda tokens, held: _chunk(*tokens, held, pairs), chunks, before, before.numel())
     return torch.cat(outputs, dim=2), after
 
 

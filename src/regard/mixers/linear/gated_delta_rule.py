@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter, functional
 
+from regard.mixers.forms import softplus
 from regard.mixers.linear._delta_rule import DeltaRule
 from regard.mixers.mixer import Facts, join_heads
 
@@ -46,7 +47,7 @@ class GatedDeltaRule(DeltaRule):
         self.g_proj = Linear(dim, dim, bias=False)
 
     def _log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        decay = (-self.A_log.exp() * functional.softplus(self.a_proj(x) + self.dt_bias)).mT
+        decay = (-self.A_log.exp() * softplus(self.a_proj(x) + self.dt_bias)).mT
         return decay if mask is None else decay * mask[:, None]
 
     def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:

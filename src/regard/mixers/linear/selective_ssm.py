@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.nn import Linear, Parameter, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem
-from regard.mixers.forms import Form, check_form
+from regard.mixers.forms import Form, check_form, softplus
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear.short_convolution import ShortConvolution
@@ -278,7 +278,7 @@ class SelectiveSSM(Mixer):
     def _select(self, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Δ (B, 1, N, E), b and c (B, 1, N, S); Δ = 0 for padding."""
         low, into, out = self.x_proj(values)[:, None].split([self.rank, self.states, self.states], dim=-1)
-        step = functional.softplus(self.dt_proj(low))
+        step = softplus(self.dt_proj(low))
         return step if mask is None else step * mask[:, None, :, None], into, out
 
     def _outputs(self, mixed: Tensor, values: Tensor, gate: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
     python -m bench.training [--only NAME ...] [--what memory time] [--heads H] [--save]
 
 Memory is what tensors hold at the peak of a forward and a backward pass of the layer (dim 1,024, 8,192 tokens, batch 1), the
-tokens and all gradients included. Time is that of a thread for a forward pass without gradients, and for a forward and a backward
-pass (dim 128, 4,096 tokens), each as the median over rounds of its ratio to that of `SoftmaxAttention`.
+tokens and all gradients included. Time is one thread's for a forward pass without gradients, and for a forward and a
+backward pass (dim 128, 4,096 tokens), each as the median over rounds of its ratio to that of `SoftmaxAttention`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = [catalogue.mixer_named(name).__name__ for name in arguments.only or catalogue.mixers()]
-    table = Table("mixer", title=f"one layer; memory at dim {WIDE}, {LONG:,} tokens, time at dim {NARROW}, {SHORT:,} tokens")
+    table = Table(
+        "mixer", title=f"one layer; memory at dim {WIDE}, {LONG:,} tokens, time at dim {NARROW}, {SHORT:,} tokens"
+    )
     for column in ("MB", "× softmax", "forward, ms", "× softmax ", "and backward, ms", "× softmax  "):
         table.add_column(column, justify="right")
     peaks = partial(in_fresh_process, peak_of)

@@ -13,7 +13,7 @@ from regard.mixers import mixer as mixer_module
 ARGUMENTS: dict[str, dict[str, Any]] = {"MemoryAsContext": {"segment": 4}} | {
     name: {"window": 4} for name in ("Based", "LongVQ", "MemoryAsGate", "MemoryAsLayer", "SlidingWindow")
 }
-MECHANISMS = ["DeltaRule", "FAST", "LightningAttention", "LongTermMemory", "MemoryAsContext", "SelectiveSSM", "SoftmaxAttention"]
+MECHANISMS = ["DeltaRule", "FAST", "LightningAttention", "LongTermMemory", "MemoryAsContext", "SelectiveSSM"]
 
 
 def made(name: str) -> Mixer:

@@ -1,4 +1,4 @@
-"""Parts of a text one after another, each made again in the backward pass, so that what one of them stores is all there is."""
+"""Parts of a text one after another, each computed again in the backward pass, so that one at a time is stored."""
 
 from __future__ import annotations
 

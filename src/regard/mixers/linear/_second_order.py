@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -31,11 +33,12 @@ def second_order_sums(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     chunks = list(zip(*(tensor.split(chunk, dim=2) for tensor in (query, key, value)), strict=True))
-    outputs, after = in_turn(lambda tokens, held: _chunk(*tokens, held, pairs), chunks, before, before.numel())
+    outputs, after = in_turn(partial(_chunk, pairs), chunks, before, before.numel())
     return torch.cat(outputs, dim=2), after
 
 
-def _chunk(query: Tensor, key: Tensor, value: Tensor, before: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk(pairs: Tensor, tokens: tuple[Tensor, ...], before: Tensor) -> tuple[Tensor, Tensor]:
+    query, key, value = tokens
     width = query.shape[3]
     scores = query @ key.mT
     inside = (1 + scores + scores.square() / 2).tril() @ value
@@ -50,4 +53,6 @@ def _products(x: Tensor, pairs: Tensor) -> Tensor:
     rows = x.mT.contiguous()
     first, second = pairs
     halved = torch.cat([rows, rows * 0.5**0.5], dim=2)
-    return rows.index_select(2, first) * halved.index_select(2, torch.where(first == second, second + x.shape[3], second))
+    return rows.index_select(2, first) * halved.index_select(
+        2, torch.where(first == second, second + x.shape[3], second)
+    )

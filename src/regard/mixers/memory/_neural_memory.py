@@ -354,7 +354,8 @@ class _Products:
         held = self.chunk.keep[:, :, which, :, None] * self.now.held[layer][:, :, None]
         if self.chunk.carry is not None:
             held = held + self.chunk.carry[:, :, which, :, None] * self.now.surprise[layer][:, :, None]
-        return held - (self.chunk.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
+        after: Tensor = held - (self.chunk.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
+        return after
 
 
 def _begin(weights: list[Tensor], state: Mapping[str, Tensor] | None, tokens: _Tokens, momentum: bool) -> _Now:

@@ -10,8 +10,8 @@ from torch.nn import functional
 class Aligned:
     """Slots for the tokens of each text: its first comes at its position, padding has none.
 
-    Where no text has padding and all were left at one place, moving them is no more than to put zeros around them. Compiled code
-    cannot ask which place that is: after a state it has slots for the latest, at most a chunk more than there need be.
+    Where no text has padding and all were left at one place, zeros are put around them, and that is all. Compiled code cannot
+    ask which place that is: after a state it has slots for the latest, at most a chunk more than there need be.
 
     Args:
         x: tokens, (B, H, N, ...).

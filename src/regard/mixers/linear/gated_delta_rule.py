@@ -10,7 +10,7 @@ from torch.nn import Linear, Parameter, functional
 
 from regard.mixers.forms import softplus
 from regard.mixers.linear._delta_rule import DeltaRule
-from regard.mixers.mixer import Facts, join_heads
+from regard.mixers.mixer import Facts, join_heads, without_weight_decay
 from regard.mixers.projected import Projected
 
 
@@ -42,9 +42,9 @@ class GatedDeltaRule(DeltaRule):
     def __init__(self, dim: int, heads: int = 4, convolution: int = 4) -> None:
         super().__init__(dim, heads, convolution)
         self.a_proj = Linear(dim, heads, bias=False)
-        self.A_log = Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.A_log = without_weight_decay(Parameter(torch.empty(heads).uniform_(1, 16).log()))
         step = torch.empty(heads).uniform_(-6.9, -2.3).exp()
-        self.dt_bias = Parameter(step.expm1().log())  # the inverse of softplus
+        self.dt_bias = without_weight_decay(Parameter(step.expm1().log()))  # the inverse of softplus
         self.g_proj = Linear(dim, dim, bias=False)
 
     def out(self, mixed: Tensor, projected: Projected) -> Tensor:

@@ -17,7 +17,7 @@ from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear.short_convolution import ShortConvolution
-from regard.mixers.mixer import Facts
+from regard.mixers.mixer import Facts, without_weight_decay
 from regard.mixers.projected import Projected
 from regard.mixers.value_mixer import ValueMixer
 
@@ -229,8 +229,8 @@ class SelectiveSSM(ValueMixer):
         self.conv1d = ShortConvolution(width, convolution)
         self.x_proj = Linear(width, rank + 2 * states, bias=False)
         self.dt_proj = Linear(rank, width)
-        self.A_log = Parameter(torch.arange(1.0, states + 1).log().repeat(width, 1))
-        self.D = Parameter(torch.ones(width))
+        self.A_log = without_weight_decay(Parameter(torch.arange(1.0, states + 1).log().repeat(width, 1)))
+        self.D = without_weight_decay(Parameter(torch.ones(width)))
         self.out_proj = Linear(width, dim, bias=False)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)

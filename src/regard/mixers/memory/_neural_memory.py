@@ -277,7 +277,8 @@ def _chunks(learner: _Learner, tokens: _Tokens) -> list[_Chunk]:
     """What does not depend on the memory, of all chunks at once."""
 
     def cut(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(2, (-1, learner.chunk))
+        parts: Tensor = tensor.unflatten(2, (-1, learner.chunk))
+        return parts
 
     step, real = cut(tokens.step)[..., None, :], cut(tokens.real[:, None])[..., None, :]
     keep, arrive = _between(cut(tokens.decay))
@@ -354,8 +355,7 @@ class _Products:
         held = self.chunk.keep[:, :, which, :, None] * self.now.held[layer][:, :, None]
         if self.chunk.carry is not None:
             held = held + self.chunk.carry[:, :, which, :, None] * self.now.surprise[layer][:, :, None]
-        after: Tensor = held - (self.chunk.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
-        return after
+        return held - (self.chunk.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
 
 
 def _begin(weights: list[Tensor], state: Mapping[str, Tensor] | None, tokens: _Tokens, momentum: bool) -> _Now:

@@ -151,7 +151,7 @@ def test_bad_layers_and_states() -> None:
         ValueError, match=r"takes x of shape \(batch, tokens, 8\), at least one of each, got \(2, 5, 7\)"
     ):
         mixer(x[..., :7])
-    with pytest.raises(ValueError, match=r"takes a boolean mask of shape \(2, 5\), got torch.int64 \(2, 5\)"):
-        mixer(x, mask=torch.ones(2, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"takes a boolean mask of shape \(2, 5\), got torch.float32 \(2, 5\)"):
+        mixer(x, mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"decode takes one token, \(batch, dim\), got \(2, 5, 8\)"):
         mixer.decode(x, state)

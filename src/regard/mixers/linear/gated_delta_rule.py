@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Parameter, functional
+from torch.nn import Linear, Parameter
 
+from regard.mixers.forms import softplus
 from regard.mixers.linear._delta_rule import DeltaRule
-from regard.mixers.mixer import Facts
+from regard.mixers.mixer import Facts, without_weight_decay
 
 
 class GatedDeltaRule(DeltaRule):
@@ -61,14 +62,14 @@ class GatedDeltaRule(DeltaRule):
             norm_eps=norm_eps,
         )  # fmt: skip
         self.a_proj = Linear(dim, self.num_v_heads, bias=False)
-        self.A_log = Parameter(torch.empty(self.num_v_heads).uniform_(1, 16).log())
+        self.A_log = without_weight_decay(Parameter(torch.empty(self.num_v_heads).uniform_(1, 16).log()))
         step = torch.empty(self.num_v_heads).uniform_(-6.9, -2.3).exp()
-        self.dt_bias = Parameter(step.expm1().log())  # the inverse of softplus
+        self.dt_bias = without_weight_decay(Parameter(step.expm1().log()))  # the inverse of softplus
 
     def _gates(self, x: Tensor) -> dict[str, Tensor]:
         """β and log α, (B, H, N)."""
         dtype = torch.promote_types(
             x.dtype, torch.float32
         )  # in half precision, decays near 1 would be one and the same
-        step = functional.softplus(self.a_proj(x).to(dtype) + self.dt_bias.to(dtype))
+        step = softplus(self.a_proj(x).to(dtype) + self.dt_bias.to(dtype))
         return super()._gates(x) | {"log_decay": (-self.A_log.to(dtype).exp() * step).mT}

@@ -20,6 +20,7 @@ from regard.cache import (
     Merge,
     Policy,
     Pyramid,
+    Quantise,
     SnapKV,
     Unread,
 )
@@ -70,7 +71,7 @@ OTHERS: dict[str, list[Any]] = {
     "kernel": [1, 9],
     "layer": [1, 3],
     "pooling": ["max"],
-    "rest": [Drop(), Merge(seed=3), Unread()],
+    "rest": [Drop(), Merge(seed=3), Unread(), Quantise(bits=4)],
     "when": [AfterPrompt(), Every(1), Every(2), Every(2, prompt=False)],
     "recent": [7],
     "ObservedAttention.recent": [0.0, 0.25],

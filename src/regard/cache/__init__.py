@@ -21,6 +21,7 @@ from regard.cache.policy import Entries, Policy, Reads, Step
 from regard.cache.pyramid import Pyramid
 from regard.cache.q_filters import QFilters
 from regard.cache.qada import QAdA
+from regard.cache.quantise import Quantise
 from regard.cache.report import LayerReport, Report
 from regard.cache.rest import Drop, Rest
 from regard.cache.retrieval_heads import RetrievalHeads
@@ -60,6 +61,7 @@ __all__ = [
     "Pyramid",
     "QAdA",
     "QFilters",
+    "Quantise",
     "Random",
     "Reads",
     "Report",

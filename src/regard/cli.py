@@ -325,7 +325,10 @@ def _show_mixer(kind: type[Mixer], exponent: float | None, example: str) -> None
 
 
 def _sees(kind: type[Mixer]) -> str:
-    directions = {"causal": kind.facts.causal, "bidirectional": kind.facts.bidirectional, "cross": kind.facts.cross}
+    directions = {
+        "causal": kind.facts.causal, "bidirectional": kind.facts.bidirectional, "cross": kind.facts.cross,
+        "grids": kind.facts.grids,
+    }  # fmt: skip
     return ", ".join(direction for direction, true in directions.items() if true)
 
 

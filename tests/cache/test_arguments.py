@@ -70,6 +70,8 @@ OTHERS: dict[str, list[Any]] = {
     "image": [[1, 2], slice(0, 3)],
     "kernel": [1, 9],
     "layer": [1, 3],
+    "dense": [0],
+    "page": [4],
     "pooling": ["max"],
     "rest": [Drop(), Merge(seed=3), Unread(), Quantise(bits=4)],
     "when": [AfterPrompt(), Every(1), Every(2), Every(2, prompt=False)],
@@ -109,7 +111,7 @@ def given(base: type[Policy]) -> Iterator[Any]:
 
 
 def test_all_policies_are_tried() -> None:
-    assert len(POLICIES) == 18
+    assert len(POLICIES) == 19
 
 
 @pytest.mark.parametrize(("kind", "argument", "value"), list(given(Policy)))

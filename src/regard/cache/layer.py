@@ -316,6 +316,7 @@ class KeptLayer(CacheLayerMixin):
         self.seen -= number
         self.removed += number
         self.token_ids = None if self.token_ids is None else self.token_ids[:, :-number]
+        self.state = {}  # of tokens that are no more; found anew from the keys
         while number and self.window:
             last = self.window.pop()
             if number < last.length:

@@ -71,6 +71,7 @@ OTHERS: dict[str, list[Any]] = {
     "kernel": [1, 9],
     "layer": [1, 3],
     "dense": [0],
+    "reuse": [2],
     "page": [4],
     "pooling": ["max"],
     "rest": [Drop(), Merge(seed=3), Unread(), Quantise(bits=4)],

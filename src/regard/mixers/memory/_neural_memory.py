@@ -6,14 +6,17 @@ products of matrices, and no token needs weights of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from regard.mixers.forms import Form, check_form, check_heads
+from regard.mixers.in_turn import in_turn
 from regard.mixers.memory.aligned import Aligned
 from regard.mixers.memory.choices import Bias, Decay, Lp, Retention
 from regard.mixers.memory.network import network, recall, slopes
@@ -111,7 +114,7 @@ def neural_memory(
     now = _begin([weight.to(dtype) for weight in weights], state, tokens, learner.momentum)
     with torch.autocast(value.device.type, enabled=False):  # which would round products of float32
         if form == "chunked":
-            output, after = _chunked(learner, tokens, now)
+            output, after = _chunked(learner, tokens, now, mask, begins=state is None)
         else:
             gradients = _by_autograd if form == "parallel" else _by_hand
             output, after = _token_by_token(learner, tokens, now, gradients)
@@ -151,13 +154,20 @@ class _Now:
     surprise: list[Tensor]
     position: Tensor
 
+    @property
+    def numbers(self) -> int:
+        """Of a memory and its surprise."""
+        return sum(tensor.numel() for tensor in (*self.held, *self.surprise))
+
     def tensors(self) -> dict[str, Tensor]:
         named = {"held": self.held, "start": self.start, "surprise": self.surprise}
         tensors = {f"{name}{number}": tensor for name, layers in named.items() for number, tensor in enumerate(layers)}
         return tensors | {"position": self.position}
 
-    def renewed(self, full: Tensor) -> list[Tensor]:
+    def renewed(self, full: Tensor | bool) -> list[Tensor]:
         """The starts, where chunks (B,) have ended: what is held."""
+        if isinstance(full, bool):
+            return self.held if full else self.start
         return [
             torch.where(full[:, None, None, None], held, start)
             for held, start in zip(self.held, self.start, strict=True)
@@ -178,7 +188,7 @@ class _Learner:
         """At the chunk's start."""
         return [self.retention.weights(start, start) for start in now.start]
 
-    def slopes(self, now: _Now, tokens: _Tokens) -> list[tuple[Tensor, Tensor]]:
+    def slopes(self, now: _Now, tokens: _Tokens | _Chunk) -> list[tuple[Tensor, Tensor]]:
         """There, of each token."""
         return slopes(self.weights(now), tokens.key, tokens.value, tokens.threshold, self.gain, self.bias)
 
@@ -226,50 +236,86 @@ def _where(real: Tensor, new: _Now, old: _Now) -> _Now:
     return replace(new, held=held, surprise=surprise)
 
 
-def _chunked(learner: _Learner, tokens: _Tokens, now: _Now) -> tuple[Tensor, _Now]:
+def _chunked(
+    learner: _Learner, tokens: _Tokens, now: _Now, mask: Tensor | None, *, begins: bool
+) -> tuple[Tensor, _Now]:
     """Chunk after chunk, each text's tokens moved so that its own chunks begin where those of all do."""
-    aligned = Aligned(now.position, tokens.real, learner.chunk)
-    moved = tokens.apply(aligned.place)
-    outputs = []
-    for first in range(0, aligned.slots, learner.chunk):
-        output, now = _chunk(learner, moved.part(first, first + learner.chunk), now)
-        now = replace(now, start=now.renewed(aligned.ends >= first + learner.chunk))
-        outputs.append(output)
-    if not outputs:  # padding alone
+    aligned = Aligned(tokens.query, None if begins else now.position, mask, learner.chunk)
+    if not aligned.slots:  # padding alone
         return torch.zeros_like(tokens.value), now
+    chunks = _chunks(learner, tokens.apply(aligned.place))
+    filled = [aligned.filled(slot + learner.chunk) for slot in range(0, aligned.slots, learner.chunk)]
+
+    def step(part: tuple[_Chunk, Tensor | bool], now: _Now) -> tuple[Tensor, _Now]:
+        output, now = _read(learner, part[0], now)
+        return output, replace(now, start=now.renewed(part[1]))
+
+    outputs, now = in_turn(step, list(zip(chunks, filled, strict=True)), now, now.numbers, math.isqrt(len(chunks)))
     return aligned.take(torch.cat(outputs, dim=2)), replace(now, position=aligned.ends % learner.chunk)
 
 
-def _chunk(learner: _Learner, tokens: _Tokens, now: _Now) -> tuple[Tensor, _Now]:
-    """The tokens of one chunk at once.
+class _Chunk(NamedTuple):
+    """The tokens of a chunk, (B, H, n, …), and how much of what stands where.
 
     ``A_t = β_t A_0 + c_t S_0 − Σ_{i≤t} w_ti δ_i z_iᵀ``, with β the decay so far, ``w = D E diag(θ)`` and ``c = D η̄`` where D
-    and E are the decay and the momentum between two tokens, and η̄ the momentum so far.
+    and E are the decay and the momentum between two tokens, and η̄ the momentum so far: ``keep``, ``write`` and ``carry``.
+    ``stay`` and ``last`` are η̄ and the rows of E diag(θ) at the chunk's end, of which the surprise there is made.
     """
-    written = learner.slopes(now, tokens)
-    keep, arrive = _between(tokens.decay)
-    arrive = arrive * tokens.real[:, None, None]  # what is no token moves nothing from the surprise to the memory
-    write = arrive * tokens.step[:, :, None]
-    carry, last = torch.zeros_like(keep), write[:, :, -1:].mT
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    keep: Tensor
+    write: Tensor
+    carry: Tensor | None
+    stay: Tensor | None
+    last: Tensor | None
+    threshold: Tensor | None
+
+
+def _chunks(learner: _Learner, tokens: _Tokens) -> list[_Chunk]:
+    """What does not depend on the memory, of all chunks at once."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        parts: Tensor = tensor.unflatten(2, (-1, learner.chunk))
+        return parts
+
+    step, real = cut(tokens.step)[..., None, :], cut(tokens.real[:, None])[..., None, :]
+    keep, arrive = _between(cut(tokens.decay))
+    arrive = arrive * real  # what is no token moves nothing from the surprise to the memory
+    carry = stay = last = None
+    write = arrive * step
     if learner.momentum:
-        stay, between = _between(tokens.momentum)
-        carry = arrive @ stay
-        write = arrive @ between * tokens.step[:, :, None]
-        last = (between[:, :, -1] * tokens.step)[..., None]
-    products = _Products(learner.retention, now, written, keep, carry, write)
-    output, _ = network(products, len(written), tokens.query, learner.gain)
-    held, surprise = products.after(), []
-    if learner.momentum:
+        stay, between = _between(cut(tokens.momentum))
+        carry, write = arrive @ stay, arrive @ between * step
+        stay, last = stay[..., -1:, :], (between[..., -1:, :] * step).mT
+    each = (cut(tokens.query), cut(tokens.key), cut(tokens.value), keep, write, carry, stay, last)
+    number = keep.shape[2]
+    columns = [
+        [None] * number if tensor is None else tensor.unbind(2)
+        for tensor in (*each, None if tokens.threshold is None else cut(tokens.threshold))
+    ]
+    return [_Chunk(*row) for row in zip(*columns, strict=True)]
+
+
+def _read(learner: _Learner, chunk: _Chunk, now: _Now) -> tuple[Tensor, _Now]:
+    """The outputs of a chunk's tokens, and the memory after them."""
+    written = learner.slopes(now, chunk)
+    products = _Products(learner.retention, now, written, chunk)
+    output = network(products, len(written), chunk.query, learner.gain).output
+    surprise = []
+    if chunk.stay is not None and chunk.last is not None:
         surprise = [
-            stay[:, :, -1:] * old - (last * delta).mT @ z for old, (delta, z) in zip(now.surprise, written, strict=True)
+            chunk.stay * old - (chunk.last * delta).mT @ z
+            for old, (delta, z) in zip(now.surprise, written, strict=True)
         ]
-    return output, replace(now, held=held, surprise=surprise)
+    return output, replace(now, held=products.after(), surprise=surprise)
 
 
 def _between(log: Tensor) -> tuple[Tensor, Tensor]:
-    """From logs of factors (B, H, n): their product so far (B, H, n, 1), and that between two tokens (B, H, n, n)."""
+    """From logs of factors (…, n): their product so far (…, n, 1), and that between two tokens (…, n, n)."""
     total = log.cumsum(-1)[..., None]
-    hidden = torch.ones(total.shape[2], total.shape[2], dtype=torch.bool, device=log.device).triu(1)
+    hidden = torch.ones(log.shape[-1], log.shape[-1], dtype=torch.bool, device=log.device).triu(1)
     return total.exp(), (total - total.mT).masked_fill(hidden, -torch.inf).exp()
 
 
@@ -280,31 +326,36 @@ class _Products:
     retention: Retention
     now: _Now
     written: list[tuple[Tensor, Tensor]]
-    keep: Tensor
-    carry: Tensor
-    write: Tensor
+    chunk: _Chunk
 
     def __call__(self, layer: int, a: Tensor) -> Tensor:
         if not self.retention.linear:
             weights = self.retention.weights(self._held(layer, slice(None)), self.now.start[layer])
             return (weights @ a[..., None]).squeeze(-1)
         delta, z = self.written[layer]
-        product = self.keep * (a @ self.now.held[layer].mT) - (self.write * (a @ z.mT)) @ delta
-        if self.now.surprise:
-            product = product + self.carry * (a @ self.now.surprise[layer].mT)
-        return product * self.retention.scale(self.now.start[layer])
+        product = self.chunk.keep * (a @ self.now.held[layer].mT) - (self.chunk.write * (a @ z.mT)) @ delta
+        if self.chunk.carry is not None:
+            product = product + self.chunk.carry * (a @ self.now.surprise[layer].mT)
+        scale = self.retention.scale(self.now.start[layer])
+        return product if scale is None else product * scale
 
     def after(self) -> list[Tensor]:
         """What is held after the last token."""
-        return [self._held(layer, slice(-1, None))[:, :, 0] for layer in range(len(self.written))]
+        after = []
+        for (delta, z), held, number in zip(self.written, self.now.held, range(len(self.written)), strict=True):
+            kept = self.chunk.keep[:, :, -1:] * held
+            if self.chunk.carry is not None:
+                kept = kept + self.chunk.carry[:, :, -1:] * self.now.surprise[number]
+            after.append(kept - (self.chunk.write[:, :, -1, :, None] * delta).mT @ z)
+        return after
 
     def _held(self, layer: int, which: slice) -> Tensor:
         """What is held after each of these tokens, (B, H, tokens, out, in)."""
         delta, z = self.written[layer]
-        held = self.keep[:, :, which, :, None] * self.now.held[layer][:, :, None]
-        if self.now.surprise:
-            held = held + self.carry[:, :, which, :, None] * self.now.surprise[layer][:, :, None]
-        return held - (self.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
+        held = self.chunk.keep[:, :, which, :, None] * self.now.held[layer][:, :, None]
+        if self.chunk.carry is not None:
+            held = held + self.chunk.carry[:, :, which, :, None] * self.now.surprise[layer][:, :, None]
+        return held - (self.chunk.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
 
 
 def _begin(weights: list[Tensor], state: Mapping[str, Tensor] | None, tokens: _Tokens, momentum: bool) -> _Now:

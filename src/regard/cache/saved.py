@@ -42,9 +42,10 @@ def load(file: str | PathLike[str] | IO[bytes], device: torch.device | str | Non
     from regard.cache.head_group import HeadGroup
     from regard.cache.layer import KeptLayer
     from regard.cache.open_block import OpenBlock
+    from regard.cache.packed import Packed, PackedEntries
     from regard.cache.window import Window
 
     names = ("Cache", "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
     known = [getattr(caches, name) for name in names if hasattr(caches, name)]
-    with torch.serialization.safe_globals([*known, KeptLayer, HeadGroup, OpenBlock, Window]):
+    with torch.serialization.safe_globals([*known, KeptLayer, HeadGroup, OpenBlock, Packed, PackedEntries, Window]):
         return torch.load(file, map_location=device, weights_only=True)

@@ -52,6 +52,7 @@ def cut(tensor: Tensor, chunk: int) -> Tensor:
 def softplus(x: Tensor) -> Tensor:
     """``log(1 + e^x)``.
 
+    >>> import torch
     >>> softplus(torch.tensor([-100.0, 0.0, 100.0]))
     tensor([0.0000e+00, 6.9315e-01, 1.0000e+02])
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -346,6 +347,11 @@ def heads_of(x: Tensor, heads: int, *projections: Module) -> list[Tensor]:
     return [split_heads(projection(x), heads) for projection in projections]
 
 
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Heads (B, h, N, D), each as many times side by side as makes (B, H, N, D) of them."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
 def join_heads(x: Tensor) -> Tensor:
     """(B, H, N, D) as (B, N, H·D)."""
     return x.transpose(1, 2).flatten(2)
@@ -355,3 +361,19 @@ def check_divides(name: str, dim: int, heads: int) -> None:
     """Refuse heads that do not divide the width."""
     if heads < 1 or dim % heads:
         raise ValueError(f"{name}: dim must be a multiple of heads, got dim={dim} and heads={heads}")
+
+
+def check_groups(name: str, fewer: tuple[str, int], more: tuple[str, int]) -> None:
+    """Refuse heads of which the more are no multiple of the fewer."""
+    if fewer[1] < 1 or more[1] < 1 or more[1] % fewer[1]:
+        raise ValueError(f"{name}: {more[0]} must be a multiple of {fewer[0]}, got {more[1]} and {fewer[1]}")
+
+
+def expanded(name: str, width: int, factor: float, heads: int = 1) -> int:
+    """A width made so many times as large, whole for each of its heads."""
+    product = round(width * factor)
+    if product < 1 or not math.isclose(product, width * factor, rel_tol=1e-5) or product % heads:
+        raise ValueError(
+            f"{name}: a width of {width}, expanded {factor:g} times, must be a multiple of {heads}, got {width * factor:g}"
+        )
+    return product

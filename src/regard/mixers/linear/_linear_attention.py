@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from regard.mixers.forms import Form, check_form, check_heads, cut, initial_state
+from regard.mixers.linear import _fla_kernels
 
 CHUNK = 64
 _PIECE = 512  # tokens whose chunks are computed together where no gradients are wanted: they stay in the cache
@@ -26,9 +27,12 @@ def linear_attention(
     *,
     causal: bool = True,
     form: Form = "chunked",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``o_i = Σ_{j≤i} (q_i · exp(G_i − G_j) k_j) v_j``, with G the running sum of the log decays.
+
+    On a GPU where flash-linear-attention is installed, the chunked form of values in half precision with a decay for each
+    channel is its Triton kernel, whose gradients have none of their own, unless `chunk` is given.
 
     Args:
         query, key: (B, H, N, Dk), keys and values of any other number of tokens where nothing is causal and there is no
@@ -39,7 +43,7 @@ def linear_attention(
         state: S before the first token, (B, H, Dk, Dv); zeros by default.
         causal: else each token sees all, as far as the decay between them reaches: ``exp(−|G_i − G_j|)``.
         form: "parallel" the quadratic reference, "chunked" linear in N, "recurrent" token by token.
-        chunk: tokens of a chunk.
+        chunk: tokens of a chunk, by default 64, 16 with a decay for each channel, or the kernel's own.
 
     Returns:
         The output (B, H, N, Dv) in the values' dtype, and S after the last token, in float32 at least.
@@ -66,13 +70,24 @@ def linear_attention(
         return output.to(value.dtype), after
     decay = _spread(log_decay, q)
     before = initial_state(state, q, v)
+    if form == "chunked" and chunk is None and log_decay is not None and log_decay.ndim == 4:
+        kernel = _fla_kernels.operator("gla", query, value)
+        if kernel is not None:
+            heads = {"q": query.to(value), "k": key.to(value), "v": value, "g": decay}
+            return _fla_kernels.run(kernel, heads, value, state)
     run = {"parallel": _parallel, "chunked": _chunked, "recurrent": _recurrent}[form]
-    output, after = run(q, k, v, decay, before, chunk)
+    output, after = run(q, k, v, decay, before, CHUNK if chunk is None else chunk)
     return output.to(value.dtype), after
 
 
 def _both_ways(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, state: Tensor | None, form: Form, chunk: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    form: Form,
+    chunk: int | None,
 ) -> tuple[Tensor, Tensor]:
     """What comes before and what comes after, the token itself once; the decay from j to i is that of the tokens between."""
     if state is not None:

@@ -17,7 +17,7 @@ from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear.short_convolution import ShortConvolution
-from regard.mixers.mixer import Facts, without_weight_decay
+from regard.mixers.mixer import Facts, expanded, without_weight_decay
 from regard.mixers.projected import Projected
 from regard.mixers.value_mixer import ValueMixer
 
@@ -188,17 +188,19 @@ class SelectiveSSM(ValueMixer):
     and a SiLU gate.
 
     a begins as 1 … S in each channel, D as 1, and softplus(β) between 0.001 and 0.1, so that channels remember for
-    different times. The short convolution has no bias, unlike the paper's code.
+    different times.
 
     Args:
         dim: of the tokens.
-        states: S, numbers that each channel remembers.
+        state_size: S, numbers that each channel remembers.
         expand: channels for each dimension of the tokens.
-        rank: of the projection to Δ; dim / 16 by default.
-        convolution: tokens that the short convolution sees.
+        time_step_rank: of the projection to Δ; dim / 16 by default.
+        conv_kernel: tokens that the short convolution sees.
+        use_conv_bias: whether it has a bias, as in the paper's code.
+        use_bias: whether the projections of tokens, in and out, have one.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or an expanded width that is not whole.
 
     A. Gu and T. Dao (2023), Mamba: Linear-Time Sequence Modeling with Selective State Spaces.
 
@@ -217,21 +219,30 @@ class SelectiveSSM(ValueMixer):
     )
 
     def __init__(
-        self, dim: int, states: int = 16, expand: int = 2, rank: int | None = None, convolution: int = 4
+        self,
+        dim: int,
+        state_size: int = 16,
+        expand: float = 2,
+        time_step_rank: int | None = None,
+        conv_kernel: int = 4,
+        *,
+        use_conv_bias: bool = True,
+        use_bias: bool = False,
     ) -> None:
         super().__init__(dim)
-        rank = math.ceil(dim / 16) if rank is None else rank
-        for name, size in (("states", states), ("expand", expand), ("rank", rank)):
+        rank = math.ceil(dim / 16) if time_step_rank is None else time_step_rank
+        for name, size in (("state_size", state_size), ("time_step_rank", rank)):
             if size < 1:
                 raise ValueError(f"SelectiveSSM: {name} must be at least 1, got {size}")
-        self.states, self.rank, width = states, rank, expand * dim
-        self.in_proj = Linear(dim, 2 * width, bias=False)
-        self.conv1d = ShortConvolution(width, convolution)
-        self.x_proj = Linear(width, rank + 2 * states, bias=False)
+        self.state_size, self.time_step_rank = state_size, rank
+        width = expanded("SelectiveSSM", dim, expand)
+        self.in_proj = Linear(dim, 2 * width, bias=use_bias)
+        self.conv1d = ShortConvolution(width, conv_kernel, use_conv_bias)
+        self.x_proj = Linear(width, rank + 2 * state_size, bias=False)
         self.dt_proj = Linear(rank, width)
-        self.A_log = without_weight_decay(Parameter(torch.arange(1.0, states + 1).log().repeat(width, 1)))
+        self.A_log = without_weight_decay(Parameter(torch.arange(1.0, state_size + 1).log().repeat(width, 1)))
         self.D = without_weight_decay(Parameter(torch.ones(width)))
-        self.out_proj = Linear(width, dim, bias=False)
+        self.out_proj = Linear(width, dim, bias=use_bias)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
             step = torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1)).exp()
@@ -240,8 +251,12 @@ class SelectiveSSM(ValueMixer):
     def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
         """Convolved channels as heads of one value, (B, E, N, 1), their gates, and what selects: Δ, b and c."""
         channels, gate = self.in_proj(x).chunk(2, dim=-1)
+        if layout.mask is not None:  # with a bias, padding is no longer zeros
+            channels = channels * layout.mask[..., None]
         values, tail = self.conv1d(channels, None if state is None else state["tail"], layout.mask)
-        low, into, out = self.x_proj(values)[:, None].split([self.rank, self.states, self.states], dim=-1)
+        low, into, out = self.x_proj(values)[:, None].split(
+            [self.time_step_rank, self.state_size, self.state_size], dim=-1
+        )
         step = softplus(self.dt_proj(low))
         if layout.mask is not None:
             step = step * layout.mask[:, None, :, None]

@@ -20,6 +20,7 @@ from regard.cache import (
     Merge,
     Policy,
     Pyramid,
+    Quantise,
     SnapKV,
     Unread,
 )
@@ -74,8 +75,11 @@ OTHERS: dict[str, list[Any]] = {
     "image": [[1, 2], slice(0, 3)],
     "kernel": [1, 9],
     "layer": [1, 3],
+    "dense": [0],
+    "reuse": [2],
+    "page": [4],
     "pooling": ["max"],
-    "rest": [Drop(), Merge(seed=3), Unread()],
+    "rest": [Drop(), Merge(seed=3), Unread(), Quantise(bits=4)],
     "when": [AfterPrompt(), Every(1), Every(2), Every(2, prompt=False)],
     "recent": [7],
     "ObservedAttention.recent": [0.0, 0.25],
@@ -114,7 +118,7 @@ def given(base: type[Policy]) -> Iterator[Any]:
 
 
 def test_all_policies_are_tried() -> None:
-    assert len(POLICIES) == 20
+    assert len(POLICIES) == 21
 
 
 @pytest.mark.parametrize(("kind", "argument", "value"), list(given(Policy)))

@@ -11,6 +11,7 @@ from torch import Tensor
 import regard
 from regard.cache import (
     Adaptive,
+    AfterPrompt,
     BudgetPolicy,
     ChunkKV,
     CriticalKV,
@@ -22,6 +23,7 @@ from regard.cache import (
     Policy,
     QFilters,
     SnapKV,
+    When,
 )
 from tests.cache.conftest import decoder, texts
 
@@ -88,6 +90,26 @@ def test_chunks_by_hand() -> None:
         assert [head.nonzero()[:, 0].tolist() for head in kept[0][0]] == [expected] * 2, budget
     nothing = kept_after_prompt(ChunkKV(Knorm(budget=2), length=5), inputs)
     assert all(layer[0, 0].sum() in (2, 5) for layer in nothing)  # a chunk at least
+
+
+@pytest.mark.parametrize("when", [AfterPrompt(), Every(2)], ids=str)
+@pytest.mark.parametrize("lengths", [(20,), (20, 13)], ids=["one", "padded"])
+def test_layers_reuse_chunks(lengths: tuple[int, ...], when: When) -> None:
+    """Of three layers the second keeps what the first does, and the third chooses for itself again."""
+    kept = []
+    for reuse in (1, 2, 3):
+        policy = ChunkKV(SnapKV(budget=9, window=2, kernel=1, when=when), length=3, reuse=reuse)
+        with torch.no_grad(), regard.compress(LLAMA, policy) as cache:
+            LLAMA.generate(**texts(*lengths), max_new_tokens=4, do_sample=False)
+        kept.append([layer.positions for layer in cache.report().layers])
+    alone, pairs, all_three = kept
+    assert not torch.equal(alone[0], alone[1])
+    assert torch.equal(pairs[0], pairs[1])
+    assert not torch.equal(pairs[0], pairs[2])
+    assert torch.equal(all_three[0], all_three[1])
+    assert torch.equal(all_three[0], all_three[2])
+    if not when.while_decoding:
+        assert torch.equal(pairs[0][..., :20], alone[0][..., :20])
 
 
 def test_critical_by_hand() -> None:
@@ -185,6 +207,7 @@ def test_keydiff_by_hand() -> None:
     [
         (lambda: ChunkKV(regard.cache.KeepAll()), TypeError, r"ChunkKV goes around a policy with a budget"),
         (lambda: ChunkKV(Knorm(budget=3), length=0), ValueError, r"length must be at least 1 token, got 0"),
+        (lambda: ChunkKV(Knorm(budget=3), reuse=0), ValueError, r"reuse must be at least 1 layer, got 0"),
         (lambda: CriticalKV(Knorm(budget=3), first=2), ValueError, r"first must be a share from 0 to 1, got 2"),
         (lambda: CriticalKV(Knorm(budget=3), epsilon=-1), ValueError, r"epsilon must not be negative"),
         (lambda: ExpectedAttention(budget=0.5, future=0), ValueError, r"future must be at least 1, got 0"),

@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor
 
 import regard
-from regard.cache import KeepAll, Knorm, Policy, QAdA, Step
+from regard.cache import Knorm, QAdA, Step
 from tests.cache.conftest import DECODERS, decoder, texts
 
 SMALL: dict[str, Any] = {"sinks": 2, "recent": 4, "threshold": 0.3}
@@ -258,18 +258,6 @@ def test_a_cache_that_another_policy_compressed(llama: hf.PreTrainedModel) -> No
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QAdA(**arguments)
-
-
-def test_a_policy_with_local_entries_says_for_whom(llama: hf.PreTrainedModel) -> None:
-    class Silent(KeepAll):
-        @property
-        def local(self) -> tuple[int, int]:
-            return 1, 2
-
-    policy: Policy = Silent()
-    with pytest.raises(NotImplementedError, match=r"Silent names local entries; it needs is_local too"), \
-            regard.compress(llama, policy):  # fmt: skip
-        generate(llama, texts(8))
 
 
 def test_padding_on_the_right_is_refused() -> None:

@@ -29,6 +29,7 @@ from regard.cache import (
     Policy,
     Pyramid,
     QFilters,
+    Quantise,
     Random,
     Rest,
     RetrievalHeads,
@@ -66,7 +67,7 @@ BUDGETS: tuple[int | float | Budget, ...] = (
     7, ByLayer(0.4, [0.8, 1.0, 1.2]), Adaptive(7), Adaptive(Pyramid(0.5, beta=2), floor=0.5, safeguard=0.3)
 )  # fmt: skip
 WHENS: tuple[When, ...] = (AfterPrompt(), Every(1), Every(2, prompt=False))
-RESTS: tuple[Rest, ...] = (Drop(), Merge(neighbours=3), Unread())
+RESTS: tuple[Rest, ...] = (Drop(), Merge(neighbours=3), Unread(), Quantise(bits=4, group=4), Quantise(bits=8, group=2))
 
 
 class Run:
@@ -108,6 +109,35 @@ def of_key_heads(tensor: Tensor) -> Tensor:
     return tensor[:, :: tensor.shape[1] // 2]
 
 
+def quantised_by_hand(
+    run: Run, layer: int, step: int, rest: Quantise, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values as they are read, of what went at the last choice, in order, group by group, in float64."""
+    key, value = key.clone(), value.clone()
+    kept = run.kept[step][layer]
+    before = torch.ones_like(kept) if not step else torch.cat([run.kept[step - 1][layer], kept.new_ones(2, 2, 1)], 2)
+    before[1, :, :7] = False
+    for row, head in product(range(2), range(2)):
+        gone = (before & ~kept)[row, head].nonzero()[:, 0]
+        assert len(gone) % rest.group == 0
+        for start in range(0, len(gone), rest.group):
+            places = gone[start : start + rest.group]
+            for channel in range(key.shape[3]):
+                key[row, head, places, channel] = coarse(key[row, head, places, channel], rest.bits)
+            for place in places:
+                for first in range(0, value.shape[3], rest.group):
+                    part = value[row, head, place, first : first + rest.group]
+                    value[row, head, place, first : first + rest.group] = coarse(part, rest.bits)
+    return key, value
+
+
+def coarse(numbers: Tensor, bits: int) -> Tensor:
+    """The nearest of 2^bits numbers from the smallest to the largest."""
+    low, high = numbers.double().min(), numbers.double().max()
+    scale = (high - low) / (2**bits - 1)
+    return (low + ((numbers.double() - low) / scale).round() * scale).to(numbers.dtype)
+
+
 def budget_of(layer: int, budget: int | float | Budget, tokens: Tensor) -> Tensor:
     """Entries of each head in the mean, of texts of so many tokens, by hand."""
     match budget:
@@ -142,12 +172,16 @@ def test_products(score: str, budget: Any, when: When, rest: Rest) -> None:
             key = torch.cat([key, read_key[:, :, -1:]], 2)
             value = torch.cat([value, read_value[:, :, -1:]], 2)
             left = torch.cat([noted.kept[step][layer], torch.ones(2, 2, 1, dtype=torch.bool)], 2)
+            if isinstance(rest, Quantise):
+                left = torch.ones_like(left)  # all are read; those that went in full groups, as few bits have them
+                key, value = quantised_by_hand(noted, layer, step, rest, key, value)
             visible = left.repeat_interleave(2, 1)[:, :, None]
             found = call.attn_mask if call.attn_mask is not None else torch.ones_like(visible)
             found = found.expand(-1, 4, -1, -1)
             real = torch.ones(2, 1, 1, PROMPT + step + 1, dtype=torch.bool)
             real[1, ..., :7] = False
             torch.testing.assert_close(found & real, visible & real)
+            left = left & real[:, 0]
             torch.testing.assert_close(read_key[left], key[left])
             if not isinstance(rest, Merge):
                 torch.testing.assert_close(read_value[left], value[left])
@@ -159,7 +193,10 @@ def test_products(score: str, budget: Any, when: When, rest: Rest) -> None:
             if not expected.numel() or not when.due(PROMPT if step == 0 else 1, step):
                 continue
             there = 2 * tokens if not step or isinstance(rest, Unread) else noted.kept[step - 1][layer].sum((1, 2)) + 2
-            assert torch.equal(kept[layer].sum((1, 2)), (2 * expected).long().minimum(there)), step
+            whole, waiting = kept[layer].sum((1, 2)), 2 * (rest.group - 1) if isinstance(rest, Quantise) else 0
+            most = (2 * expected).long()
+            assert torch.equal(whole.minimum(most), most.minimum(there)), step
+            assert bool((whole <= most + waiting).all()), step
 
 
 @pytest.mark.parametrize(("score", "rest"), list(product(SCORES, RESTS)), ids=str)

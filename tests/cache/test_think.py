@@ -19,6 +19,7 @@ from regard.cache import (
     Knorm,
     Merge,
     Policy,
+    Quantise,
     SnapKV,
     StreamingLLM,
     ThinK,
@@ -144,7 +145,7 @@ def test_the_cache_is_smaller() -> None:
     "within",
     [SnapKV(budget=6, window=2), StreamingLLM(budget=6, sinks=1), Knorm(budget=5, when=Every(2)),
      TOVA(budget=6, when=Every(1, prompt=False)), SnapKV(budget=6, window=2, rest=Merge()),
-     Knorm(budget=5, when=Every(2), rest=Unread())],
+     Knorm(budget=5, when=Every(2), rest=Unread()), Knorm(budget=5, rest=Quantise(group=2))],
     ids=str,
 )  # fmt: skip
 def test_with_all_channels_it_is_the_policy_within(within: Any, options: dict[str, Any]) -> None:

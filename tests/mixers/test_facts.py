@@ -126,7 +126,7 @@ def test_cross_in_pieces(name: str) -> None:
     mixer, x, context = made(name), torch.randn(2, 40, 16), torch.randn(2, 12, 16, requires_grad=True)
     whole = mixer(x, context=context)[0]
     (wanted,) = torch.autograd.grad(whole.square().sum(), context)
-    with patch.multiple("regard.mixers.mixer", _PIECE=8, _TRAINED_PIECE=8, _SMALLEST_PIECE=8):
+    with patch.multiple("regard.mixers.mixer", _PIECE=8, _TRAINED=8, _SMALLEST_PIECE=8):
         pieces = mixer(x, context=context)[0]
         with torch.no_grad():
             torch.testing.assert_close(mixer(x, context=context)[0], whole, atol=1e-5, rtol=1e-4)

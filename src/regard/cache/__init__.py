@@ -22,6 +22,8 @@ from regard.cache.policy import Entries, Policy, Reads, Step
 from regard.cache.pyramid import Pyramid
 from regard.cache.q_filters import QFilters
 from regard.cache.qada import QAdA
+from regard.cache.quantise import Quantise
+from regard.cache.quest import Quest
 from regard.cache.report import LayerReport, Report
 from regard.cache.rest import Drop, Rest
 from regard.cache.retrieval_heads import RetrievalHeads
@@ -63,6 +65,8 @@ __all__ = [
     "Pyramid",
     "QAdA",
     "QFilters",
+    "Quantise",
+    "Quest",
     "Random",
     "Reads",
     "Report",

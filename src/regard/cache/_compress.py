@@ -18,7 +18,6 @@ from regard.cache.module_call import ModuleCall
 from regard.cache.open_block import OpenBlock
 from regard.cache.policy import Policy
 from regard.cache.report import Report, report
-from regard.cache.restricted_call import RestrictedCall
 from regard.runtime import AttentionCall, HiddenCall, Proceed, Reading, Site, Stack, entered, explain, interceptors
 
 if TYPE_CHECKING:
@@ -170,8 +169,7 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         if layer.rank == 0:
             layer.take_ids(call.place.token_ids, tokens)
             self._ids[call.place.cache] = layer
-        local = self.policy.local
-        kind = KeptCall if local is None or tokens > 1 or layer.seen <= sum(local) else RestrictedCall
+        kind = KeptCall if tokens > 1 else self.policy.step_call(layer)
         due = not layer.recording and self._is_due(layer, tokens)
         return kind(self.policy, layer, call, tokens, due)
 

@@ -119,7 +119,12 @@ def _check(cache: Any, model: Module) -> None:
     for layer in cache.layers:
         if isinstance(layer, CacheLayerMixin) and type(layer) not in known:
             quantised = any("Quantized" in kind.__name__ for kind in type(layer).__mro__)
-            what = "quantised" if quantised else type(layer).__name__
+            what = type(layer).__name__
+            if quantised:
+                raise ValueError(
+                    "compress cannot drop entries of a cache whose layers are quantised; use a DynamicCache, generate's "
+                    "default, and a policy with rest=regard.cache.Quantise(bits=4)"
+                )
             if "LinearAttention" in what:
                 raise ValueError(
                     f"compress cannot drop entries of {type(model).__name__}, whose layers keep a recurrent state beside "

@@ -21,7 +21,7 @@ class BudgetPolicy(Policy):
         budget: entries of each head: a number of them, a share of the tokens above 0 and up to 1, or an object that says what
             each layer and head gets: `Pyramid`, `ByLayer`, `Adaptive`.
         when: `AfterPrompt`, or `Every` so many decoding steps.
-        rest: what becomes of the entries that it does not keep: `Drop`, or `Merge`.
+        rest: what becomes of the entries that it does not keep: `Drop`, `Merge`, `Quantise` or `Unread`.
 
     A text of which a share is less than the policy always keeps, such as its window, is kept whole, and the report says so.
 

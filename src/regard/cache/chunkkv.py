@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from regard.cache._images import at_entries
 from regard.cache.around import Around
 from regard.cache.policy import Entries
 
@@ -21,8 +22,7 @@ class ChunkKV(Around):
     Args:
         policy: whose scores count, and whose budget holds; the mean of its heads where these share it unevenly.
         length: tokens of a chunk, counted from the first of the text. The last may have fewer.
-
-    Left out: the paper has neighbouring layers share the chunks of one of them.
+        reuse: so many neighbouring layers keep what the first of them chooses (layer-wise index reuse); 1 for none.
 
     X. Liu et al. (2025), ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context LLM Inference.
 
@@ -32,13 +32,28 @@ class ChunkKV(Around):
     """
 
     length: int = 10
+    reuse: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.length < 1:
             raise ValueError(f"ChunkKV: length must be at least 1 token, got {self.length}")
+        if self.reuse < 1:
+            raise ValueError(f"ChunkKV: reuse must be at least 1 layer, got {self.reuse}")
 
     def score(self, entries: Entries) -> Tensor:
+        """Scores of chunks; in a layer that reuses those of an earlier one, 0 for what stays there and −∞ for what goes."""
+        if entries.layer % self.reuse:
+            stay = at_entries(entries.memory[ChunkKV], entries)
+            return stay.log()
+        scores = self._of_chunks(entries)
+        if self.reuse > 1:
+            place = torch.where(scores > -torch.inf, entries.positions, entries.seen)  # what goes is cut off at the end
+            kept = torch.zeros(len(place), entries.seen + 1, dtype=torch.bool, device=place.device)
+            entries.memory[ChunkKV] = kept.scatter(1, place.flatten(1), True)[:, :-1]
+        return scores
+
+    def _of_chunks(self, entries: Entries) -> Tensor:
         """The score of the entry's chunk, −∞ for chunks that go, infinite for what the policy within always keeps."""
         scores = self.inner(entries)
         sure = scores == torch.inf

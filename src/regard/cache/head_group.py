@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from regard.cache.packed import PackedEntries
+
 
 @dataclass
 class HeadGroup:
@@ -17,7 +19,7 @@ class HeadGroup:
     The first entries stand at ``positions`` (B, h, K) of the text, −1 for a slot that is empty since another row of the
     batch holds more; those after them at ``start`` and on. ``received`` (B, h, L) is the attention that each
     entry was given, where the policy reads it. Of the first ``until`` entries calls read the ``chosen`` ones only, (B, h, K)
-    with −1 for none; all if it is None.
+    with −1 for none; all if it is None. They read those that are ``packed`` besides.
     """
 
     heads: list[int]
@@ -29,6 +31,7 @@ class HeadGroup:
     has_empty: bool = False
     chosen: Tensor | None = None  # (B, h, K): which of its first `until` entries calls read, −1 for none; None for all
     until: int = 0
+    packed: PackedEntries | None = None  # further entries of the same heads, with few bits
     _rooms: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -40,7 +43,13 @@ class HeadGroup:
     def bytes(self) -> int:
         """What keys and values take, the room for further ones included."""
         blocks = (self._rooms.get(name, getattr(self, name)) for name in ("keys", "values"))
-        return sum(block.numel() * block.element_size() for block in blocks)
+        own: int = sum(block.numel() * block.element_size() for block in blocks)
+        return own if self.packed is None else own + self.packed.bytes
+
+    @property
+    def packed_length(self) -> int:
+        """Entries of each head that are packed."""
+        return 0 if self.packed is None else self.packed.length
 
     def whole(self) -> HeadGroup:
         """With all channels of every key: itself, unless it holds fewer."""
@@ -78,8 +87,12 @@ class HeadGroup:
         return torch.cat([self.positions, later.expand(*self.positions.shape[:2], -1)], dim=2)
 
     def read(self) -> HeadGroup:
-        """What calls attend to: itself, or the entries that are chosen and those that came since."""
-        return self if self.chosen is None else ChosenPart.of(self)
+        """What calls attend to."""
+        return self.held() if self.chosen is None else ReadPart.of(self, self.chosen_index())
+
+    def held(self) -> HeadGroup:
+        """All that is held, packed entries first, as calls could attend to it."""
+        return self if self.packed is None else ReadPart.of(self, None)
 
     def choose(self, index: Tensor) -> HeadGroup:
         """Its entries, of which calls are to read these (B, h, K) only, −1 for none, and those to come."""
@@ -108,6 +121,7 @@ class HeadGroup:
         for name in ("keys", "values", "positions", "received"):
             setattr(self, name, change(getattr(self, name)))
         self.chosen = None if self.chosen is None else change(self.chosen)
+        self.packed = None if self.packed is None else self.packed.change(change)
 
     def select(self, heads: list[int], index: Tensor, empty: Tensor) -> HeadGroup:
         """Some of its heads, by their place in it, with these entries only, (B, h, K); ``empty`` slots hold none."""
@@ -118,7 +132,10 @@ class HeadGroup:
         positions = self.all_positions()[:, heads].gather(2, index).masked_fill(empty, -1)
         received = self.received[:, heads].gather(2, index) if self.received.numel() else self.received[:, heads]
         names = [self.heads[head] for head in heads]
-        return HeadGroup(names, keys, values, positions, self._next(), received, bool((positions < 0).any()))
+        packed = None if self.packed is None else self.packed.change(lambda tensor: tensor[:, heads])
+        return HeadGroup(
+            names, keys, values, positions, self._next(), received, bool((positions < 0).any()), packed=packed
+        )
 
     def with_values(self, values: Tensor) -> HeadGroup:
         """Its entries with other values."""
@@ -156,39 +173,52 @@ class HeadGroup:
 
 
 @dataclass
-class ChosenPart(HeadGroup):
-    """The entries of a group that calls read, which they are gathered for; what these receive goes to the group's."""
+class ReadPart(HeadGroup):
+    """What calls read of a group: its packed entries, and those of its own that are at these places, −1 for none.
+
+    What entries receive goes to the group's.
+    """
 
     source: HeadGroup = field(kw_only=True)
-    index: Tensor = field(kw_only=True)
+    places: Tensor = field(kw_only=True)  # (B, h, K)
 
     @classmethod
-    def of(cls, group: HeadGroup) -> ChosenPart:
-        """The chosen entries of a group."""
-        index = group.chosen_index()
-        heads = list(range(len(group.heads)))
-        part = group.select(heads, index.clamp(min=0), index < 0)
+    def of(cls, group: HeadGroup, places: Tensor | None) -> ReadPart:
+        """The packed entries of a group, and its own at places (B, h, K), or all."""
+        part, packed = group.whole(), group.packed
+        if places is None:
+            places = torch.arange(group.length, device=group.keys.device).expand(*group.keys.shape[:2], -1)
+        else:
+            part = group.select(list(range(len(group.heads))), places.clamp(min=0), places < 0)
+        keys, values, positions = part.keys, part.values, part.all_positions()
+        if packed is not None:
+            keys = torch.cat([packed.keys.unpack(), keys], dim=2)
+            values = torch.cat([packed.values.unpack(), values], dim=2)
+            positions = torch.cat([packed.positions, positions], dim=2)
+        empty = bool((positions < 0).any())
         return cls(
-            part.heads, part.keys, part.values, part.positions, part.start, part.received, part.has_empty,
-            source=group, index=index,
+            group.heads, keys, values, positions, part.start, part.received[:, :, :0], empty, source=group,
+            places=places,
         )  # fmt: skip
 
     def of_all(self, tensor: Tensor) -> Tensor:
-        """(B, heads, chosen entries, D) of a tensor of all entries of the group."""
-        index = self.index.clamp(min=0)[..., None].expand(-1, -1, -1, tensor.shape[3])
-        return tensor.gather(2, index.expand(-1, tensor.shape[1], -1, -1))
+        """(B, heads, entries, D) of a tensor of all that the group holds, as the model makes it of latents."""
+        front = self.source.packed_length
+        own = self.places.clamp(min=0)[..., None] + front
+        own = tensor.gather(2, own.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+        return torch.cat([tensor[:, :, :front], own], dim=2)
 
     def receive(self, attention: Tensor) -> None:
-        """Add attention to what the entries of the group received."""
-        length = self.source.length
-        index = torch.where(self.index < 0, length, self.index)  # empty slots go to the end, which is cut off
+        """Add attention to what the group's own entries received."""
+        attention, length = attention[:, :, self.source.packed_length :], self.source.length
+        index = torch.where(self.places < 0, length, self.places)  # empty slots go to the end, which is cut off
         whole = attention.new_zeros(*attention.shape[:2], length + 1, *attention.shape[3:])
         index = index if attention.ndim == 3 else index[..., None].expand_as(attention)
         self.source.receive(whole.scatter(2, index, attention)[:, :, :length])
 
 
 def merge(groups: list[HeadGroup]) -> HeadGroup:
-    """Groups of equally many entries as one, its heads in order."""
+    """Groups of equally many entries, packed ones too, as one, its heads in order."""
     if len(groups) == 1:
         return groups[0]
     heads = [head for group in groups for head in group.heads]
@@ -197,9 +227,12 @@ def merge(groups: list[HeadGroup]) -> HeadGroup:
         torch.cat([getattr(group, name) for group in groups], dim=1)[:, order]
         for name in ("keys", "values", "positions", "received")
     )
+    parts = [group.packed for group in groups if group.packed is not None]
+    packed = PackedEntries.joined(parts, dim=1).change(lambda tensor: tensor[:, order]) if parts else None
     return HeadGroup(
-        sorted(heads), keys, values, positions, groups[0].start, received, any(group.has_empty for group in groups)
-    )
+        sorted(heads), keys, values, positions, groups[0].start, received, any(group.has_empty for group in groups),
+        packed=packed,
+    )  # fmt: skip
 
 
 def _writable(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.cache.head_group import ChosenPart, HeadGroup
+from regard.cache.head_group import HeadGroup, ReadPart
 from regard.cache.narrow_group import NarrowGroup
 from regard.cache.policy import Reads
 from regard.cache.window import joined, last_queries
@@ -138,13 +138,16 @@ class KeptCall:
         if not self.layer.is_latent:
             return group.whole_keys(), group.values
         key, value = self.call.key, self.call.value
-        return (group.of_all(key), group.of_all(value)) if isinstance(group, ChosenPart) else (key, value)
+        return (group.of_all(key), group.of_all(value)) if isinstance(group, ReadPart) else (key, value)
 
     @property
     def expanded(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values that the model has made of latents; None where it caches them themselves."""
-        length = self.layer.groups[0].length  # of which some may have been taken back
-        return (self.call.key[:, :, :length], self.call.value[:, :, :length]) if self.layer.is_latent else None
+        if not self.layer.is_latent:
+            return None
+        (group,) = self.layer.groups
+        own = slice(group.packed_length, group.packed_length + group.length)  # some may have been taken back
+        return self.call.key[:, :, own], self.call.value[:, :, own]
 
     def _width(self, tensor: Tensor) -> int:
         """How many heads keys or values have in all."""
@@ -231,13 +234,15 @@ class KeptCall:
                 "not known any more: choose when=AfterPrompt(), or steer without compress"
             )
         query, mask, chosen = joined(self.layer.window, self.layer.seen, self.reads.attention_of or 0)
-        key, value = self.expanded or (self.call.key, self.call.value)
+        group = self.layer.groups[0]
+        end = group.packed_length + group.length if self.layer.is_latent else None  # some may have been taken back
+        key, value = self.call.key[:, :, :end], self.call.value[:, :, :end]
         call = replace(self.call, query=query, key=key, value=value, attn_mask=mask, is_causal=False)
         window = KeptCall(None, self.layer, call, query.shape[2])
         window.reads, window.observed = self.reads, query.shape[2]
         weights = () if chosen is None else (chosen[:, None].float(),)
         with torch.no_grad():
-            for group in self.layer.groups:
+            for group in map(HeadGroup.held, self.layer.groups):
                 group.receive(window._received(window._call_on(group).map(), weights))
 
     def _step(self, group: HeadGroup, query: Tensor, mask: Tensor | None) -> Tensor:

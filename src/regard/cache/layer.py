@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from regard.cache.head_group import HeadGroup, merge
 from regard.cache.narrow_group import NarrowGroup
 from regard.cache.open_block import OpenBlock
+from regard.cache.packed import PackedEntries
 from regard.cache.policy import Entries
 from regard.cache.window import Window
 from regard.runtime import Stack, interceptors
@@ -91,7 +92,8 @@ class KeptLayer(CacheLayerMixin):
             self.seen += key_states.shape[2]
         self.new, self.removed, self.before = key_states.shape[2], 0, []
         if not self.dropped or self.is_latent:
-            key_states, value_states = self.groups[0].keys, self.groups[0].values
+            held = self.groups[0].held()
+            key_states, value_states = held.keys, held.values
         self.handed = ref(key_states)
         return key_states, value_states
 
@@ -206,9 +208,12 @@ class KeptLayer(CacheLayerMixin):
         if not rest:
             return
         best = scores.argsort(dim=-1, descending=True, stable=True)
-        numbers = sorted({longest[head] for group in rest for head in group.heads})
+        numbers = sorted({(longest[head], group.packed_length) for group in rest for head in group.heads})
         self.before = (self.before or self.groups) if self.is_shared else []
-        self.groups = done + [_best(rest, best, counts, longest, number) for number in numbers]
+        self.groups = done + [
+            _best([group for group in rest if group.packed_length == packed], best, counts, longest, number)
+            for number, packed in numbers
+        ]
         self.dropped, self.dropped_at = True, self.seen
 
     def choose(self, scores: Tensor, counts: Tensor) -> None:
@@ -227,6 +232,28 @@ class KeptLayer(CacheLayerMixin):
         self.groups = [NarrowGroup.of(group, channels[:, group.heads], window) for group in before]
         if self.is_shared and not self.before:
             self.before = before
+        self.dropped, self.dropped_at = True, self.seen
+
+    def pack(self, real: Tensor, going: Tensor, pack: Callable[[HeadGroup], PackedEntries]) -> None:
+        """Keep the ``going`` entries (B, Hk, L) as ``pack`` makes them of a group, and of the others the ``real`` ones."""
+        if not bool(going.any()):
+            return
+        self.before = (self.before or self.groups) if self.is_shared else []
+        staying = real & ~going
+        numbers = [mask.sum(dim=2).amax(dim=0).tolist() for mask in (staying, going)]
+        alike: dict[
+            tuple[int, int, int], list[HeadGroup]
+        ] = {}  # heads by how many of their entries stay and are packed
+        for group in self.groups:
+            of_group = [(numbers[0][head], numbers[1][head], group.packed_length) for head in group.heads]
+            for number in set(of_group):
+                places = [place for place, own in enumerate(of_group) if own == number]
+                part = _chosen(group, places, staying, number[0])
+                if number[1]:
+                    new = pack(_chosen(group, places, going, number[1]))
+                    part.packed = new if part.packed is None else PackedEntries.joined([part.packed, new], dim=2)
+                alike.setdefault(number, []).append(part)
+        self.groups = [merge(parts) for parts in alike.values()]
         self.dropped, self.dropped_at = True, self.seen
 
     def change_values(self, values: Tensor) -> None:
@@ -300,6 +327,7 @@ class KeptLayer(CacheLayerMixin):
         self.seen -= number
         self.removed += number
         self.token_ids = None if self.token_ids is None else self.token_ids[:, :-number]
+        self.state = {}  # of tokens that are no more; found anew from the keys
         while number and self.window:
             last = self.window.pop()
             if number < last.length:
@@ -331,6 +359,13 @@ def _first(order: Tensor, counts: Tensor, number: int) -> Tensor:
     """(B, h, number): the first places of an order (B, h, L), as many as the counts (B, h) say, sorted, −1 for none."""
     empty = torch.arange(number, device=order.device) >= counts[..., None]
     return order[..., :number].masked_fill(empty, -1).sort(dim=-1).values
+
+
+def _chosen(group: HeadGroup, places: list[int], mask: Tensor, number: int) -> HeadGroup:
+    """Heads of a group, by their places in it, with the so many entries that a mask (B, Hk, L) has of each."""
+    own = mask[:, group.heads, : group.length][:, places]
+    order = own.long().argsort(dim=-1, descending=True, stable=True)[..., :number]
+    return group.select(places, order, ~own.gather(2, order))
 
 
 def _best(groups: list[HeadGroup], best: Tensor, counts: Tensor, longest: list[int], number: int) -> HeadGroup:

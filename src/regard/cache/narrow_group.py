@@ -31,7 +31,7 @@ class NarrowGroup(HeadGroup):
         narrow = group.keys[:, :, :cut].gather(3, channels[:, :, None].expand(-1, -1, cut, -1))
         return cls(
             group.heads, group.keys[:, :, cut:].clone(), group.values, group.positions, group.start, group.received,
-            group.has_empty, group.chosen, group.until, narrow=narrow, channels=channels,
+            group.has_empty, group.chosen, group.until, group.packed, narrow=narrow, channels=channels,
         )  # fmt: skip
 
     @property
@@ -55,7 +55,7 @@ class NarrowGroup(HeadGroup):
         """With keys of the full width."""
         return HeadGroup(
             self.heads, self.whole_keys(), self.values, self.positions, self.start, self.received, self.has_empty,
-            self.chosen, self.until,
+            self.chosen, self.until, self.packed,
         )  # fmt: skip
 
     def products(self, query: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.nn import Module
@@ -15,6 +15,10 @@ from regard.cache._part import Part
 from regard.cache.module_call import ModuleCall
 from regard.cache.rest import Drop, Rest
 from regard.cache.when import AfterPrompt, When
+
+if TYPE_CHECKING:
+    from regard.cache.kept_call import KeptCall
+    from regard.cache.layer import KeptLayer
 
 
 @dataclass(frozen=True)
@@ -147,14 +151,11 @@ class Policy(Part, ABC):
         reads = self.reads
         return reads if reads.attention_of != 0 else replace(reads, attention_of=self.rest.reads)
 
-    @property
-    def local(self) -> tuple[int, int] | None:
-        """How many first and last tokens are local, if heads may do with these in a decoding step, as `is_local` says."""
-        return None
+    def step_call(self, layer: KeptLayer) -> type[KeptCall]:
+        """What answers a decoding step on a layer: all entries that are kept are read, unless it is another kind of call."""
+        from regard.cache.kept_call import KeptCall
 
-    def is_local(self, step: Step) -> Tensor:
-        """(batch, key heads, shared), boolean: the query heads that attend to their local entries only."""
-        raise NotImplementedError(f"{type(self).__name__} names local entries; it needs is_local too, to say for whom")
+        return KeptCall
 
     def beside(self, model: Module) -> AbstractContextManager[Any]:
         """What is to run beside the model in the block of `compress`, with what it gives in every `Entries`; nothing here."""

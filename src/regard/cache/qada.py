@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from regard.cache.policy import Entries, Policy, Step
 from regard.cache.rest import Rest
 from regard.cache.unread import Unread
 from regard.cache.when import Never, When
+
+if TYPE_CHECKING:
+    from regard.cache.kept_call import KeptCall
+    from regard.cache.layer import KeptLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +66,15 @@ class QAdA(Policy):
 
     @property
     def local(self) -> tuple[int, int]:
-        """Sinks and recent tokens."""
+        """How many first and last tokens are local."""
         return self.sinks, self.recent
+
+    def step_call(self, layer: KeptLayer) -> type[KeptCall]:
+        """One in which heads may do with the local entries, of a text that has others."""
+        from regard.cache.kept_call import KeptCall
+        from regard.cache.restricted_call import RestrictedCall
+
+        return RestrictedCall if layer.seen > self.sinks + self.recent else KeptCall
 
     @property
     def when(self) -> When:
@@ -83,7 +95,7 @@ class QAdA(Policy):
         return entries.real.sum(dim=-1)
 
     def is_local(self, step: Step) -> Tensor:
-        """Whether the local entries have the threshold's share, going by the moments of the far keys."""
+        """(batch, key heads, shared): whether local entries have the threshold's share, by the moments of the far keys."""
         mean, scatter, number = self._moments(step)
         number = number[:, None, None]
         variance = ((step.query @ scatter) * step.query).sum(dim=-1) / number.clamp(min=1)

@@ -14,8 +14,8 @@ class LayerReport:
     """One layer: the number in the model, entries of each head (the most of any text of the batch), tokens, and bytes.
 
     ``positions`` (batch, heads, tokens) tells which tokens are left. A layer with a ``window`` was left alone. ``whole``
-    texts of the batch were too short for the policy to drop any of their entries. ``unread`` entries of each head are in
-    memory beside those that are kept.
+    texts of the batch were too short for the policy to drop any of their entries. Beside those that are kept as they are,
+    ``unread`` entries of each head are in memory, and ``quantised`` ones with few bits.
     """
 
     layer: int
@@ -27,6 +27,7 @@ class LayerReport:
     window: bool = False
     whole: int = 0
     unread: list[int] = field(default_factory=list)
+    quantised: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,11 @@ class Report:
             texts = f"{whole} texts are" if whole > 1 else "1 text is"
             lines.append(f"({texts} kept whole: the budget is less than the policy always keeps)")
         for layer in self.layers:
-            heads = str(layer.kept[0]) if len(set(layer.kept)) == 1 else f"heads {', '.join(map(str, layer.kept))}"
             note = " (sliding window, left alone)" if layer.window else ""
+            others = {"unread": layer.unread, "quantised": layer.quantised}
+            beside = "".join(f", {_of_heads(numbers)} {what}" for what, numbers in others.items() if any(numbers))
             lines.append(
-                f"layer {layer.layer:>3}: {heads} of {layer.seen} tokens, "
+                f"layer {layer.layer:>3}: {_of_heads(layer.kept)} of {layer.seen} tokens{beside}, "
                 f"{_size(layer.bytes)} of {_size(layer.full_bytes)}{note}"
             )
         return "\n".join(lines)
@@ -96,17 +98,20 @@ def _of_kept(number: int, layer: Any) -> LayerReport:
     heads = sum(len(group.heads) for group in layer.groups)
     batch = layer.groups[0].keys.shape[0]
     left = torch.zeros(batch, heads, layer.seen + 1, dtype=torch.bool)
-    kept, unread = [0] * heads, [0] * heads
+    kept, unread, quantised = [0] * heads, [0] * heads, [0] * heads
     for group in layer.groups:
         positions = group.read_positions().cpu()
         index = torch.where(positions < 0, layer.seen, positions)
         left[:, group.heads] = left[:, group.heads].scatter(2, index, True)
         for head in group.heads:
             kept[head], unread[head] = positions.shape[2], group.length - positions.shape[2]
+            quantised[head] = group.packed_length
     of_entry = sum(t.shape[3] * t.element_size() for t in (layer.groups[0].keys, layer.groups[0].values))
     full = batch * heads * layer.seen * of_entry
     whole = 0 if layer.whole is None else int(layer.whole.sum())
-    return LayerReport(number, kept, layer.seen, layer.numbers(), full, left[..., :-1], whole=whole, unread=unread)
+    return LayerReport(
+        number, kept, layer.seen, layer.numbers(), full, left[..., :-1], whole=whole, unread=unread, quantised=quantised
+    )
 
 
 def _of_window(number: int, layer: Any) -> LayerReport:
@@ -116,6 +121,11 @@ def _of_window(number: int, layer: Any) -> LayerReport:
     left = torch.zeros(batch, heads, seen, dtype=torch.bool)
     left[..., seen - held :] = True
     return LayerReport(number, [held] * heads, seen, size, size // max(held, 1) * seen, left, window=True)
+
+
+def _of_heads(numbers: list[int]) -> str:
+    """A number of entries, or that of each head."""
+    return str(numbers[0]) if len(set(numbers)) == 1 else f"heads {', '.join(map(str, numbers))}"
 
 
 def _size(number: int) -> str:

@@ -17,7 +17,7 @@ from regard.runtime import AttentionCall
 
 if TYPE_CHECKING:
     from regard.cache.layer import KeptLayer
-    from regard.cache.policy import Policy
+    from regard.cache.qada import QAdA
 
 
 Place = tuple[slice, slice]  # of texts and key heads
@@ -30,9 +30,9 @@ class RestrictedCall(KeptCall):
     entries are read once, or not at all.
     """
 
-    policy: Policy
+    policy: QAdA
 
-    def __init__(self, policy: Policy, layer: KeptLayer, call: AttentionCall, tokens: int, due: bool = False) -> None:
+    def __init__(self, policy: QAdA, layer: KeptLayer, call: AttentionCall, tokens: int, due: bool = False) -> None:
         super().__init__(policy, layer, call, tokens, due)
         if layer.dropped:
             raise ValueError(
@@ -98,7 +98,7 @@ class RestrictedCall(KeptCall):
     @functools.cached_property
     def _positions(self) -> Tensor:
         """(B, sinks + recent): positions of the local entries, −1 for sinks that are among the recent ones."""
-        sinks, recent = self.policy.local or (0, 0)
+        sinks, recent = self.policy.local
         start, device = self.layer.seen - recent, self._first.device
         firsts = self._first[:, None] + torch.arange(sinks, device=device)
         lasts = torch.arange(start, start + recent, device=device).expand(len(firsts), -1)

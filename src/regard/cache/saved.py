@@ -43,9 +43,11 @@ def load(file: str | PathLike[str] | IO[bytes], device: torch.device | str | Non
     from regard.cache.layer import KeptLayer
     from regard.cache.narrow_group import NarrowGroup
     from regard.cache.open_block import OpenBlock
+    from regard.cache.packed import Packed, PackedEntries
     from regard.cache.window import Window
 
     names = ("Cache", "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
     known = [getattr(caches, name) for name in names if hasattr(caches, name)]
-    with torch.serialization.safe_globals([*known, KeptLayer, HeadGroup, NarrowGroup, OpenBlock, Window]):
+    own = [KeptLayer, HeadGroup, NarrowGroup, OpenBlock, Packed, PackedEntries, Window]
+    with torch.serialization.safe_globals([*known, *own]):
         return torch.load(file, map_location=device, weights_only=True)

@@ -108,7 +108,7 @@ def factors(x: Tensor, order: Order) -> Tensor:
     parts = [torch.ones_like(x[..., :1]), x]
     if order == 2:
         first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-        scale = torch.where(first == second, math.sqrt(0.5), 1.0).to(x.dtype)
+        scale = torch.where(first == second, x.new_tensor(math.sqrt(0.5)), x.new_ones(()))
         parts.append(x[..., first] * x[..., second] * scale)
     return torch.cat(parts, dim=-1)
 

@@ -26,6 +26,7 @@ _PAPER = (
 _KEEP = 7.0  # 1 − α begins at sigmoid(7), 0.999: what is written lasts for about 1,000 tokens
 _RANK = 32
 _THRESHOLD = 1.8545  # softplus of it is 2
+_VALUES = 6.0  # the deviation of what projection, convolution and SiLU give is about 1/6 at first
 
 
 class Miras(Mixer):
@@ -35,6 +36,10 @@ class Miras(Mixer):
     output, a SiLU gate of the tokens on it. One memory for each head; its first weights are learned: a matrix begins empty,
     those of a network such that what each gives is about of variance 1 (of a last matrix of zeros, the layer norm would make
     as much of the first token as of all that follow).
+
+    Values are six times what their convolution gives, by which they begin about of variance 1, as what a network gives: it
+    adds its input to its output, and thus has to learn ``v − k``, of which values much shorter than keys would be the least
+    part. Where the retention is KL, they are not, for there each step multiplies weights by the exponential of an error.
 
     The paper makes step, decay and threshold of each channel from the token and leaves their activations open. Here step and
     decay are one for each head, so that a chunk is products of matrices, and sigmoids: ``1 − α`` begins at 0.999, η at 0.5,
@@ -88,6 +93,7 @@ class Miras(Mixer):
             )
         self.heads, self.chunk, self.design = heads, chunk, design or Design()
         self.largest_step = largest_step or (1 if self.design.memory.depth == 1 else 2) / chunk
+        self.value_scale = _VALUES if self.design.retention.linear else 1.0
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
         self.conv1d = ShortConvolution(3 * dim, convolution)
         self.step, self.keep = Linear(dim, heads), Linear(dim, heads)
@@ -197,7 +203,7 @@ class Miras(Mixer):
         before = None if state is None else state["tail"]
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value, tail = convolved_heads(x, projections, self.conv1d, self.heads, before, mask)
-        return functional.normalize(query, dim=-1), functional.normalize(key, dim=-1), value, tail
+        return functional.normalize(query, dim=-1), functional.normalize(key, dim=-1), self.value_scale * value, tail
 
     def _learn(
         self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, held: list[Tensor],

@@ -34,10 +34,12 @@ from bench.measuring import Run, allocated, clock, compare
 from bench.results import Report, command_line
 from regard.cache import (
     TOVA,
+    Adaptive,
     KeepAll,
     Knorm,
     ObservedAttention,
     Policy,
+    Pyramid,
     Random,
     RetrievalHeads,
     SnapKV,
@@ -48,7 +50,7 @@ from regard.cache import (
 READING: dict[str, Policy] = {
     "observed attention": ObservedAttention(budget=0.25),
     "SnapKV": SnapKV(budget=0.25),
-    "SnapKV, by head": SnapKV(budget=0.25, by_head="adaptive"),
+    "SnapKV, by head": SnapKV(budget=Adaptive(0.25)),
     "TOVA": TOVA(budget=0.25),
     "StreamingLLM": StreamingLLM(budget=0.25),
     "Knorm": Knorm(budget=0.25),
@@ -159,8 +161,8 @@ def policies(model: Module, budget: float, samples: list[Tensor]) -> dict[str, P
         "retrieval heads": retrieval_heads(model, budget, samples),
         "SnapKV, kernel 9": SnapKV(budget=budget, window=16, kernel=9),
         "SnapKV": SnapKV(budget=budget, window=16),
-        "SnapKV, by head": SnapKV(budget=budget, window=16, by_head="adaptive"),
-        "SnapKV, pyramid": SnapKV(budget=budget, window=16, by_layer="pyramid"),
+        "SnapKV, by head": SnapKV(budget=Adaptive(budget), window=16),
+        "SnapKV, pyramid": SnapKV(budget=Pyramid(budget), window=16),
         "Task-KV": TaskKV(budget=budget, sinks=4, recent=16, window=16),
         "observed attention": ObservedAttention(budget=budget),
         "TOVA": TOVA(budget=budget),

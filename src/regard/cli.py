@@ -204,7 +204,7 @@ def cache(
     text: TextFile = None,
     prompt: Prompt = None,
     policy: Annotated[
-        str, typer.Option(help="Such as snapkv, or 'SnapKV(window=16, by_head=\"adaptive\")'.")
+        str, typer.Option(help="Such as snapkv, or 'SnapKV(window=16, budget=Adaptive(0.25))'.")
     ] = "snapkv",
     budget: Annotated[
         str | None, typer.Option(help="Entries of each head, or a share of the tokens; 0.25 by default.")
@@ -237,17 +237,21 @@ def cache(
 
 
 def _show_policies() -> None:
-    """What each keeps, in a line."""
+    """What each keeps, in a line, and what may be said in their slots."""
     from inspect import isabstract
 
-    import regard.cache
+    from regard import cache
 
     out = Console()
-    for name in regard.cache.__all__:
-        kind = getattr(regard.cache, name)
-        if isinstance(kind, type) and issubclass(kind, regard.cache.Policy) and not isabstract(kind):
-            said = (kind.__doc__ or "").partition("\n")[0].rstrip(":").replace("`", "")
-            out.print(Text.assemble((f"{name:<19} ", "bold"), said), soft_wrap=True)
+    slots = {"": cache.Policy, "budget=": cache.Budget, "when=": cache.When, "rest=": cache.Rest}
+    for slot, base in slots.items():
+        if slot:
+            out.print(Text(f"\n{slot}"))
+        for name in cache.__all__:
+            kind = getattr(cache, name)
+            if isinstance(kind, type) and issubclass(kind, base) and not isabstract(kind):
+                said = (kind.__doc__ or "").partition("\n")[0].rstrip(":").replace("`", "")
+                out.print(Text.assemble((f"{name:<19} ", "bold"), said), soft_wrap=True)
 
 
 def _budget(written: str) -> int | float:
@@ -321,7 +325,10 @@ def _show_mixer(kind: type[Mixer], exponent: float | None, example: str) -> None
 
 
 def _sees(kind: type[Mixer]) -> str:
-    directions = {"causal": kind.facts.causal, "bidirectional": kind.facts.bidirectional, "cross": kind.facts.cross}
+    directions = {
+        "causal": kind.facts.causal, "bidirectional": kind.facts.bidirectional, "cross": kind.facts.cross,
+        "grids": kind.facts.grids,
+    }  # fmt: skip
     return ", ".join(direction for direction, true in directions.items() if true)
 
 

@@ -14,8 +14,10 @@ from regard import masks
 from regard.masks import Mask
 
 
-def parse(text: str, base: type, what: str, example: str, **given: Any) -> Any:
+def parse(text: str, base: type, what: str, example: str, parts: type | None = None, **given: Any) -> Any:
     """Make an instance of a subclass of ``base`` from its name and arguments; ``given`` are further arguments.
+
+    Arguments are plain values, or further instances: of subclasses of ``parts``, or else of ``base``.
 
     Raises:
         ValueError: anything but a known name, or a call of it with plain values.
@@ -36,13 +38,14 @@ def parse(text: str, base: type, what: str, example: str, **given: Any) -> Any:
         raise ValueError(f'expected {article} {what} such as {example}, got "{text}"')
     kind = kind_named(call.func.id, base, what)
     names = [field.name for field in fields(kind) if not field.kw_only]
+    inner = base if parts is None else parts
     if len(call.args) > len(names):
         raise ValueError(f"{kind.__name__} takes at most {len(names)} arguments without a name, got {len(call.args)}")
 
     def value(node: ast.expr) -> Any:
         name = node.func if isinstance(node, ast.Call) else node
-        if isinstance(name, ast.Name) and _is_known(name.id, base):
-            return parse(ast.unparse(node), base, what, example)
+        if isinstance(name, ast.Name) and (_is_known(name.id, inner) or (parts is not None and _is_rule(node))):
+            return parse(ast.unparse(node), inner, what, example, parts)
         return _literal(node, text)
 
     arguments = dict(zip(names, (value(node) for node in call.args), strict=False))

@@ -11,7 +11,18 @@ import transformers as hf
 from torch import Tensor
 
 import regard
-from regard.cache import TOVA, KeepAll, Knorm, ObservedAttention, Policy, SnapKV, StreamingLLM
+from regard.cache import (
+    TOVA,
+    Adaptive,
+    AfterPrompt,
+    Every,
+    KeepAll,
+    Knorm,
+    ObservedAttention,
+    Policy,
+    SnapKV,
+    StreamingLLM,
+)
 from regard.cache.adopt import adopt
 from regard.cache.open_block import OpenBlock
 from regard.runtime import interceptors
@@ -20,7 +31,7 @@ from tests.cache.test_families import LATENTS, SHARED, model_of
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 POLICIES: tuple[Policy, ...] = (
-    Knorm(budget=5), Knorm(budget=5, by_head="adaptive"), SnapKV(budget=6, window=2, kernel=3)
+    Knorm(budget=5), Knorm(budget=Adaptive(5)), SnapKV(budget=6, window=2, kernel=3)
 )  # fmt: skip
 
 
@@ -98,7 +109,7 @@ def test_a_block_on_another_model_does_not_answer(llama: hf.PreTrainedModel) -> 
 
 def test_saved_and_loaded(llama: hf.PreTrainedModel) -> None:
     inputs, file = texts(12, 7), io.BytesIO()
-    context = read(llama, inputs, Knorm(budget=5, by_head="adaptive"))
+    context = read(llama, inputs, Knorm(budget=Adaptive(5)))
     expected = llama.generate(**question(inputs, 2), past_key_values=copy.deepcopy(context), **GREEDY)
     regard.cache.save(context, file)
     file.seek(0)
@@ -116,7 +127,7 @@ def test_saved_inside_a_block_with_queries_to_read(name: str) -> None:
         texts(12),
         io.BytesIO(),
     )
-    policy = SnapKV(budget=6, window=3, every=2)
+    policy = SnapKV(budget=6, window=3, when=Every(2))
     with regard.compress(model, policy):
         with torch.no_grad():
             context = model(**inputs).past_key_values
@@ -148,7 +159,9 @@ def test_borrowed_keys_are_read_in_a_block() -> None:
 
 @pytest.mark.parametrize("way", ["assistant", "prompt lookup"])
 @pytest.mark.parametrize(
-    "policy", [KeepAll(), *POLICIES, TOVA(budget=6, every=None), StreamingLLM(budget=6, every=None)], ids=str
+    "policy",
+    [KeepAll(), *POLICIES, TOVA(budget=6, when=AfterPrompt()), StreamingLLM(budget=6, when=AfterPrompt())],
+    ids=str,
 )
 def test_assisted_generation(llama: hf.PreTrainedModel, policy: Policy, way: str) -> None:
     """Writes what is written without an assistant: the prompt alone is compressed, whatever is rejected after it."""

@@ -10,7 +10,21 @@ import torch
 from torch import Tensor
 
 import regard
-from regard.cache import BudgetPolicy, HeadBudgetPolicy, Policy, SnapKV
+from regard.cache import (
+    Adaptive,
+    AfterPrompt,
+    BudgetPolicy,
+    ByLayer,
+    Drop,
+    Every,
+    Merge,
+    Policy,
+    Pyramid,
+    SnapKV,
+    Unread,
+)
+from regard.cache._part import Part
+from regard.cache.trial import read_policy
 from tests.cache.conftest import decoder, texts
 
 
@@ -42,16 +56,22 @@ OTHERS: dict[str, list[Any]] = {
     "policy": [SnapKV(budget=10, window=2)],
     "values": [False],
     "budget": [0.5, 300],
-    "by_head": ["adaptive"],
-    "by_layer": ["pyramid", [0.5, 1.0, 1.5]],
-    "every": [None, 1, 2],
+    "BudgetPolicy.budget": [
+        0.5,
+        300,
+        Pyramid(10),
+        ByLayer(10, [0.5, 1.0, 1.5]),
+        Adaptive(10),
+        Adaptive(ByLayer(0.5, [1, 1, 1])),
+    ],
     "heads": [{}, {0: [0], 1: [0, 1]}],
     "heterogeneous": [(0.0, 1.0)],
     "image": [[1, 2], slice(0, 3)],
     "kernel": [1, 9],
     "layer": [1, 3],
     "pooling": ["max"],
-    "prefill": [False],
+    "rest": [Drop(), Merge(seed=3), Unread()],
+    "when": [AfterPrompt(), Every(1), Every(2), Every(2, prompt=False)],
     "recent": [7],
     "ObservedAttention.recent": [0.0, 0.25],
     "seed": [3],
@@ -73,12 +93,17 @@ def required(kind: type[Policy]) -> dict[str, Any]:
     return {f.name: OTHERS[f.name][-1] for f in fields(kind) if f.default is MISSING}
 
 
+def others(kind: type[Policy], argument: str) -> list[Any]:
+    named = [f"{base.__name__}.{argument}" for base in kind.__mro__]
+    return next(OTHERS[name] for name in (*named, argument) if name in OTHERS)
+
+
 def given(base: type[Policy]) -> Iterator[Any]:
     """Policies of this kind, each argument, and a value beside its default."""
     for kind in POLICIES:
         for argument in fields(kind) if issubclass(kind, base) else ():
-            for value in OTHERS.get(f"{kind.__name__}.{argument.name}", OTHERS[argument.name]):
-                if value is not argument.default:
+            for value in others(kind, argument.name):
+                if value != argument.default:
                     yield pytest.param(kind, argument.name, value, id=f"{kind.__name__}({argument.name}={value})")
 
 
@@ -88,10 +113,21 @@ def test_all_policies_are_tried() -> None:
 
 @pytest.mark.parametrize(("kind", "argument", "value"), list(given(Policy)))
 def test_what_the_signature_has_is_taken(kind: type[Policy], argument: str, value: Any) -> None:
-    policy = kind(**required(kind) | {argument: value})
+    policy = kind(**required(kind) | SMALL.get(kind.__name__, {}) | {argument: value})
     assert getattr(policy, argument) is value
-    written = tuple(value.shape) if isinstance(value, Tensor) else value if isinstance(value, Policy) else repr(value)
-    assert f"{argument}={written}" in str(policy).replace("<", "").replace(">", "")
+    written = f"<{tuple(value.shape)}>" if isinstance(value, Tensor) else repr(value)
+    written = str(value) if isinstance(value, Part) else written
+    assert (written if argument == "policy" else f"{argument}={written}") in str(policy)
+
+
+@pytest.mark.parametrize("kind", POLICIES, ids=lambda kind: kind.__name__)
+def test_what_is_printed_is_read_again(kind: type[Policy]) -> None:
+    """With every argument another than by default that can be written as text."""
+    arguments = {f.name: others(kind, f.name)[-1] for f in fields(kind)}
+    if any(isinstance(value, Tensor) for value in arguments.values()):
+        return
+    policy = kind(**arguments)
+    assert read_policy(str(policy)) == policy
 
 
 def kept(policy: Policy) -> list[Tensor]:
@@ -104,14 +140,20 @@ def kept(policy: Policy) -> list[Tensor]:
     return [layer.positions for layer in (*after_prompt, *cache.report().layers)]
 
 
-SHARED = [field.name for field in fields(HeadBudgetPolicy)]
+ALIKE = ("CaM", "RetrievalHeads", "StreamingLLM", "TOVA")  # whose scores are alike in all heads
 
 
 @pytest.mark.parametrize(
-    ("kind", "argument", "value"), [case for case in given(BudgetPolicy) if case.values[1] in SHARED]
+    ("kind", "argument", "value"),
+    [
+        case
+        for case in given(BudgetPolicy)
+        if case.values[1] in ("budget", "when")
+        and not (case.values[0].__name__ in ALIKE and isinstance(case.values[2], Adaptive))
+    ],
 )
 def test_what_is_taken_changes_what_is_kept(kind: type[Policy], argument: str, value: Any) -> None:
     """So an argument that a policy has no use for is not taken and ignored either."""
-    usual = {"budget": 10} | SMALL.get(kind.__name__, {})
+    usual = {"budget": 10, "when": Every(3, prompt=False)} | SMALL.get(kind.__name__, {})
     before, after = kept(kind(**usual)), kept(kind(**usual | {argument: value}))
     assert any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))

@@ -10,11 +10,13 @@ from torch import Tensor
 
 import regard
 from regard.cache import (
+    Adaptive,
+    BudgetPolicy,
     ChunkKV,
     CriticalKV,
     Entries,
+    Every,
     ExpectedAttention,
-    HeadBudgetPolicy,
     KeyDiff,
     Knorm,
     Policy,
@@ -27,7 +29,7 @@ LLAMA = decoder("llama")
 FILTERS = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
 POLICIES: tuple[Policy, ...] = (
     ExpectedAttention(budget=10, sinks=2), KeyDiff(budget=10), QFilters(budget=10, filters=FILTERS),
-    ChunkKV(SnapKV(budget=13, window=3), length=4), CriticalKV(SnapKV(budget=10, window=3, by_head="adaptive")),
+    ChunkKV(SnapKV(budget=13, window=3), length=4), CriticalKV(SnapKV(budget=Adaptive(10), window=3)),
     ChunkKV(CriticalKV(Knorm(budget=0.4)), length=3),
 )  # fmt: skip
 
@@ -61,14 +63,14 @@ def test_they_decode_with_beams(policy: Any) -> None:
         LLAMA.generate(**inputs, max_new_tokens=5, do_sample=False, num_beams=2)
     assert cache.report().kept < 0.75
     within = getattr(policy, "policy", policy)
-    if isinstance(within, HeadBudgetPolicy) and within is policy:
-        steps = type(policy)(**{**vars(policy), "every": 2})
+    if isinstance(within, BudgetPolicy) and within is policy:
+        steps = type(policy)(**{**vars(policy), "when": Every(2)})
         with regard.compress(LLAMA, steps) as cache:
             LLAMA.generate(**inputs, max_new_tokens=6, do_sample=False)
         assert all(max(layer.kept) <= 11 for layer in cache.report().layers)
 
 
-class Given(HeadBudgetPolicy):
+class Given(BudgetPolicy):
     """Scores of two heads of twelve entries; the last is kept in any case."""
 
     def score(self, entries: Entries) -> Tensor:

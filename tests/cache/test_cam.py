@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import regard
-from regard.cache import CaM, Entries
+from regard.cache import CaM, Entries, Merge
 from tests.cache.conftest import decoder, texts
 from tests.cache.test_families import LATENTS, SHARED, model_of
 
@@ -39,8 +39,7 @@ def test_values_by_hand(neighbours: int, going: list[int]) -> None:
     stays[..., going] = False
     call: Any = type("Call", (), {"is_latent": False})()
     entries = Entries(1, 3, values, values, positions, real, received, None, 40, {}, new=1, made_by=call)
-    found = CaM(budget=8, neighbours=neighbours, seed=3).merged(entries, stays)
-    assert found is not None
+    found = Merge(neighbours=neighbours, seed=3).merged(entries, stays)
     drawn = torch.rand(2, 2, 12, generator=torch.Generator().manual_seed(hash((3, 1, 40))))
     for row in range(2):
         for head in range(2):
@@ -65,7 +64,10 @@ def test_a_step_of_the_first_layer(lengths: tuple[int, ...]) -> None:
     ids = torch.cat([inputs["input_ids"], torch.full((len(lengths), 1), 9)], 1)
     with torch.no_grad(), regard.steer(LLAMA, regard.Custom(note)):
         LLAMA(ids, attention_mask=mask, position_ids=places)
-    with torch.no_grad(), regard.compress(LLAMA, CaM(budget=7, sinks=2, neighbours=3, seed=5)):
+    with (
+        torch.no_grad(),
+        regard.compress(LLAMA, CaM(budget=7, sinks=2, rest=Merge(neighbours=3, seed=5, prompt=False))),
+    ):
         past = LLAMA(**inputs, position_ids=places[:, :14]).past_key_values
         LLAMA(ids[:, 14:], attention_mask=mask, position_ids=places[:, 14:], past_key_values=past)
     (group,) = past.layers[0].groups
@@ -117,7 +119,7 @@ def test_a_layer_that_borrows_reads_values_as_its_lender_did() -> None:
 
 def test_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match=r"neighbours must be at least 1, got 0"):
-        CaM(neighbours=0)
+        Merge(neighbours=0)
     model = model_of(LATENTS["deepseek v3"])
     with pytest.raises(NotImplementedError, match=r"caches latents"), regard.compress(model, CaM(budget=8)):
         model.generate(**texts(20), max_new_tokens=3, do_sample=False)

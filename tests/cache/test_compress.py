@@ -11,7 +11,19 @@ import transformers as hf
 from torch import Tensor
 
 import regard
-from regard.cache import TOVA, BudgetPolicy, KeepAll, Knorm, ObservedAttention, Policy, SnapKV, StreamingLLM
+from regard.cache import (
+    TOVA,
+    Adaptive,
+    Budget,
+    BudgetPolicy,
+    Every,
+    KeepAll,
+    Knorm,
+    ObservedAttention,
+    Policy,
+    SnapKV,
+    StreamingLLM,
+)
 from tests.cache.conftest import DECODERS, decoder, texts
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -21,7 +33,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 ALONE: tuple[Policy, ...] = (
     SnapKV(budget=0.5, window=2),  # not Knorm: some models give all keys one norm, and rounding would choose
-    SnapKV(budget=0.5, window=2, by_head="adaptive"),
+    SnapKV(budget=Adaptive(0.5), window=2),
     TOVA(budget=5),
 )
 
@@ -61,15 +73,17 @@ def test_a_text_in_a_padded_batch_is_as_alone(policy: Policy, name: str, way: st
 
 
 @pytest.mark.parametrize("lengths", [(12,), (12, 5)], ids=["one", "padded"])
-@pytest.mark.parametrize("by_head", ["uniform", "adaptive"])
+@pytest.mark.parametrize("budget", [4, Adaptive(4)], ids=str)
 @pytest.mark.parametrize("name", [*DECODERS, "gpt_oss"])
-def test_a_step_attends_to_what_is_left_at_its_own_position(name: str, by_head: str, lengths: tuple[int, ...]) -> None:
+def test_a_step_attends_to_what_is_left_at_its_own_position(
+    name: str, budget: int | Budget, lengths: tuple[int, ...]
+) -> None:
     """Logits of steps after compression are those of the whole text with the dropped entries hidden by a mask."""
     model, inputs = decoder(name), texts(*lengths)
     written = generate(model, inputs)
     mask = torch.cat([inputs["attention_mask"], torch.ones(len(lengths), 8, dtype=torch.long)], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad(), regard.compress(model, Knorm(budget=4, by_head=by_head)) as cache:
+    with torch.no_grad(), regard.compress(model, Knorm(budget=budget)) as cache:
         past = model(**inputs, position_ids=positions[:, :12]).past_key_values
         left = {layer.layer: layer.positions for layer in cache.report().layers if not layer.window}
         logits = []
@@ -100,7 +114,7 @@ def test_a_step_attends_to_what_is_left_at_its_own_position(name: str, by_head: 
 
 
 @pytest.mark.parametrize("policy", [Knorm(budget=6), SnapKV(budget=6, window=2), ObservedAttention(budget=6),
-                                    Knorm(budget=6, by_head="adaptive")], ids=str)  # fmt: skip
+                                    Knorm(budget=Adaptive(6))], ids=str)  # fmt: skip
 def test_several_turns_on_one_cache(llama: hf.PreTrainedModel, policy: Policy) -> None:
     """A second turn sees what is left of the first, and itself; the cache stays small; positions count on."""
     first, second = texts(12)["input_ids"], texts(7, seed=1)["input_ids"]
@@ -137,7 +151,7 @@ def test_generate_goes_on_with_a_cache_of_an_earlier_turn(llama: hf.PreTrainedMo
 
 def test_decoding_compresses_at_every_nth_step(llama: hf.PreTrainedModel) -> None:
     lengths = []
-    with torch.no_grad(), regard.compress(llama, Knorm(budget=6, prefill=False, every=3)) as cache:
+    with torch.no_grad(), regard.compress(llama, Knorm(budget=6, when=Every(3, prompt=False))) as cache:
         past = llama(**texts(12)).past_key_values
         for _ in range(7):
             llama(torch.ones(1, 1, dtype=torch.long), past_key_values=past)
@@ -145,14 +159,14 @@ def test_decoding_compresses_at_every_nth_step(llama: hf.PreTrainedModel) -> Non
     assert lengths == [13, 14, 6, 7, 8, 6, 7]
 
 
-@pytest.mark.parametrize("by_head", ["uniform", "adaptive"])
-def test_memory_is_really_freed(llama: hf.PreTrainedModel, by_head: str) -> None:
-    with torch.no_grad(), regard.compress(llama, Knorm(budget=0.25, by_head=by_head)) as cache:
+@pytest.mark.parametrize("budget", [0.25, Adaptive(0.25)], ids=str)
+def test_memory_is_really_freed(llama: hf.PreTrainedModel, budget: float | Budget) -> None:
+    with torch.no_grad(), regard.compress(llama, Knorm(budget=budget)) as cache:
         past = llama(**texts(40)).past_key_values
     held = sum(t.untyped_storage().nbytes() for layer in past.layers for g in layer.groups for t in (g.keys, g.values))
     report = cache.report()
     assert held == report.bytes == report.full_bytes // 4
-    assert by_head == "uniform" or len({kept for layer in report.layers for kept in layer.kept}) > 1
+    assert budget == 0.25 or len({kept for layer in report.layers for kept in layer.kept}) > 1
 
 
 def test_sliding_layers_are_left_alone() -> None:
@@ -166,7 +180,7 @@ def test_sliding_layers_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("policy", [Knorm(budget=5), ObservedAttention(budget=5), SnapKV(budget=5, window=2),
-                                    Knorm(budget=5, by_head="adaptive")], ids=str)  # fmt: skip
+                                    Knorm(budget=Adaptive(5))], ids=str)  # fmt: skip
 @pytest.mark.parametrize("lengths", [(12,), (12, 7)], ids=["one", "padded"])
 def test_watching_changes_nothing_and_sees_what_is_left(
     llama: hf.PreTrainedModel, policy: BudgetPolicy, lengths: tuple[int, ...]
@@ -180,7 +194,7 @@ def test_watching_changes_nothing_and_sees_what_is_left(
     rows = torch.as_tensor(seen.dataset().rows.fillna(0).values)  # (layer, batch, head, 2, key)
     assert rows.shape[-1] == 19
     torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]))
-    if policy.every is None:
+    if not policy.when.while_decoding:
         left = torch.stack([layer.positions for layer in cache.report().layers]).repeat_interleave(2, 2)
         assert not rows[..., 0, :12][~left[..., :12]].any()
 
@@ -188,7 +202,7 @@ def test_watching_changes_nothing_and_sees_what_is_left(
 def test_a_cache_follows_its_texts(llama: hf.PreTrainedModel) -> None:
     """Repeated, some alone, begun anew."""
     inputs, word = texts(12, 12), torch.tensor([[5], [6]])
-    with torch.no_grad(), regard.compress(llama, Knorm(budget=4, by_head="adaptive")):
+    with torch.no_grad(), regard.compress(llama, Knorm(budget=Adaptive(4))):
         first = llama(**inputs)
         past = first.past_key_values
         wanted = llama(word, past_key_values=copy.deepcopy(past)).logits

@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor
 
 import regard
-from regard.cache import BudgetPolicy, Entries, ImageRank, KeepAll
+from regard.cache import BudgetPolicy, Entries, Every, ImageRank, KeepAll
 from regard.tokens import ImageTokens, decoder_layers
 from tests.cache.images import SEERS, generate, pair, reader
 from tests.cache.reference import matrix
@@ -223,7 +223,7 @@ def test_policies_are_told_the_ids_of_each_beam() -> None:
             assert entries.token_ids is told[-1][0]
             return entries.positions.float()
 
-    with regard.compress(model, Told(every=1)):
+    with regard.compress(model, Told(when=Every(1))):
         written = model.generate(**ragged(), max_new_tokens=6, do_sample=False, num_beams=3, suppress_tokens=[0])
     assert [ids.shape for ids, _ in told] == [(6, 16 + step) for step in range(6)]
     for ids, keys in told:

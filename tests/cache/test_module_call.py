@@ -10,7 +10,7 @@ import transformers as hf
 from torch import Tensor
 
 import regard
-from regard.cache import Entries, ModuleCall, Random
+from regard.cache import Entries, Every, ModuleCall, Random, Reads
 from tests.cache.conftest import GROUPED, decoder, texts
 from tests.cache.test_families import LATENTS, model_of
 
@@ -37,8 +37,8 @@ class Asking(Random):
     keeps: int = 0
 
     @property
-    def keeps_queries(self) -> int:
-        return self.keeps
+    def reads(self) -> Reads:
+        return Reads(queries=self.keeps)
 
     def score(self, entries: Entries) -> Tensor:
         self.found.append(self.ask(entries.module_call))
@@ -102,7 +102,7 @@ def test_queries_of_steps_are_those_that_were_kept() -> None:
     ids = torch.cat([inputs["input_ids"], torch.full((2, 4), 7)], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 4, dtype=torch.long)], 1)
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    policy = Asking(budget=0.9, ask=unturned, found=[], keeps=7, every=4, prefill=False)
+    policy = Asking(budget=0.9, ask=unturned, found=[], keeps=7, when=Every(4, prompt=False))
     with torch.no_grad(), regard.compress(model, policy):
         past = model(ids[:, :9], attention_mask=mask[:, :9], position_ids=places[:, :9]).past_key_values
         for end in range(10, 14):

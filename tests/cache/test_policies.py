@@ -16,12 +16,16 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 import regard
 from regard.cache import (
     TOVA,
+    Adaptive,
+    Budget,
     BudgetPolicy,
+    ByLayer,
     Entries,
-    HeadBudgetPolicy,
+    Every,
     Knorm,
     ObservedAttention,
     Policy,
+    Pyramid,
     Random,
     SnapKV,
     StreamingLLM,
@@ -133,8 +137,8 @@ def test_decoding_goes_on_with_the_rule() -> None:
             assert found == expected[layer], (policy, layer)
 
 
-@pytest.mark.parametrize("prefill", [True, False])
-def test_the_last_query_is_read_alone_however_seldom_entries_are_dropped(prefill: bool) -> None:
+@pytest.mark.parametrize("prompt", [True, False])
+def test_the_last_query_is_read_alone_however_seldom_entries_are_dropped(prompt: bool) -> None:
     """What each entry receives from one query sums to 1 over a head's entries, and over three queries to 3."""
     read = []
 
@@ -143,9 +147,9 @@ def test_the_last_query_is_read_alone_however_seldom_entries_are_dropped(prefill
             read.append(entries.received.sum(dim=-1))
             return super().score(entries)
 
-    with torch.no_grad(), regard.compress(LLAMA, Noting(budget=5, prefill=prefill, every=3)):
+    with torch.no_grad(), regard.compress(LLAMA, Noting(budget=5, when=Every(3, prompt=prompt))):
         LLAMA.generate(**texts(12, 9), max_new_tokens=7, do_sample=False)
-    assert len(read) == 3 * (2 + prefill)
+    assert len(read) == 3 * (2 + prompt)
     for received in read:
         torch.testing.assert_close(received, torch.ones(2, 2))
 
@@ -155,7 +159,7 @@ def test_the_last_query_is_read_alone_however_seldom_entries_are_dropped(prefill
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 def test_the_window_goes_on_while_decoding(pooling: str, lengths: tuple[int, ...], every: int) -> None:
     """SnapKV reads its last queries, of whatever pass, on the entries that are left: layer 0 by hand."""
-    policy, steps = SnapKV(budget=8, window=4, kernel=3, pooling=pooling, every=every), 7
+    policy, steps = SnapKV(budget=8, window=4, kernel=3, pooling=pooling, when=Every(every)), 7
     inputs, ids = texts(*lengths), torch.arange(20, 20 + steps).expand(len(lengths), -1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], 1)
     places = (mask.cumsum(1) - 1).clamp(min=0)
@@ -209,8 +213,8 @@ def test_a_short_turn_is_read_with_what_came_before_it() -> None:
 
 
 def test_a_window_that_was_steered_is_not_read_as_if_it_were_not() -> None:
-    policy, edit = SnapKV(budget=8, window=4, every=2), regard.Reweight(keys=[3], by=4.0)
-    with pytest.raises(NotImplementedError, match=r"queries of earlier passes.*leave out every="), \
+    policy, edit = SnapKV(budget=8, window=4, when=Every(2)), regard.Reweight(keys=[3], by=4.0)
+    with pytest.raises(NotImplementedError, match=r"queries of earlier passes.*choose when=AfterPrompt\(\)"), \
             regard.compress(LLAMA, policy), regard.steer(LLAMA, edit):  # fmt: skip
         LLAMA.generate(**texts(12), max_new_tokens=4, do_sample=False)
 
@@ -218,7 +222,7 @@ def test_a_window_that_was_steered_is_not_read_as_if_it_were_not() -> None:
 PADDED: tuple[Policy, ...] = (
     SnapKV(budget=10, window=4), SnapKV(budget=10, window=4, pooling="max"), TOVA(budget=10), TOVA(budget=0.4),
     StreamingLLM(budget=10), ObservedAttention(budget=10), ObservedAttention(budget=10, average=True),
-    SnapKV(budget=10, window=4, by_head="adaptive"),
+    SnapKV(budget=Adaptive(10), window=4),
 )  # fmt: skip
 
 
@@ -289,13 +293,13 @@ def test_random_is_the_same_for_the_same_seed() -> None:
 
 
 def test_layers_share_in_a_pyramid() -> None:
-    kept = kept_after_prompt(Knorm(budget=10, by_layer="pyramid"), texts(40))
+    kept = kept_after_prompt(Knorm(budget=Pyramid(10)), texts(40))
     assert [int(k.sum()) for k in kept] == [2 * 20, 2 * 10, 2 * 1]
-    kept = kept_after_prompt(Knorm(budget=0.8, by_layer="pyramid"), texts(40))
+    kept = kept_after_prompt(Knorm(budget=Pyramid(0.8)), texts(40))
     assert [int(k.sum()) for k in kept] == [2 * 40, 2 * 32, 2 * 24]
-    kept = kept_after_prompt(SnapKV(budget=12, window=8, by_layer="pyramid"), texts(40))
+    kept = kept_after_prompt(SnapKV(budget=Pyramid(12), window=8), texts(40))
     assert [int(k.sum()) for k in kept] == [2 * (8 + 8), 2 * (8 + 4), 2 * 8]
-    kept = kept_after_prompt(Knorm(budget=10, by_layer=[0.5, 1, 1.5]), texts(40))
+    kept = kept_after_prompt(Knorm(budget=ByLayer(10, [0.5, 1, 1.5])), texts(40))
     assert [int(k.sum()) for k in kept] == [2 * 5, 2 * 10, 2 * 15]
 
 
@@ -309,7 +313,7 @@ def test_the_mean_of_a_pyramid_is_the_budget(layers: int, budget: int | float) -
         entries = Entries(
             layer, layers, positions, positions, positions, positions >= 0, positions, None, 500, {}
         )  # fmt: skip
-        shares.append(int(SnapKV(budget=budget, window=32, by_layer="pyramid").shares(entries)))
+        shares.append(int(SnapKV(budget=Pyramid(budget), window=32).shares(entries)))
     assert sum(shares) == layers * (budget if isinstance(budget, int) else 150)
     assert shares == sorted(shares, reverse=True)
     further = sum(shares) / layers - 32
@@ -317,17 +321,58 @@ def test_the_mean_of_a_pyramid_is_the_budget(layers: int, budget: int | float) -
     assert abs(shares[-1] - 32 - further * 0.05) <= 0.5
 
 
-def test_heads_share_by_score() -> None:
-    """The layer's best entries over all heads, after a fifth of its share for each."""
+class Falling(BudgetPolicy):
+    """Scores that fall with the position, in the second head a hundred lower."""
 
-    class Given(HeadBudgetPolicy):
-        def score(self, entries: Entries) -> Tensor:
-            return -(entries.positions + torch.tensor([0, 100])[None, :, None]).float()
+    def score(self, entries: Entries) -> Tensor:
+        return -(entries.positions + torch.tensor([0, 100])[None, :, None]).float()
 
-    (kept, *_) = kept_after_prompt(Given(budget=10, by_head="adaptive"), texts(40))
-    assert kept.sum(-1).tolist() == [[18, 2]]
-    assert kept[0, 0, :18].all()
-    assert kept[0, 1, :2].all()
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (Adaptive(10), [18, 2]),  # 0.8 · (20, 0) + 0.2 · (10, 10)
+        (Adaptive(10, floor=0.5), [15, 5]),
+        (Adaptive(10, floor=1), [10, 10]),
+        (Adaptive(10, floor=0), [19, 1]),  # no head is left without an entry
+        (Adaptive(10, floor=0, safeguard=0.35), [16, 4]),
+        (Adaptive(3), [5, 1]),  # 5.4 and 0.6, of the sum 6
+        (Adaptive(1), [1, 1]),
+        (Adaptive(Pyramid(10)), [36, 4]),
+    ],
+    ids=str,
+)
+def test_heads_share_by_score(budget: Adaptive, expected: list[int]) -> None:
+    """The layer's best entries over all heads, mixed with equal shares, as the authors of Ada-KV have it."""
+    (kept, *_) = kept_after_prompt(Falling(budget=budget), texts(40))
+    assert kept.sum(-1).tolist() == [expected]
+    for head, number in enumerate(expected):
+        assert kept[0, head, :number].all()
+
+
+def test_shares_by_score_are_the_authors_as_far_as_rounding_goes() -> None:
+    """Of any scores: how many of the best are a head's own, by a loop; what rounding leaves goes to some of the heads."""
+    generator = torch.Generator().manual_seed(0)
+    for floor in (0.0, 0.2, 0.7):
+        scores, shares = torch.rand(3, 4, 50, generator=generator) ** 3, torch.tensor([9, 20, 1])[:, None].expand(-1, 4)
+        found = Adaptive(0.5, floor=floor).of_heads(shares, scores)
+        for row in range(3):
+            share = int(shares[row, 0])
+            best = sorted(((float(scores[row, h, j]), h) for h in range(4) for j in range(50)), reverse=True)[
+                : 4 * share
+            ]
+            own = torch.tensor([sum(head == h for _, h in best) for head in range(4)], dtype=torch.float64)
+            assert int(found[row].sum()) == 4 * share
+
+            if own.min() * (1 - floor) + floor * share >= 1:
+                exact = own * (1 - floor) + floor * share
+                assert (found[row] >= (exact + 1e-9).floor()).all()
+
+
+def test_what_a_head_has_too_few_entries_for_goes_to_others() -> None:
+    """After an earlier choice: the first head has 2 entries left, less than the floor of 3."""
+    scores = torch.tensor([[[5.0, 4, *[-math.inf] * 10], [3.0, 2, 1, 0, *[-1] * 8]]])
+    assert Adaptive(6, floor=0.5).of_heads(torch.tensor([[6, 6]]), scores).tolist() == [[2, 10]]
 
 
 @pytest.mark.parametrize(
@@ -342,9 +387,20 @@ def test_heads_share_by_score() -> None:
         (lambda: SnapKV(kernel=4), r"kernel must be odd"),
         (lambda: SnapKV(window=0), r"window must be at least 1"),
         (lambda: SnapKV(pooling="sum"), r'pooling must be "mean" or "max", got \'sum\''),
-        (lambda: Knorm(every=0), r"every must be a number of steps of at least 1"),
-        (lambda: Knorm(by_layer="cone"), r'by_layer must be "uniform", "pyramid" or factors, got \'cone\''),
-        (lambda: Knorm(by_head="best"), r'by_head must be "uniform" or "adaptive"'),
+        (lambda: Every(0), r"Every: steps must be a number of decoding steps of at least 1, got 0"),
+        (lambda: Every(1.5), r"at least 1, got 1.5"),
+        (lambda: Knorm(when=4), r"Knorm: when must be such as AfterPrompt\(\) or Every\(16\), got 4"),
+        (lambda: Knorm(rest="drop"), r"Knorm: rest must be such as Drop\(\) or Merge\(\), got 'drop'"),
+        (lambda: SnapKV(budget=Pyramid(16)), r"SnapKV: always keeps 32 entries, but the budget is 16"),
+        (lambda: Knorm(budget=Adaptive(Pyramid(2.0))), r"Pyramid: a share of the tokens must be .* got 2.0"),
+        (lambda: Adaptive("much"), r"Adaptive: budget must be a number of entries or a share .* got 'much'"),
+        (lambda: Adaptive(0.5, floor=2), r"Adaptive: floor must be a share from 0 to 1, got 2"),
+        (lambda: Adaptive(0.5, safeguard=-1), r"Adaptive: safeguard must be a share from 0 to 1, got -1"),
+        (lambda: Pyramid(0.5, beta=0.5), r"Pyramid: beta must be at least 1"),
+        (lambda: Pyramid(Adaptive(0.5)), r"Pyramid: budget must be a number of entries or a share"),
+        (lambda: ByLayer(0.5, []), r"ByLayer: factors must be numbers of at least 0, one for each layer, got \[\]"),
+        (lambda: ByLayer(0.5, "cone"), r"got 'cone'"),
+        (lambda: ByLayer(0.5, [1, -1]), r"got \[1, -1\]"),
         (lambda: ObservedAttention(recent=2), r"recent must be a share from 0 to 1, got 2"),
     ],
 )
@@ -356,15 +412,17 @@ def test_bad_arguments(make: Callable[[], object], message: str) -> None:
 @pytest.mark.parametrize(
     ("policy", "least"), [(SnapKV(budget=0.25, window=8), 8), (StreamingLLM(budget=0.25, sinks=5), 6)], ids=str
 )
-@pytest.mark.parametrize("by_layer", ["uniform", "pyramid"])
-def test_a_text_too_short_for_the_policy_is_kept_whole(policy: BudgetPolicy, least: int, by_layer: str) -> None:
+@pytest.mark.parametrize("budget", [0.25, Pyramid(0.25), Adaptive(Pyramid(0.25))], ids=str)
+def test_a_text_too_short_for_the_policy_is_kept_whole(
+    policy: BudgetPolicy, least: int, budget: float | Budget
+) -> None:
     """A share of it would be less than the policy always keeps; longer ones of the batch are compressed all the same."""
-    policy, lengths = replace(policy, by_layer=by_layer), (48, 4 * least - 4, 5)
+    policy, lengths = replace(policy, budget=budget), (48, 4 * least - 4, 5)
     with torch.no_grad(), regard.compress(LLAMA, policy) as cache:
         LLAMA(**texts(*lengths))
     report = cache.report()
-    kept = torch.stack([layer.positions.sum(dim=2) for layer in report.layers]).float().mean(dim=0)
-    assert kept.tolist() == [[12, 12], [lengths[1]] * 2, [5, 5]]
+    kept = torch.stack([layer.positions.sum(dim=2) for layer in report.layers]).float().mean(dim=(0, 2))
+    assert kept.tolist() == [12, lengths[1], 5]
     assert {layer.whole for layer in report.layers} == {2}
     assert "(2 texts are kept whole: the budget is less than the policy always keeps)" in str(report)
 
@@ -380,13 +438,13 @@ def test_a_short_text_is_compressed_once_it_is_long_enough() -> None:
 
 
 def test_factors_of_other_layers() -> None:
-    with pytest.raises(ValueError, match=r"by_layer has 2 factors, the model 3 layers"):
-        kept_after_prompt(Knorm(budget=0.5, by_layer=[1, 2]), texts(40))
+    with pytest.raises(ValueError, match=r"ByLayer: 2 factors were given, but the model has 3 layers"):
+        kept_after_prompt(Knorm(budget=ByLayer(0.5, [1, 2])), texts(40))
 
 
 def test_pooling_goes_by_the_text_while_decoding() -> None:
     """Of SnapKV at every step, the order of the entries: neighbours are those of the text."""
-    with torch.no_grad(), regard.compress(LLAMA, SnapKV(budget=6, window=2, kernel=3, every=1)):
+    with torch.no_grad(), regard.compress(LLAMA, SnapKV(budget=6, window=2, kernel=3, when=Every(1))):
         past = LLAMA(**texts(12)).past_key_values
         for token in range(5):
             LLAMA(torch.full((1, 1), 3 + token), past_key_values=past)
@@ -405,7 +463,7 @@ def test_full_heads_are_not_copied_when_others_drop() -> None:
         def counts(self, entries: Entries, scores: Tensor) -> Tensor:
             return torch.stack([entries.tokens, torch.full_like(entries.tokens, 5)], dim=1)
 
-    with torch.no_grad(), regard.compress(LLAMA, Uneven(every=1)) as cache:
+    with torch.no_grad(), regard.compress(LLAMA, Uneven(when=Every(1))) as cache:
         past = LLAMA(**texts(12)).past_key_values
         for _ in range(3):
             LLAMA(torch.ones(1, 1, dtype=torch.long), past_key_values=past)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 import regard
-from regard.cache import TaskKV
+from regard.cache import AfterPrompt, ByLayer, Every, TaskKV, When
 from tests.cache.conftest import GROUPED, texts
 from tests.cache.reference import matrix, of_key_heads
 
@@ -129,7 +129,7 @@ def test_the_budget_comes_before_the_number_of_full_heads(model: hf.PreTrainedMo
     none = TaskKV(budget=14, heterogeneous=(0.5, 0.5), **SMALL)
     for kept in kept_after_prompt(model, none, texts(40)):
         assert kept[0].sum(-1).tolist() == [14] * 4
-    pyramid = TaskKV(budget=0.5, by_layer=[1.5, 1, 0.5], heterogeneous=(0.25, 0.25), **SMALL)
+    pyramid = TaskKV(budget=ByLayer(0.5, [1.5, 1, 0.5]), heterogeneous=(0.25, 0.25), **SMALL)
     assert [int(kept.sum()) for kept in kept_after_prompt(model, pyramid, texts(40))] == [118, 79, 40]
 
 
@@ -145,9 +145,9 @@ def test_short_prompts_are_kept(model: hf.PreTrainedModel) -> None:
         assert kept.sum(-1).tolist() == [[8] * 4, [5] * 4]
 
 
-@pytest.mark.parametrize("every", [None, 2])
-def test_a_text_in_a_padded_batch_is_as_alone(model: hf.PreTrainedModel, every: int | None) -> None:
-    both, policy = texts(40, 30), TaskKV(budget=0.5, every=every, **SMALL)
+@pytest.mark.parametrize("when", [AfterPrompt(), Every(2)], ids=str)
+def test_a_text_in_a_padded_batch_is_as_alone(model: hf.PreTrainedModel, when: When) -> None:
+    both, policy = texts(40, 30), TaskKV(budget=0.5, when=when, **SMALL)
     alone = {key: value[1:, 10:] for key, value in both.items()}
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     options |= {"return_dict_in_generate": True, "output_logits": True}

@@ -49,6 +49,8 @@ def test_command_line(tmp_path: Path) -> None:
         (["--policy", "SnapKV(budget=3)"], "always keeps 32 entries, but the budget is 3"),
         (["--policy", "KeepAll", "--budget", "0.25"], "KeepAll has no argument 'budget'; it takes none"),
         (["--policy", "ImageRank"], "names no image token"),
+        (["--policy", "SnapKV(Adptive(0.5))"], "there is no policy 'Adptive'; did you mean Adaptive?"),
+        (["--policy", "SnapKV(when=16)"], "SnapKV: when must be such as AfterPrompt() or Every(16), got 16"),
         (["--policy", "7"], "expected a policy such as SnapKV(window=16)"),
         (["--budget", "2.5"], "above 0 and at most 1, got 2.5"),
         (["--budget", "much"], "a share such as 0.25, got 'much'"),
@@ -68,10 +70,27 @@ def test_errors_are_one_line(arguments: list[str], message: str) -> None:
 def test_the_list_of_policies() -> None:
     """Each by its name, with what it keeps."""
     result = runner.invoke(cli.app, ["cache", "--policies"])
-    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if len(line.split()) > 1)
     assert {"SnapKV", "ChunkKV", "QFilters", "KeepAll", "ExpectedAttention"} <= set(lines)
     assert lines["KeyDiff"] == "Keep the keys that are least like their mean: score_j = −cos(k_j, mean_i k_i / ‖k_i‖)."
-    assert not {"Policy", "BudgetPolicy", "Around"} & set(lines)
+    assert not {"Policy", "BudgetPolicy", "Around", "Budget", "When", "Rest"} & set(lines)
+
+
+def test_slots_from_the_command_line() -> None:
+    """Budget, time and rest, written as in Python."""
+    written = "SnapKV(Adaptive(Pyramid(0.5)), window=4, when=Every(2), rest=Merge(seed=3))"
+    result = runner.invoke(cli.app, ["cache", "--policy", written, "--prompt", TEXT, "--complete", "2"])
+    assert result.exit_code == 0, result.output
+    assert (
+        "SnapKV(budget=Adaptive(Pyramid(0.5)), when=Every(2), rest=Merge(seed=3), window=4): "
+        in result.output.replace("\n", "")
+    )
+    listed = runner.invoke(cli.app, ["cache", "--policies"]).stdout
+    for slot in ("budget=", "when=", "rest="):
+        assert f"\n{slot}\n" in listed
+    assert {"Adaptive", "Pyramid", "ByLayer", "Every", "Drop", "Merge"} <= {
+        line.split()[0] for line in listed.splitlines() if line
+    }
 
 
 def test_a_policy_around_another_from_the_command_line() -> None:
@@ -79,4 +98,4 @@ def test_a_policy_around_another_from_the_command_line() -> None:
         cli.app, ["cache", "--policy", "chunkkv(knorm, length=5)", "--budget", "30", "--prompt", TEXT]
     )
     assert result.exit_code == 0
-    assert "ChunkKV(policy=Knorm(budget=30), length=5): " in result.output
+    assert "ChunkKV(Knorm(budget=30), length=5): " in result.output

@@ -10,8 +10,12 @@ from torch.nn import Module
 import regard
 from regard.cache import (
     TOVA,
+    Adaptive,
+    AfterPrompt,
+    ByLayer,
     ChunkKV,
     CriticalKV,
+    Every,
     ExpectedAttention,
     KeyDiff,
     Knorm,
@@ -26,6 +30,7 @@ from tests.goldens.make_kvpress import FILE, FILTERS, PROMPT, STREAMING
 
 GOLDEN = json.loads(FILE.read_text(encoding="utf-8"))
 RETRIEVAL = {layer: [head for head in range(4) if head not in STREAMING.get(layer, ())] for layer in range(4)}
+SAFEGUARD = {"floor": 0.0, "safeguard": 0.2}  # Ada-KV as kvpress has it
 
 # With as many entries as a press is left with by its ratio. TOVA's press keeps the last token in any case, as the method does
 # not; of these ids both keep it.
@@ -33,13 +38,13 @@ READING: dict[str, Policy] = {
     "Knorm": Knorm(budget=32),
     "SnapKV, window 16, kernel 5": SnapKV(budget=32, window=16, kernel=5),
     "SnapKV, window 8, kernel 7": SnapKV(budget=64, window=8, kernel=7),
-    "TOVA": TOVA(budget=32, every=None),
-    "StreamingLLM": StreamingLLM(budget=32, sinks=4, every=None),
-    "ObservedAttention": ObservedAttention(budget=64, recent=0.0, average=True, every=None),
+    "TOVA": TOVA(budget=32, when=AfterPrompt()),
+    "StreamingLLM": StreamingLLM(budget=32, sinks=4, when=AfterPrompt()),
+    "ObservedAttention": ObservedAttention(budget=64, recent=0.0, average=True, when=AfterPrompt()),
     # The press has its ramp over the whole budget; the authors, as here, beyond the window.
-    "PyramidKV": SnapKV(budget=60, window=2, kernel=5, by_layer=[117 / 60, 79 / 60, 41 / 60, 3 / 60]),
-    "AdaKV of Knorm": Knorm(budget=40, by_head="adaptive"),
-    "AdaKV of SnapKV": SnapKV(budget=40, window=8, kernel=5, by_head="adaptive"),
+    "PyramidKV": SnapKV(budget=ByLayer(60, [117 / 60, 79 / 60, 41 / 60, 3 / 60]), window=2, kernel=5),
+    "AdaKV of Knorm": Knorm(budget=Adaptive(40, **SAFEGUARD)),
+    "AdaKV of SnapKV": SnapKV(budget=Adaptive(40, **SAFEGUARD), window=8, kernel=5),
     "ExpectedAttention": ExpectedAttention(budget=32),
     "ExpectedAttention, mean alone": ExpectedAttention(budget=32, covariance=False, values=False, sinks=2),
     "Q-Filters": QFilters(budget=32, filters=FILTERS),
@@ -47,12 +52,12 @@ READING: dict[str, Policy] = {
     "ChunkKV of Knorm": ChunkKV(Knorm(budget=64), length=20),
     "CriticalKV of SnapKV": CriticalKV(SnapKV(budget=32, window=16, kernel=5)),
     "CriticalKV of ExpectedAttention": CriticalKV(ExpectedAttention(budget=32, values=False)),
-    "CriticalAdaKV of SnapKV": CriticalKV(SnapKV(budget=40, window=8, kernel=5, by_head="adaptive")),
-    "DuoAttention": RetrievalHeads(budget=20, sinks=3, heads=RETRIEVAL, every=None),
+    "CriticalAdaKV of SnapKV": CriticalKV(SnapKV(budget=Adaptive(40, **SAFEGUARD), window=8, kernel=5)),
+    "DuoAttention": RetrievalHeads(budget=20, sinks=3, heads=RETRIEVAL, when=AfterPrompt()),
 }
 DECODING: dict[str, Policy] = {
-    "Knorm while decoding": Knorm(budget=60, prefill=False, every=4),
-    "TOVA while decoding": TOVA(budget=60, prefill=False, every=4),
+    "Knorm while decoding": Knorm(budget=60, when=Every(4, prompt=False)),
+    "TOVA while decoding": TOVA(budget=60, when=Every(4, prompt=False)),
 }
 
 

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from regard.mixers import Mixer
+from regard.mixers import Mixer, SoftmaxAttention, ValueMixer
 from regard.mixers import mixer as module
 
 Run = Callable[..., tuple[Tensor, Any]]
@@ -76,7 +76,17 @@ def check_mixer(mixer: Mixer, tokens: int = 37, tolerance: float = 1e-4, half: f
     _check_padding(mixer, x, tolerance)
     _check_reading(mixer, x, tolerance)
     _check_gradients(mixer, x)
+    _check_map(mixer, x, whole, tolerance)
     _check_layer_in_half(deepcopy(mixer).bfloat16(), x.bfloat16(), half)
+
+
+def _check_map(mixer: Mixer, x: Tensor, whole: Tensor, tolerance: float) -> None:
+    """The three steps, of which the middle one is the map, make the output; what follows is not seen."""
+    if not isinstance(mixer, ValueMixer) or not (mixer.hides_map or isinstance(mixer, SoftmaxAttention)):
+        return
+    projected, found = mixer.project(x), mixer.map(x)
+    torch.testing.assert_close(mixer.out(found @ projected.value, projected), whole, atol=tolerance, rtol=tolerance)
+    assert not found.dense().triu(1).any()
 
 
 def _check_layer_in_half(mixer: Mixer, x: Tensor, tolerance: float) -> None:

@@ -108,7 +108,9 @@ def test_the_command_lists_all() -> None:
     first, second = (lines[shown["DeltaRule"] + more] for more in (0, 1))
     assert first.split(maxsplit=2) == ["DeltaRule", "causal", "Yang et al. (2024)"]
     assert second.split() == ["O(N", "D²/H)", f"N^{catalogue.exponents()['DeltaRule']:.2f}", "D²/H"]
-    assert "causal, bidirectional exact Vaswani et al. (2017)" in " ".join(lines[shown["SoftmaxAttention"]].split())
+    assert "causal, bidirectional, cross exact Vaswani et al. (2017)" in " ".join(
+        lines[shown["SoftmaxAttention"]].split()
+    )
 
 
 def test_the_command_shows_one() -> None:

@@ -163,10 +163,10 @@ def test_a_memory_begins_with_what_it_has_learned() -> None:
     for momentum in (False, True):
         mixer, x = made("Miras", {"heads": 2, "design": Design(MATRIX, momentum=momentum), "chunk": 8})
         assert isinstance(mixer, Miras)
-        system, value = mixer.system(x), mixer._inputs(x, None, None)[2]
-        found, after = system.run(value)
+        system, projected = mixer.system(x), mixer.project(x)
+        found, after = system.run(projected.value)
         y, state = mixer(x)
-        torch.testing.assert_close(mixer._outputs(x, found), y)
+        torch.testing.assert_close(mixer.out(found, projected), y)
         kept = torch.cat([state.tensors[name].mT for name in ("held0", "start0", "surprise0")[: 2 + momentum]], dim=2)
         torch.testing.assert_close(after, kept)
 
@@ -174,7 +174,8 @@ def test_a_memory_begins_with_what_it_has_learned() -> None:
 def test_the_window_is_the_functional_form() -> None:
     mixer, x = made("SlidingWindow", {"heads": 2, "window": 5})
     assert isinstance(mixer, SlidingWindow)
-    query, key, value = mixer._inputs(x)
+    projected = mixer.project(x)
+    query, key, value = projected["query"], projected["key"], projected.value
     expected, state = sliding_window_attention(query, key, value, 5, rotary=mixer.rotary, form="recurrent")
     found, after = mixer.system(x).run(value)
     torch.testing.assert_close(found, expected)
@@ -184,7 +185,8 @@ def test_the_window_is_the_functional_form() -> None:
 def test_the_codebook_is_the_functional_form() -> None:
     mixer, x = made("LongVQ", {"heads": 2, "codes": 4, "window": 5})
     assert isinstance(mixer, LongVQ)
-    _, query, key, value, _ = mixer._inputs(x, None, None)
+    projected = mixer.project(x)
+    query, key, value = projected["query"], projected["key"], projected.value
     expected, state = codebook_attention(query, key, value, mixer.codebook, mixer.bias, form="recurrent")
     found, after = mixer.system(x).run(value)
     torch.testing.assert_close(found, expected)
@@ -211,9 +213,9 @@ def test_runs_go_on_from_a_state(name: str) -> None:
 def test_softmax_attention_is_what_its_slots_give(name: str) -> None:
     mixer, x = made(name, SYSTEMS[name][0])
     assert isinstance(mixer, SoftmaxAttention)
-    seen = mixer.see(x, None, None)
+    seen = mixer.project(x)
     found, after = mixer.system(x).run(seen.value)
-    torch.testing.assert_close(found, mixer.attend(seen))
+    torch.testing.assert_close(found, mixer.combine(seen)[0])
     torch.testing.assert_close(after, seen.value)
 
 

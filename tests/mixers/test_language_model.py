@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -57,6 +58,20 @@ def test_each_layer_may_have_its_own() -> None:
     with torch.no_grad(), regard.watch(model, regard.Received()) as seen:
         model(ids(1, 6))
     assert seen.layers == ["layers.0.mixer", "layers.1.mixer"]
+
+
+def test_the_prompt_of_a_generation_is_watched() -> None:
+    model, prompt = model_of("DeltaRule"), ids(1, 6)
+    with torch.no_grad(), regard.watch(model, regard.Received(), passes=[0]) as seen:
+        model.generate(prompt, max_new_tokens=3, **GREEDY)
+    with torch.no_grad(), regard.watch(model, regard.Received()) as alone:
+        model(prompt)
+    np.testing.assert_allclose(seen.dataset().received, alone.dataset().received, atol=1e-5)
+    with (
+        pytest.raises(ValueError, match=r"watch the first pass alone with passes=\[0\]"),
+        regard.watch(model, regard.Received()),
+    ):
+        model.generate(prompt, max_new_tokens=3, **GREEDY)
 
 
 def test_what_it_holds_does_not_grow() -> None:

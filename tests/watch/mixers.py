@@ -20,6 +20,7 @@ from regard.mixers import (
     SelectiveSSM,
     SlidingWindow,
     SoftmaxAttention,
+    ValueMixer,
 )
 from regard.mixers.memory.choices import Design
 
@@ -56,13 +57,8 @@ def matrix_of(mixer: Mixer, x: Tensor) -> np.ndarray:
 
 def value_of(mixer: Mixer, x: Tensor) -> np.ndarray:
     """What the mixer's matrix mixes, from its own projections."""
-    if isinstance(mixer, SelectiveSSM):
-        return np.asarray(mixer._channels(x, None)[3][..., None])
-    if isinstance(mixer, Based):
-        return np.concatenate([mixer.linear._inputs(x)[2], mixer.window._inputs(x)[2]], axis=1)
-    if isinstance(mixer, SoftmaxAttention | AdaptiveFilterAttention):
-        return np.asarray(mixer.see(x, None, None).value)
-    return np.asarray((mixer._inputs(x) if isinstance(mixer, SlidingWindow) else mixer._inputs(x, None, None))[2])
+    assert isinstance(mixer, ValueMixer)
+    return np.asarray(mixer.project(x).value)
 
 
 def largest(matrix: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

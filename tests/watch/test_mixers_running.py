@@ -17,11 +17,12 @@ from regard.mixers import (
     HiddenMap,
     Memory,
     MemoryAsContext,
-    Mixer,
     Moneta,
     SlidingWindow,
-    State,
 )
+from regard.mixers.layout import PLAIN, Layout
+from regard.mixers.projected import Projected
+from regard.mixers.value_mixer import ValueMixer
 from regard.runtime import looked_at
 from tests.watch.mixers import (
     DIM,
@@ -34,7 +35,7 @@ from tests.watch.mixers import (
 )
 
 
-class Outer(Mixer):
+class Outer(ValueMixer):
     """Two mixers and a call of attention within a third one, which has a map or not."""
 
     facts = Facts(paper="", formula="", time="", state="")
@@ -44,18 +45,22 @@ class Outer(Mixer):
         self.mapped = mapped
         self.one, self.other = DeltaRule(DIM, heads=2), SlidingWindow(DIM, heads=2, window=3)
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        return self.one.project(x)
+
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.one.combine(projected)
+
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        x = projected["x"]
         heads = x[:, None]
-        return self.one(x)[0] + self.other(x)[0] + F.scaled_dot_product_attention(heads, heads, heads)[:, 0], {}
+        return self.one(x)[0] + self.other(x)[0] + F.scaled_dot_product_attention(heads, heads, heads)[:, 0]
 
     @property
     def hides_map(self) -> bool:
         return self.mapped
-
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        return self.one.map(x)
 
 
 def test_mixers_in_mixers() -> None:
@@ -145,14 +150,14 @@ def test_nothing_is_left_behind() -> None:
     model, x = hybrid(), text()
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     maps: list[Tensor] = []
-    original = DeltaRule.map
+    original = DeltaRule.hidden_map
 
-    def counted(self: DeltaRule, x: Tensor, state: State | None = None) -> HiddenMap:
-        maps.append(x)
-        return original(self, x, state)
+    def counted(self: DeltaRule, projected: Projected, *others: Any) -> HiddenMap:
+        maps.append(projected.value)
+        return original(self, projected, *others)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(DeltaRule, "map", counted)
+        patch.setattr(DeltaRule, "hidden_map", counted)
         with regard.watch(model, regard.Received()):
             model(x)
         assert len(maps) == 1

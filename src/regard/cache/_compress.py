@@ -100,7 +100,7 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         if self._cache is None:
             raise RuntimeError("there is nothing to report: the model has not been run inside the block")
         self._settle()
-        return report(self._cache, str(self.policy), self.policy.frees)
+        return report(self._cache, str(self.policy), self.policy.rest.frees)
 
     def _settle(self) -> None:
         """Drop what was not to be dropped before it was known which tokens of the last pass stay."""
@@ -173,9 +173,9 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         """Whether to compress after these tokens: a prompt or a turn, a step, or several that were verified at once."""
         if (tokens > 1 and not layer.verifies) or layer.seen <= 1:
             layer.steps = 0
-            return self.policy.due(tokens, 0)
+            return self.policy.when.due(tokens, 0)
         layer.steps += tokens
-        return any(self.policy.due(1, step) for step in range(layer.steps - tokens + 1, layer.steps + 1))
+        return any(self.policy.when.due(1, step) for step in range(layer.steps - tokens + 1, layer.steps + 1))
 
     def _drop(self, kept: KeptCall) -> None:
         """After a call: let the policy choose what stays, if it is time to."""
@@ -199,7 +199,7 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         kept.read_window()
         first = self._ids.get(cache)
         made_by = ModuleCall(
-            kept.call, layer.seen, real, layer.is_latent, layer.removed, layer.window, policy.keeps_queries
+            kept.call, layer.seen, real, layer.is_latent, layer.removed, layer.window, policy.reads.queries
         )
         entries = layer.entries(
             real, self._memories.setdefault(cache, {}), kept.expanded, new=kept.left,
@@ -209,13 +209,9 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
         scores = policy.score(entries).masked_fill(~entries.real, -torch.inf)
         counts = policy.counts(entries, scores).minimum(entries.real.sum(dim=-1))
         layer.whole = policy.keeps_whole(entries)
-        if not policy.accumulates:
+        if not policy.reads.accumulates:
             layer.forget()
-        ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) if policy.merges else None
-        values = None if ranks is None else policy.merged(entries, (ranks < counts[..., None]) & entries.real)
-        if values is not None:
-            layer.change_values(values)
-        layer.keep(scores, counts, policy.pools)
+        policy.rest.apply(layer, entries, scores, counts, policy.pools)
 
 
 def _overlap(one: Module, other: Module) -> bool:

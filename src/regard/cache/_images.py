@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.cache.budget import ceil, check_budget
+from regard.cache.budget import check_budget, number_of
 from regard.cache.policy import Entries, Policy
+from regard.cache.rest import Drop, Rest
 from regard.tokens import Where, image_tokens, resolve
 
 
@@ -23,6 +24,7 @@ class _ImagePolicy(Policy):
     """
 
     budget: int | float = field(default=1.0, kw_only=False)
+    rest: Rest = Drop()
     image: Where | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class _ImagePolicy(Policy):
 
     def targets(self, tokens: Tensor) -> Tensor:
         """How many of so many image tokens stay."""
-        return tokens.clamp(max=self.budget) if isinstance(self.budget, int) else ceil(tokens * self.budget)
+        return number_of(self.budget, tokens).minimum(tokens)
 
 
 def best(scores: Tensor, among: Tensor, numbers: Tensor) -> Tensor:

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from regard.cache.budget import BudgetPolicy
-from regard.cache.policy import Entries, Policy
+from regard.cache.budget_policy import BudgetPolicy
+from regard.cache.policy import Entries, Policy, Reads
+from regard.cache.rest import Rest
+from regard.cache.when import When
 
 
 @dataclass(frozen=True, kw_only=True)
 class Around(Policy, ABC):
-    """A policy that goes by the scores and the budget of another, and compresses when it does."""
+    """Other scores than those of a policy, whose budget, time and rest hold."""
 
     pools: ClassVar[bool] = True
-    merges: ClassVar[bool] = True
 
     policy: BudgetPolicy | Around = field(kw_only=False)
 
@@ -32,41 +33,23 @@ class Around(Policy, ABC):
             )
 
     @property
-    def reads(self) -> int | None:
-        """As the policy within."""
+    def when(self) -> When:
+        """When the policy within chooses."""
+        return self.policy.when
+
+    @property
+    def rest(self) -> Rest:
+        """As of the policy within."""
+        return self.policy.rest
+
+    @property
+    def reads(self) -> Reads:
+        """What the policy within goes by."""
         return self.policy.reads
-
-    @property
-    def by_query_head(self) -> bool:
-        """As the policy within."""
-        return self.policy.by_query_head
-
-    @property
-    def accumulates(self) -> bool:
-        """As the policy within."""
-        return self.policy.accumulates
-
-    @property
-    def reads_steps(self) -> bool:
-        """As the policy within."""
-        return self.policy.reads_steps
-
-    @property
-    def keeps_queries(self) -> int:
-        """As the policy within."""
-        return self.policy.keeps_queries
-
-    def merged(self, entries: Entries, stays: Tensor) -> Tensor | None:
-        """What the policy within makes of the values."""
-        return self.policy.merged(entries, stays) if self.policy.merges else None
 
     def beside(self, model: Module) -> AbstractContextManager[Any]:
         """What runs beside the model for the policy within."""
         return self.policy.beside(model)
-
-    def due(self, tokens: int, steps: int) -> bool:
-        """When the policy within is."""
-        return self.policy.due(tokens, steps)
 
     def keeps_whole(self, entries: Entries) -> Tensor | None:
         """The texts that the policy within keeps whole."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.cache.budget import HeadBudgetPolicy
+from regard.cache.budget_policy import BudgetPolicy
 from regard.cache.policy import Entries, Policy
+from regard.cache.when import Never, When
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,10 @@ class KeepAll(Policy):
     KeepAll()
     """
 
-    def due(self, tokens: int, steps: int) -> bool:
+    @property
+    def when(self) -> When:
         """Never: nothing is to be chosen."""
-        return False
+        return Never()
 
     def score(self, entries: Entries) -> Tensor:
         """0 for every entry: all are alike."""
@@ -34,11 +36,11 @@ class KeepAll(Policy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(HeadBudgetPolicy):
+class Random(BudgetPolicy):
     """Keep entries at random, each layer and head its own; the same ones for the same ``seed``.
 
     Args:
-        budget, prefill, every, by_layer, by_head: as for every `HeadBudgetPolicy`.
+        budget, when, rest: as for every `BudgetPolicy`.
         seed: of the choice.
 
     >>> import regard

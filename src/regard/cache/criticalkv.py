@@ -25,7 +25,7 @@ class CriticalKV(Around):
     Y. Feng et al. (2025), Identify Critical KV Cache in LLM Inference from an Output Perturbation Perspective.
 
     >>> import regard
-    >>> policy = regard.cache.CriticalKV(regard.cache.SnapKV(budget=0.5, by_head="adaptive"))
+    >>> policy = regard.cache.CriticalKV(regard.cache.SnapKV(budget=regard.cache.Adaptive(0.5)))
     >>> policy.first
     0.5
     """

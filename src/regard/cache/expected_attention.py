@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.cache.budget import HeadBudgetPolicy
+from regard.cache.budget_policy import BudgetPolicy
 from regard.cache.module_call import ModuleCall
-from regard.cache.policy import Entries
+from regard.cache.policy import Entries, Reads
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpectedAttention(HeadBudgetPolicy):
+class ExpectedAttention(BudgetPolicy):
     """Keep the entries that the next ``future`` queries can be expected to take most from:
 
     ``score_j = mean_h softmax_j(scale·μ_h·k_j + scale²·k_jᵀ Σ_h k_j / 2) · ‖v_j‖``,
@@ -22,7 +22,7 @@ class ExpectedAttention(HeadBudgetPolicy):
     turned by the mean rotation of the positions to come.
 
     Args:
-        budget, prefill, every, by_layer, by_head: as for every `HeadBudgetPolicy`.
+        budget, when, rest: as for every `BudgetPolicy`.
         sinks: first tokens, which are kept, and whose queries do not count.
         future: how many positions to come the rotation is the mean over.
         covariance: whether Σ counts; without it, the mean query alone.
@@ -58,9 +58,9 @@ class ExpectedAttention(HeadBudgetPolicy):
         return self.sinks + 1
 
     @property
-    def keeps_queries(self) -> int:
-        """The queries of the window, if it compresses while decoding."""
-        return 0 if self.every is None else self.window
+    def reads(self) -> Reads:
+        """The queries of the window, if it chooses while decoding."""
+        return Reads(queries=self.window if self.when.while_decoding else 0)
 
     def score(self, entries: Entries) -> Tensor:
         """Expected attention, times the value's norm; sinks are kept."""

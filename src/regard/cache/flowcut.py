@@ -37,6 +37,7 @@ class FlowCut(_ImagePolicy):
     Args:
         budget: T, image tokens of each image (of each frame of a video): a number of them, or a share. The paper takes 192,
             128 and 64 of LLaVA-1.5's 576; of Qwen2-VL's 1/3, 2/9 and 1/9.
+        rest: what becomes of the others, as for every `BudgetPolicy`.
         image: positions, a boolean mask, or a function of token ids; by default the tokens that the model's config names.
 
     The encoder is read, not changed. Tokens that are cut count in no later layer, as receivers, in the means or in the

@@ -16,7 +16,8 @@ class HeadGroup:
 
     The first entries stand at ``positions`` (B, h, K) of the text, −1 for a slot that is empty since another row of the
     batch holds more; those after them at ``start`` and on. ``received`` (B, h, L) is the attention that each
-    entry was given, where the policy reads it.
+    entry was given, where the policy reads it. Of the first ``until`` entries calls read the ``chosen`` ones only, (B, h, K)
+    with −1 for none; all if it is None.
     """
 
     heads: list[int]
@@ -26,6 +27,8 @@ class HeadGroup:
     start: int
     received: Tensor
     has_empty: bool = False
+    chosen: Tensor | None = None  # (B, h, K): which of its first `until` entries calls read, −1 for none; None for all
+    until: int = 0
     _rooms: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -62,6 +65,27 @@ class HeadGroup:
         later = torch.arange(self.length - self.positions.shape[2], device=self.keys.device) + self.start
         return torch.cat([self.positions, later.expand(*self.positions.shape[:2], -1)], dim=2)
 
+    def read(self) -> HeadGroup:
+        """What calls attend to: itself, or the entries that are chosen and those that came since."""
+        return self if self.chosen is None else ChosenPart.of(self)
+
+    def choose(self, index: Tensor) -> HeadGroup:
+        """Its entries, of which calls are to read these (B, h, K) only, −1 for none, and those to come."""
+        return replace(self, chosen=index, until=self.length)
+
+    def chosen_index(self) -> Tensor:
+        """(B, h, entries that calls read): their places, −1 for none."""
+        later = torch.arange(self.until if self.chosen is not None else 0, self.length, device=self.keys.device)
+        later = later.expand(*self.keys.shape[:2], -1)
+        return later if self.chosen is None else torch.cat([self.chosen, later], dim=2)
+
+    def read_positions(self) -> Tensor:
+        """(B, h, entries that calls read): where in the text they stand, −1 for none."""
+        if self.chosen is None:
+            return self.all_positions()
+        index = self.chosen_index()
+        return self.all_positions().gather(2, index.clamp(min=0)).masked_fill(index < 0, -1)
+
     def receive(self, attention: Tensor) -> None:
         """Add attention (B, h, L) to what the entries received."""
         self.received = self.received + attention if self.received.numel() else attention
@@ -71,6 +95,7 @@ class HeadGroup:
         self._rooms.clear()
         for name in ("keys", "values", "positions", "received"):
             setattr(self, name, change(getattr(self, name)))
+        self.chosen = None if self.chosen is None else change(self.chosen)
 
     def select(self, heads: list[int], index: Tensor, empty: Tensor) -> HeadGroup:
         """Some of its heads, by their place in it, with these entries only, (B, h, K); ``empty`` slots hold none."""
@@ -95,6 +120,9 @@ class HeadGroup:
             self.values[:, :, :end],
             self.received[:, :, :end],
         )
+        if self.chosen is not None:
+            self.chosen = self.chosen.masked_fill(self.chosen >= end, -1)
+            self.until = min(self.until, end)
 
     def can_replace(self) -> bool:
         """Whether `replace` may write into what is there."""
@@ -115,17 +143,50 @@ class HeadGroup:
         return self.start + self.length - self.positions.shape[2]
 
 
+@dataclass
+class ChosenPart(HeadGroup):
+    """The entries of a group that calls read, which they are gathered for; what these receive goes to the group's."""
+
+    source: HeadGroup = field(kw_only=True)
+    index: Tensor = field(kw_only=True)
+
+    @classmethod
+    def of(cls, group: HeadGroup) -> ChosenPart:
+        """The chosen entries of a group."""
+        index = group.chosen_index()
+        heads = list(range(len(group.heads)))
+        part = group.select(heads, index.clamp(min=0), index < 0)
+        return cls(
+            part.heads, part.keys, part.values, part.positions, part.start, part.received, part.has_empty,
+            source=group, index=index,
+        )  # fmt: skip
+
+    def of_all(self, tensor: Tensor) -> Tensor:
+        """(B, heads, chosen entries, D) of a tensor of all entries of the group."""
+        index = self.index.clamp(min=0)[..., None].expand(-1, -1, -1, tensor.shape[3])
+        return tensor.gather(2, index.expand(-1, tensor.shape[1], -1, -1))
+
+    def receive(self, attention: Tensor) -> None:
+        """Add attention to what the entries of the group received."""
+        length = self.source.length
+        index = torch.where(self.index < 0, length, self.index)  # empty slots go to the end, which is cut off
+        whole = attention.new_zeros(*attention.shape[:2], length + 1, *attention.shape[3:])
+        index = index if attention.ndim == 3 else index[..., None].expand_as(attention)
+        self.source.receive(whole.scatter(2, index, attention)[:, :, :length])
+
+
 def merge(groups: list[HeadGroup]) -> HeadGroup:
-    """Groups of equally many entries as one."""
+    """Groups of equally many entries as one, its heads in order."""
     if len(groups) == 1:
         return groups[0]
+    heads = [head for group in groups for head in group.heads]
+    order = sorted(range(len(heads)), key=lambda place: heads[place])
     keys, values, positions, received = (
-        torch.cat([getattr(group, name) for group in groups], dim=1)
+        torch.cat([getattr(group, name) for group in groups], dim=1)[:, order]
         for name in ("keys", "values", "positions", "received")
     )
-    heads = [head for group in groups for head in group.heads]
     return HeadGroup(
-        heads, keys, values, positions, groups[0].start, received, any(group.has_empty for group in groups)
+        sorted(heads), keys, values, positions, groups[0].start, received, any(group.has_empty for group in groups)
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.cache._images import _ImagePolicy, at_entries, best
-from regard.cache.policy import Entries
+from regard.cache.policy import Entries, Reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class ImageRank(_ImagePolicy):
     Args:
         budget: image tokens of each text: a number of them, or a share; the paper takes 0.5.
         layer: K, the first layer that drops, from 1; the paper takes 2.
+        rest: what becomes of the others, as for every `BudgetPolicy`.
         image: positions, a boolean mask, or a function of token ids; by default the tokens that the model's config names.
 
     Left out: the paper drops hidden states, so that the prompt itself is read faster, without them. Here the prompt is read
@@ -53,9 +54,9 @@ class ImageRank(_ImagePolicy):
             )
 
     @property
-    def reads(self) -> int:
-        """The last query."""
-        return 1
+    def reads(self) -> Reads:
+        """The attention of the last query."""
+        return Reads(1)
 
     def score(self, entries: Entries) -> Tensor:
         """1 for text and the best of the image, 0 for the rest of it."""

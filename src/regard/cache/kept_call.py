@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from regard.cache.head_group import ChosenPart, HeadGroup
+from regard.cache.policy import Reads
 from regard.cache.window import joined, last_queries
 from regard.maps import TokenMap
 from regard.runtime import AttentionCall, run, visible
 
 if TYPE_CHECKING:
-    from regard.cache.head_group import HeadGroup
     from regard.cache.layer import KeptLayer
     from regard.cache.policy import Policy
 
@@ -40,21 +41,24 @@ class KeptCall:
                 "attn_mask=rule.dense(…)"
             )
         self.policy = policy
+        self.reads = Reads() if policy is None else policy.reads_in_all
         self.layer = layer
         self.call = call
         self.tokens = tokens
         self.due = due
-        self.groups = layer.groups if policy is not None else layer.before or layer.groups
+        held = layer.groups if policy is not None else layer.before or layer.groups
+        self.groups = [group.read() for group in held]
         self.reads_window = False  # whether queries of earlier calls are read too
         # of how many last queries the attention is read
         self.observed = 0 if policy is None else self._count_observed(policy)
 
     def _count_observed(self, policy: Policy) -> int:
-        reads, tokens = policy.reads, self.tokens
+        reads, tokens = self.reads.attention_of, self.tokens
         if reads != 0 and self.layer.recording:
             return self._later(policy)
-        if reads is None or policy.accumulates:
-            return min(reads or tokens, tokens) if tokens > 1 or policy.reads_steps else 0
+        if reads is None or self.reads.accumulates:
+            in_steps = self.reads.accumulates or policy.when.while_decoding
+            return min(reads or tokens, tokens) if tokens > 1 or in_steps else 0
         if not (self.due and reads):
             return 0
         self.layer.forget()  # what earlier queries attended to: these are all that the policy reads
@@ -67,7 +71,7 @@ class KeptCall:
 
     def _later(self, policy: Policy) -> int:
         """Nothing is read before it is known which tokens stay; then the last queries of these."""
-        if policy.reads is None or policy.accumulates:
+        if self.reads.attention_of is None or self.reads.accumulates:
             raise ValueError(
                 f"{policy} adds up the attention of every query, and assisted generation takes back those of tokens that it "
                 "rejects: generate without an assistant, or take a policy that reads the last queries, such as SnapKV"
@@ -80,7 +84,7 @@ class KeptCall:
         """(B, N): which of the call's queries are read: the last real ones of each text; None for all, or the last ones."""
         if self.real is None or self.policy is None:
             return None
-        real, reads = self.real[:, -self.tokens :], self.policy.reads
+        real, reads = self.real[:, -self.tokens :], self.reads.attention_of
         return real if reads is None else real & (real.flip(1).cumsum(1).flip(1) <= reads)
 
     @property
@@ -130,7 +134,10 @@ class KeptCall:
 
     def _tensors(self, group: HeadGroup) -> tuple[Tensor, Tensor]:
         """Keys and values of a group, or those of all heads that the model has made of latents."""
-        return (self.call.key, self.call.value) if self.layer.is_latent else (group.keys, group.values)
+        if not self.layer.is_latent:
+            return group.keys, group.values
+        key, value = self.call.key, self.call.value
+        return (group.of_all(key), group.of_all(value)) if isinstance(group, ChosenPart) else (key, value)
 
     @property
     def expanded(self) -> tuple[Tensor, Tensor] | None:
@@ -197,9 +204,7 @@ class KeptCall:
     @property
     def queries_to_keep(self) -> int:
         """How many last queries the policy may want to read in later calls."""
-        if self.policy is None:
-            return 0
-        number = max(0 if self.policy.accumulates else self.policy.reads or 0, self.policy.keeps_queries)
+        number = max(0 if self.reads.accumulates else self.reads.attention_of or 0, self.reads.queries)
         if number and self.layer.recording:
             return number + _CANDIDATES
         return number if number > 1 else 0
@@ -217,18 +222,18 @@ class KeptCall:
 
     def read_window(self) -> None:
         """Read what the last queries, of earlier calls too, attend to among the entries that are left."""
-        if not self.reads_window or self.policy is None:
+        if not self.reads_window:
             return
         if self.layer.edited:
             raise NotImplementedError(
                 f"{self.policy} reads what queries of earlier passes attend to now, and what regard.steer changes of that is "
-                "not known any more: leave out every=, or steer without compress"
+                "not known any more: choose when=AfterPrompt(), or steer without compress"
             )
-        query, mask, chosen = joined(self.layer.window, self.layer.seen, self.policy.reads or 0)
+        query, mask, chosen = joined(self.layer.window, self.layer.seen, self.reads.attention_of or 0)
         key, value = self.expanded or (self.call.key, self.call.value)
         call = replace(self.call, query=query, key=key, value=value, attn_mask=mask, is_causal=False)
         window = KeptCall(None, self.layer, call, query.shape[2])
-        window.policy, window.observed = self.policy, query.shape[2]
+        window.reads, window.observed = self.reads, query.shape[2]
         weights = () if chosen is None else (chosen[:, None].float(),)
         with torch.no_grad():
             for group in self.layer.groups:
@@ -244,8 +249,7 @@ class KeptCall:
             logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
         matrix = logits.softmax(dim=-1).nan_to_num(0.0)
         attention = matrix.detach()
-        by_head = self.policy is not None and self.policy.by_query_head
-        group.receive(attention.mT if by_head else attention.mean(dim=2))
+        group.receive(attention.mT if self.reads.by_query_head else attention.mean(dim=2))
         return (matrix.to(group.values.dtype) @ group.values).view(batch, heads, 1, -1)
 
     def _received(self, attention: TokenMap, weights: tuple[Tensor, ...] | None = None) -> Tensor:
@@ -263,7 +267,7 @@ class KeptCall:
             received = rows.sum(dim=2)
         key_heads = received.shape[1] * self._key_heads // self.call.query.shape[1]
         received = received.view(received.shape[0], key_heads, -1, received.shape[2])
-        return received.mT if self.policy is not None and self.policy.by_query_head else received.mean(dim=2)
+        return received.mT if self.reads.by_query_head else received.mean(dim=2)
 
     @property
     def _key_heads(self) -> int:

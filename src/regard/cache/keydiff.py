@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
-from regard.cache.budget import HeadBudgetPolicy
+from regard.cache.budget_policy import BudgetPolicy
 from regard.cache.policy import Entries
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyDiff(HeadBudgetPolicy):
+class KeyDiff(BudgetPolicy):
     """Keep the keys that are least like their mean: ``score_j = −cos(k_j, mean_i k_i / ‖k_i‖)``.
 
     Reads no attention, and so costs next to nothing.
 
     Args:
-        budget, prefill, every, by_layer, by_head: as for every `HeadBudgetPolicy`.
+        budget, when, rest: as for every `BudgetPolicy`.
 
     Left out: the paper reads a prompt in blocks and drops after each, so that the memory of a prompt is bounded too.
 

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.cache.budget import HeadBudgetPolicy
+from regard.cache.budget_policy import BudgetPolicy
 from regard.cache.policy import Entries
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knorm(HeadBudgetPolicy):
+class Knorm(BudgetPolicy):
     """Keep the keys of the smallest norm, which tend to be attended to most: ``score_j = −‖k_j‖``.
 
     Reads no attention, and so costs next to nothing.
 
     Args:
-        budget, prefill, every, by_layer, by_head: as for every `HeadBudgetPolicy`.
+        budget, when, rest: as for every `BudgetPolicy`.
 
     A. Devoto et al. (2024), A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from weakref import ReferenceType, ref
 
@@ -183,6 +184,7 @@ class KeptLayer(CacheLayerMixin):
 
         With ``in_order`` the entries stay in the order of the text; else the last one may take the place of one that goes.
         """
+        self.groups = [group if group.chosen is None else replace(group, chosen=None) for group in self.groups]
         longest, fewest = counts.amax(dim=0).tolist(), counts.amin(dim=0).tolist()
         lost = ((scores > -torch.inf).sum(dim=-1) > counts).any(dim=0).tolist()  # also from a shorter text alone
         done, rest = [], []
@@ -206,6 +208,16 @@ class KeptLayer(CacheLayerMixin):
         self.groups = done + [_best(rest, best, counts, longest, number) for number in numbers]
         self.dropped, self.dropped_at = True, self.seen
 
+    def choose(self, scores: Tensor, counts: Tensor) -> None:
+        """Have calls read the entries of the highest scores (B, Hk, L) only, as many of each head as counts (B, Hk) say."""
+        self.before = (self.before or self.groups) if self.is_shared else []
+        best = scores.argsort(dim=-1, descending=True, stable=True)
+        self.groups = [
+            group.choose(_first(best[:, group.heads], counts[:, group.heads], int(counts[:, group.heads].amax())))
+            for group in self.groups
+        ]
+        self.dropped = True
+
     def change_values(self, values: Tensor) -> None:
         """Other values (B, Hk, L, D) of the entries, those of all heads in order."""
         if self.is_shared:
@@ -219,7 +231,7 @@ class KeptLayer(CacheLayerMixin):
     def forget(self) -> None:
         """Forget what the entries received, and nothing else."""
         for group in self.groups:
-            group.received = group.received[..., :0]
+            group.received = group.received[:, :, :0]
 
     def get_seq_length(self) -> int:
         """How many tokens it has seen, dropped ones too."""
@@ -304,6 +316,12 @@ class KeptLayer(CacheLayerMixin):
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
 
 
+def _first(order: Tensor, counts: Tensor, number: int) -> Tensor:
+    """(B, h, number): the first places of an order (B, h, L), as many as the counts (B, h) say, sorted, −1 for none."""
+    empty = torch.arange(number, device=order.device) >= counts[..., None]
+    return order[..., :number].masked_fill(empty, -1).sort(dim=-1).values
+
+
 def _best(groups: list[HeadGroup], best: Tensor, counts: Tensor, longest: list[int], number: int) -> HeadGroup:
     """The heads that keep this number of entries, and those entries, in the order in which they stand."""
     parts = []
@@ -311,7 +329,6 @@ def _best(groups: list[HeadGroup], best: Tensor, counts: Tensor, longest: list[i
         places = [place for place, head in enumerate(group.heads) if longest[head] == number]
         if places:
             heads = [group.heads[place] for place in places]
-            empty = torch.arange(number, device=counts.device) >= counts[:, heads, None]
-            index = best[:, heads, :number].masked_fill(empty, -1).sort(dim=-1).values
+            index = _first(best[:, heads], counts[:, heads], number)
             parts.append(group.select(places, index.clamp(min=0), index < 0))
     return merge(parts)

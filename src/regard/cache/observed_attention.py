@@ -7,21 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.cache.budget import HeadBudgetPolicy
-from regard.cache.policy import Entries
+from regard.cache.budget_policy import BudgetPolicy
+from regard.cache.policy import Entries, Reads
+from regard.cache.when import Every, When
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObservedAttention(HeadBudgetPolicy):
+class ObservedAttention(BudgetPolicy):
     """Keep the most recent tokens and the heavy hitters, those that all queries so far attended to most:
 
     ``score_j = Σ_i P_ij``, over the prompt's queries and each decoding step's, the mean over the query heads of a group.
 
     Args:
-        budget, prefill, by_layer, by_head: as for every `HeadBudgetPolicy`.
+        budget, rest: as for every `BudgetPolicy`.
         recent: the share of the budget that goes to the most recent tokens.
         average: divide by the number of queries that could see the entry, which a plain sum favours the first ones by.
-        every: 1, as in the paper.
+        when: at every step, as in the paper.
 
     Z. Zhang et al. (2023), H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models.
 
@@ -32,7 +33,7 @@ class ObservedAttention(HeadBudgetPolicy):
 
     recent: float = 0.5
     average: bool = False
-    every: int | None = 1
+    when: When = Every(1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,14 +41,9 @@ class ObservedAttention(HeadBudgetPolicy):
             raise ValueError(f"ObservedAttention: recent must be a share from 0 to 1, got {self.recent!r}")
 
     @property
-    def reads(self) -> None:
-        """The attention of every query, which None stands for."""
-        return None
-
-    @property
-    def accumulates(self) -> bool:
-        """True: the sum goes on after a compression."""
-        return True
+    def reads(self) -> Reads:
+        """The attention of every query; the sum goes on after it has chosen."""
+        return Reads(attention_of=None, accumulates=True)
 
     def score(self, entries: Entries) -> Tensor:
         """Received attention; the recent tokens are kept."""

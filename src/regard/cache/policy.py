@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import Module
 
+from regard.cache._part import Part
 from regard.cache.module_call import ModuleCall
+from regard.cache.rest import Drop, Rest
+from regard.cache.when import AfterPrompt, When
 
 
 @dataclass(frozen=True)
@@ -96,46 +99,53 @@ class Step:
     state: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Reads:
+    """What of the model's queries a policy goes by.
+
+    Args:
+        attention_of: of how many last queries of a text it reads the attention; None for all since it last read, 0 for none.
+        by_query_head: whether it reads what each query head attends to, instead of the mean over those that share a key head.
+        accumulates: whether attention that was read in earlier calls counts on after it has chosen.
+        queries: how many last queries of a text it wants to find in ``entries.module_call`` while decoding.
+    """
+
+    attention_of: int | None = 0
+    by_query_head: bool = False
+    accumulates: bool = False
+    queries: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
-class Policy(ABC):
+class Policy(Part, ABC):
     """A rule that scores the entries of a cache and says how many of each head stay: those of the highest scores.
 
     One that goes by a budget of entries is a `BudgetPolicy`.
     """
 
-    frees: ClassVar[bool] = True
-    """Whether dropped entries leave the memory."""
-
     pools: ClassVar[bool] = False
     """Whether an entry's score depends on its neighbours', so that entries have to stay in the order of the text."""
 
-    merges: ClassVar[bool] = False
-    """Whether `merged` is to be asked what becomes of the entries that go."""
+    @property
+    def when(self) -> When:
+        """The calls after which it chooses."""
+        return AfterPrompt()
 
     @property
-    def reads(self) -> int | None:
-        """Of how many last queries of a text it reads the attention; None for all since it last read, 0 for none."""
-        return 0
+    def rest(self) -> Rest:
+        """What becomes of the entries that it does not keep."""
+        return Drop()
 
     @property
-    def keeps_queries(self) -> int:
-        """How many last queries of a text it wants to find in ``entries.module_call`` while decoding."""
-        return 0
+    def reads(self) -> Reads:
+        """What its score goes by."""
+        return Reads()
 
     @property
-    def by_query_head(self) -> bool:
-        """Whether it reads what each query head attends to, instead of the mean over those that share a key head."""
-        return False
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether attention read in earlier calls counts on after a compression."""
-        return False
-
-    @property
-    def reads_steps(self) -> bool:
-        """Whether one that reads all queries reads those of decoding steps too."""
-        return self.accumulates
+    def reads_in_all(self) -> Reads:
+        """What its score goes by, and what becomes of the rest."""
+        reads = self.reads
+        return reads if reads.attention_of != 0 else replace(reads, attention_of=self.rest.reads)
 
     @property
     def local(self) -> tuple[int, int] | None:
@@ -150,13 +160,6 @@ class Policy(ABC):
         """What is to run beside the model in the block of `compress`, with what it gives in every `Entries`; nothing here."""
         return nullcontext()
 
-    def due(self, tokens: int, steps: int) -> bool:
-        """Whether to compress after a call with this many new tokens, the ``steps``-th decoding step if it is one.
-
-        Unless a policy says otherwise: when a prompt, or a further turn of several tokens, has been read.
-        """
-        return tokens > 1
-
     @abstractmethod
     def score(self, entries: Entries) -> Tensor:
         """(batch, key heads, entries), the larger the better; infinite for those that are to be kept in any case."""
@@ -165,22 +168,6 @@ class Policy(ABC):
     def counts(self, entries: Entries, scores: Tensor) -> Tensor:
         """(batch, key heads): how many entries each head keeps."""
 
-    def merged(self, entries: Entries, stays: Tensor) -> Tensor | None:
-        """The values of all entries, in which those that do not stay leave something; None if they leave nothing."""
-        return None
-
     def keeps_whole(self, entries: Entries) -> Tensor | None:
         """(batch,), boolean: texts that it keeps whole since they are too short for it; None if it knows none such."""
         return None
-
-    def __str__(self) -> str:
-        """The policy as one would write it."""
-        given = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
-        return f"{type(self).__name__}({', '.join(f'{n}={_written(v)}' for n, v, d in given if v is not d and v != d)})"
-
-
-def _written(value: object) -> str:
-    """A value as one would write it, or what there is of numbers."""
-    if isinstance(value, Tensor):
-        return f"<{tuple(value.shape)}>"
-    return str(value) if isinstance(value, Policy) else repr(value)

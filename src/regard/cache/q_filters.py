@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.cache._compress import compress
-from regard.cache.budget import HeadBudgetPolicy
+from regard.cache.budget_policy import BudgetPolicy
 from regard.cache.controls import KeepAll
 from regard.cache.policy import Entries
+from regard.cache.when import AfterPrompt, When
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class QFilters(HeadBudgetPolicy):
+class QFilters(BudgetPolicy):
     """Keep the keys that lie farthest along the direction in which queries lie, one for each key head: ``score_j = −f·k_j``.
 
     Reads no attention, and so costs next to nothing.
@@ -24,7 +25,7 @@ class QFilters(HeadBudgetPolicy):
     Args:
         filters: f, (layers, key heads, width): as published for a model, or as `calibrate` finds them. Layers are numbered
             among those that can be compressed: in a model with sliding windows, its other layers.
-        budget, prefill, every, by_layer, by_head: as for every `HeadBudgetPolicy`.
+        budget, when, rest: as for every `BudgetPolicy`.
 
     N. Godey et al. (2025), Q-Filters: Leveraging QK Geometry for Efficient KV Cache Compression.
 
@@ -100,9 +101,10 @@ class _Collecting(KeepAll):
 
     found: dict[int, list[tuple[Tensor, int]]] = field(default_factory=dict)
 
-    def due(self, tokens: int, steps: int) -> bool:
+    @property
+    def when(self) -> When:
         """After a prompt."""
-        return tokens > 1
+        return AfterPrompt()
 
     def score(self, entries: Entries) -> Tensor:
         """All alike."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from regard.cache.policy import Entries, Policy, Step
+from regard.cache.rest import Rest
+from regard.cache.unread import Unread
+from regard.cache.when import Never, When
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,6 @@ class QAdA(Policy):
     QAdA(threshold=0.8)
     """
 
-    frees: ClassVar[bool] = False
-
     threshold: float = 0.9
     sinks: int = 16
     recent: int = 1024
@@ -64,9 +64,15 @@ class QAdA(Policy):
         """Sinks and recent tokens."""
         return self.sinks, self.recent
 
-    def due(self, tokens: int, steps: int) -> bool:
+    @property
+    def when(self) -> When:
         """Never: nothing is dropped."""
-        return False
+        return Never()
+
+    @property
+    def rest(self) -> Rest:
+        """Entries that a head does not read stay in memory."""
+        return Unread()
 
     def score(self, entries: Entries) -> Tensor:
         """0 for every entry: all are alike, as nothing is dropped."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ class LayerReport:
     """One layer: the number in the model, entries of each head (the most of any text of the batch), tokens, and bytes.
 
     ``positions`` (batch, heads, tokens) tells which tokens are left. A layer with a ``window`` was left alone. ``whole``
-    texts of the batch were too short for the policy to drop any of their entries.
+    texts of the batch were too short for the policy to drop any of their entries. ``unread`` entries of each head are in
+    memory beside those that are kept.
     """
 
     layer: int
@@ -25,6 +26,7 @@ class LayerReport:
     positions: Tensor
     window: bool = False
     whole: int = 0
+    unread: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,17 @@ def _of_kept(number: int, layer: Any) -> LayerReport:
     heads = sum(len(group.heads) for group in layer.groups)
     batch = layer.groups[0].keys.shape[0]
     left = torch.zeros(batch, heads, layer.seen + 1, dtype=torch.bool)
-    kept = [0] * heads
+    kept, unread = [0] * heads, [0] * heads
     for group in layer.groups:
-        positions = group.all_positions().cpu()
+        positions = group.read_positions().cpu()
         index = torch.where(positions < 0, layer.seen, positions)
         left[:, group.heads] = left[:, group.heads].scatter(2, index, True)
         for head in group.heads:
-            kept[head] = group.length
+            kept[head], unread[head] = positions.shape[2], group.length - positions.shape[2]
     of_entry = sum(t.shape[3] * t.element_size() for t in (layer.groups[0].keys, layer.groups[0].values))
     full = batch * heads * layer.seen * of_entry
     whole = 0 if layer.whole is None else int(layer.whole.sum())
-    return LayerReport(number, kept, layer.seen, layer.numbers(), full, left[..., :-1], whole=whole)
+    return LayerReport(number, kept, layer.seen, layer.numbers(), full, left[..., :-1], whole=whole, unread=unread)
 
 
 def _of_window(number: int, layer: Any) -> LayerReport:

@@ -24,10 +24,10 @@ class RetrievalHeads(StreamingLLM):
     Args:
         heads: the key heads that keep all, by layer, as `profile` finds them. Layers are numbered among those that can be
             compressed: in a model with sliding windows, its other layers.
-        budget: of each other head, sinks included: a number of entries, or a share of the tokens.
-        prefill, by_layer: as for every `BudgetPolicy`.
+        budget: of each other head, sinks included, as for every `BudgetPolicy`.
+        rest: as for every `BudgetPolicy`.
         sinks: first tokens to keep.
-        every: 1: each step drops one token of each other head.
+        when: at every step: each drops one token of each other head.
 
     Left out: a head's role learnt by gradient descent, and other heads that read no more of the prompt either (DuoAttention);
     a mean entry for those that were dropped (RazorAttention).
@@ -63,7 +63,8 @@ class RetrievalHeads(StreamingLLM):
             )
         full = torch.zeros(number, dtype=torch.bool, device=scores.device)
         full[chosen] = True
-        return torch.where(full, entries.tokens[:, None], super().counts(entries, scores))
+        others = self.of_heads(self.shares(entries)[:, None] * ~full, scores)
+        return torch.where(full, entries.tokens[:, None], others)
 
     @staticmethod
     def profile(

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.cache.budget import HeadBudgetPolicy
-from regard.cache.policy import Entries
+from regard.cache.budget_policy import BudgetPolicy
+from regard.cache.policy import Entries, Reads
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(HeadBudgetPolicy):
+class SnapKV(BudgetPolicy):
     """Keep the last ``window`` tokens, and of those before them the ones that they attend to most, in clusters:
 
     ``score_j = mean_h pool_{|m| ≤ kernel // 2} mean_{i in window} P^h_i,j+m``, the mean over the query heads of a group.
 
     Args:
-        budget, prefill, every, by_layer, by_head: as for every `HeadBudgetPolicy`; the budget includes the window.
+        budget, when, rest: as for every `BudgetPolicy`; the budget includes the window.
         window: the last tokens, whose attention is read; while decoding, what they attend to among the entries left.
         kernel: the width of the pooling, odd; 1 for none.
         pooling: "mean" or "max", of each query head.
@@ -53,14 +53,9 @@ class SnapKV(HeadBudgetPolicy):
         return self.window
 
     @property
-    def reads(self) -> int:
-        """The queries of the window."""
-        return self.window
-
-    @property
-    def by_query_head(self) -> bool:
-        """Whether the pooling tells query heads apart."""
-        return self.pooling == "max"
+    def reads(self) -> Reads:
+        """The attention of the window; of each query head where the pooling tells them apart."""
+        return Reads(self.window, by_query_head=self.pooling == "max")
 
     def score(self, entries: Entries) -> Tensor:
         """Received attention, pooled over neighbours; the window itself is kept."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.cache.budget import BudgetPolicy
+from regard.cache.budget_policy import BudgetPolicy
 from regard.cache.policy import Entries
+from regard.cache.when import Every, When
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +17,9 @@ class StreamingLLM(BudgetPolicy):
     """Keep ``sinks`` first tokens and, of the rest of the budget, the most recent: ``score_j = j``, infinite for j < sinks.
 
     Args:
-        budget, prefill, by_layer: as for every `BudgetPolicy`.
+        budget, rest: as for every `BudgetPolicy`.
         sinks: first tokens to keep.
-        every: 1, as in the paper: each step drops one token.
+        when: at every step, as in the paper: each drops one token.
 
     Left out: the paper counts positions within the cache; here they go on as in the text.
 
@@ -30,7 +31,7 @@ class StreamingLLM(BudgetPolicy):
     """
 
     sinks: int = 4
-    every: int | None = 1
+    when: When = Every(1)
 
     @property
     def least(self) -> int:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.cache.budget import BudgetPolicy
-from regard.cache.policy import Entries
+from regard.cache.budget_policy import BudgetPolicy
+from regard.cache.policy import Entries, Reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,10 @@ class TaskKV(BudgetPolicy):
     its recent tokens, and the middle ones of the highest C, averaged over ``kernel`` neighbours.
 
     Args:
-        budget, prefill, every, by_layer: as for every `BudgetPolicy`. The budget is the mean over a layer's heads, and comes
+        budget, when, rest: as for every `BudgetPolicy`. The budget is the mean over a layer's heads, and comes
             first: where f full heads would leave the others less than their sinks and recent tokens, as many are
-            heterogeneous as leave them these, which the report shows; a budget below sinks and recent tokens is refused.
+            heterogeneous as leave them these, which the report shows; a budget below sinks and recent tokens is refused. With
+            `Adaptive` the others share by score what f heads leave them.
         sinks: first tokens that all heads keep.
         recent: last tokens that all heads keep.
         window: the last queries, whose attention is read.
@@ -75,9 +76,9 @@ class TaskKV(BudgetPolicy):
         return self.sinks + self.recent
 
     @property
-    def reads(self) -> int:
-        """The queries of the window."""
-        return self.window
+    def reads(self) -> Reads:
+        """The attention of the window."""
+        return Reads(self.window)
 
     def score(self, entries: Entries) -> Tensor:
         """Received attention, averaged over neighbours in the middle; sinks and recent tokens are kept."""
@@ -91,7 +92,8 @@ class TaskKV(BudgetPolicy):
         heads, tokens, share = entries.keys.shape[1], entries.tokens, self.shares(entries)
         full = self._number(entries, share)
         rest = (heads * share - full * tokens) // (heads - full).clamp(min=1)
-        return torch.where(self._are_heterogeneous(entries, full), tokens[:, None], rest[:, None])
+        heterogeneous = self._are_heterogeneous(entries, full)
+        return torch.where(heterogeneous, tokens[:, None], self.of_heads(rest[:, None] * ~heterogeneous, scores))
 
     def _number(self, entries: Entries, share: Tensor) -> Tensor:
         """(batch,): how many heads are heterogeneous."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from regard.cache.budget import BudgetPolicy
-from regard.cache.policy import Entries
+from regard.cache.budget_policy import BudgetPolicy
+from regard.cache.policy import Entries, Reads
+from regard.cache.when import Every, When
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +18,8 @@ class TOVA(BudgetPolicy):
     All heads of a layer keep the same tokens.
 
     Args:
-        budget, prefill, by_layer: as for every `BudgetPolicy`.
-        every: 1, as in the paper.
+        budget, rest: as for every `BudgetPolicy`.
+        when: at every step, as in the paper.
 
     M. Oren et al. (2024), Transformers are Multi-State RNNs.
 
@@ -27,12 +28,12 @@ class TOVA(BudgetPolicy):
     TOVA(budget=512)
     """
 
-    every: int | None = 1
+    when: When = Every(1)
 
     @property
-    def reads(self) -> int:
-        """The last query."""
-        return 1
+    def reads(self) -> Reads:
+        """The attention of the last query."""
+        return Reads(1)
 
     def score(self, entries: Entries) -> Tensor:
         """Received attention, the mean over the layer's heads."""

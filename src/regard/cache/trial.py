@@ -9,6 +9,7 @@ import torch
 from torch.nn import Module
 
 from regard.cache._compress import compress
+from regard.cache._part import Part
 from regard.cache.around import Around
 from regard.cache.policy import Policy
 from regard.cache.report import Report
@@ -40,11 +41,13 @@ def read_policy(text: str, budget: int | float | None = None) -> Policy:
     >>> print(read_policy("snapkv(window=8)"))
     SnapKV(budget=0.25, window=8)
     >>> print(read_policy("ChunkKV(Knorm)", 64))
-    ChunkKV(policy=Knorm(budget=64))
+    ChunkKV(Knorm(budget=64))
+    >>> print(read_policy("SnapKV(Adaptive(Pyramid(0.25)), when=Every(16), rest=Merge)"))
+    SnapKV(budget=Adaptive(Pyramid(0.25)), when=Every(16), rest=Merge())
     """
     around = text.partition("(")[0].strip().lower() in {kind.__name__.lower() for kind in Around.__subclasses__()}
     given = {} if budget is None or around else {"budget": budget}
-    policy: Any = parse(text, Policy, "policy", "SnapKV(window=16)", **given)
+    policy: Any = parse(text, Policy, "policy", "SnapKV(window=16)", Part, **given)
     return _with_budget(policy, 0.25 if budget is None else budget)
 
 

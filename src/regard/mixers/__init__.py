@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 from regard.mixers import linear, memory, softmax
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import Layout
 from regard.mixers.linear import *
 from regard.mixers.memory import *
 from regard.mixers.mixer import Facts, Mixer
+from regard.mixers.projected import Projected
 from regard.mixers.softmax import *
 from regard.mixers.state import State
+from regard.mixers.value_mixer import ValueMixer
 
-__all__ = ["DynamicalSystem", "Facts", "HiddenMap", "Mixer", "State", "linear", "memory", "softmax"]
+__all__ = ["DynamicalSystem", "Facts", "HiddenMap", "Layout", "Mixer", "Projected", "State", "ValueMixer"]
+__all__ += ["linear", "memory", "softmax"]
 __all__ += linear.__all__
 __all__ += memory.__all__
 __all__ += softmax.__all__

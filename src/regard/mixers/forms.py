@@ -18,17 +18,18 @@ def check_form(form: str) -> None:
         raise ValueError(f"form must be one of {', '.join(get_args(Form))}; got {form!r}")
 
 
-def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Refuse queries, keys and values that do not belong together."""
+def check_heads(query: Tensor, key: Tensor, value: Tensor, *, cross: bool = False) -> None:
+    """Refuse queries, keys and values that do not belong together; keys may be of other tokens where it is ``cross``."""
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
     if any(tensor.ndim != 4 for tensor in (query, key, value)):
         raise ValueError(f"query, key and value must be (batch, heads, tokens, dim), got {shapes}")
-    if query.shape != key.shape or key.shape[:3] != value.shape[:3]:
+    differ = [axis for axis in range(4) if query.shape[axis] != key.shape[axis] and not (cross and axis == 2)]
+    if differ or key.shape[:3] != value.shape[:3]:
         raise ValueError(
             f"query and key must be of one shape, and value differ in its last dimension only, got {shapes}"
         )
-    if not query.shape[2]:
-        raise ValueError(f"there are no tokens: query is of shape {tuple(query.shape)}")
+    if not query.shape[2] or not key.shape[2]:
+        raise ValueError(f"there are no tokens: query, key and value are of shapes {shapes}")
 
 
 def initial_state(state: Tensor | None, query: Tensor, value: Tensor) -> Tensor:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,10 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from regard.maps import AttentionMap
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.mixer_call import MixerCall
+from regard.mixers.layout import Layout
 from regard.mixers.packed import unpack
-from regard.mixers.state import State
-from regard.runtime import HiddenCall, intercept, looked_at, read, unseen
+from regard.mixers.state import CONTEXT, State
 
 _PIECE = 2048  # tokens of all texts together
 _TRAINED_PIECE = 512  # of which all that the backward pass needs is stored at a time
@@ -39,6 +37,8 @@ class Facts:
     causal: bool = True
     bidirectional: bool = False
     cross: bool = False
+    grids: bool = False
+    """Whether it knows the places of an image's tokens, or of other grids'."""
     exact: bool = False
     """Whether it computes softmax attention."""
 
@@ -59,17 +59,22 @@ class Mixer(Module, ABC):
     """A layer that mixes tokens: ``forward(x, state=None, mask=None) -> (y, state)``.
 
     ``x`` is (batch, tokens, dim) and so is ``y``. Given the state that a call returned, the next call goes on where that one
-    ended: a prompt and then token by token is the same as all at once. ``mask`` (batch, tokens) tells real tokens
-    from padding, on either side: padding leaves the state as it is, and its outputs are zeros. Of texts that are packed into
-    one row, ``cu_seqlens`` (texts + 1) tells the borders, which nothing crosses: each has a state of its own.
+    ended: a prompt and then token by token is the same as all at once. How the tokens lie is told beside them:
+
+    - ``mask`` (batch, tokens) tells real tokens from padding, on either side: padding leaves the state as it is, and its
+      outputs are zeros.
+    - Of texts that are packed into one row, ``cu_seqlens`` (texts + 1) tells the borders, which nothing crosses: each has a
+      state of its own.
+    - ``context`` (batch, other tokens, dim), with a ``context_mask``, is looked at instead: cross-attention, in the first
+      call; the state keeps what further calls need of it.
+    - ``grid``, the sides of an image or a video whose tokens these are, rows first.
+
+    What a mechanism can do of these its `facts` say, and the rest is refused.
 
     Where no gradients are wanted, a long text is read piece by piece, each from the state of the one before: what it takes
     beside x and y does not grow with the text, and stays in the processor's cache.
 
-    `regard.watch` sees a layer that has a `HiddenMap` as one call with that map, whatever it holds, and of any other the
-    calls of attention that are made in it.
-
-    A subclass writes `mix` and states its `facts`.
+    A subclass writes `mix` and states its `facts`; one that mixes values by a matrix is a `ValueMixer`.
     """
 
     facts: ClassVar[Facts]
@@ -98,107 +103,122 @@ class Mixer(Module, ABC):
         self.dim = dim
 
     def forward(
-        self, x: Tensor, state: State | None = None, mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        grid: Sequence[int] | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """The mixed tokens, and the state after them; of packed texts, a row for each."""
         if cu_seqlens is not None:
-            if mask is not None:
-                raise ValueError(
-                    f"{type(self).__name__} takes a mask or cu_seqlens, got both: packed texts have no padding"
-                )
-            texts, real = unpack(x, cu_seqlens)
-            outputs, ends = self(texts, state, None if bool(real.all()) else real)
-            return outputs[real][None], ends
-        self._check(x, state, mask)
-        if not (self.hides_map and looked_at()):
-            return self._forward(x, state, mask)
-        after: list[State] = []
+            return self._packed(x, state, cu_seqlens, {"mask": mask, "grid": grid, "context": context})
+        return self._run(x, state, self._layout(x, state, mask, grid, context, context_mask))
 
-        def finish(last: HiddenCall, _: HiddenCall) -> Tensor:
-            read(last)
-            with unseen():
-                y, next_state = self._forward(x, state, mask)
-            after.append(next_state)
-            return y
+    def _layout(
+        self,
+        x: Tensor,
+        state: State | None,
+        mask: Tensor | None,
+        grid: Sequence[int] | None,
+        context: Tensor | None,
+        context_mask: Tensor | None,
+    ) -> Layout:
+        """How the tokens lie, once all that a call was given has been checked."""
+        cross = context is not None or (isinstance(state, State) and state.of_context)
+        layout = Layout(
+            mask, None if grid is None else tuple(grid), context, context_mask, self.causal and not cross, cross
+        )
+        self._check(x, state, layout)
+        return layout
 
-        call = MixerCall(cache(lambda: self._hidden_map(x, state, mask)), x.shape[1], state)
-        return intercept(call, finish, past=0 if state is None else state.seen), after[0]
+    def _packed(
+        self, x: Tensor, state: State | None, cu_seqlens: Tensor, others: Mapping[str, object]
+    ) -> tuple[Tensor, State]:
+        """The texts of one row, side by side."""
+        for name, given in others.items():
+            if given is not None:
+                raise ValueError(f"{type(self).__name__} takes a {name} or cu_seqlens, got both")
+        texts, real = unpack(x, cu_seqlens)
+        outputs, ends = self(texts, state, None if bool(real.all()) else real)
+        return outputs[real][None], ends
 
-    @property
-    def hides_map(self) -> bool:
-        """Whether `map` is a `HiddenMap`, by which this layer is watched, and not by the calls of attention within it."""
-        return type(self).map is not Mixer.map
-
-    def _forward(self, x: Tensor, state: State | None, mask: Tensor | None) -> tuple[Tensor, State]:
+    def _run(self, x: Tensor, state: State | None, layout: Layout) -> tuple[Tensor, State]:
         """Mix the tokens, real ones brought to where `mix` wants them, whether anyone watches or not."""
-        tensors = None if state is None else state.tensors
+        arranged, order = self._arranged(x, layout)
+        own = layout if order is None else replace(layout, mask=_first(layout.mask, order))
+        y, after = self._read(arranged, None if state is None else state.tensors, own)
+        return self._finished(y, after, x, state, layout, order)
+
+    def _arranged(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """The tokens with zeros for padding, which comes first where `mix` must have it so; and then their order."""
+        if layout.mask is None:
+            return x, None
+        if not self.padding_first or layout.cross:
+            return x.masked_fill(~layout.mask[..., None], 0.0), None
+        order = layout.mask.long().argsort(dim=1, stable=True)
+        real = layout.mask.gather(1, order)
+        return x.gather(1, order[..., None].expand_as(x)).masked_fill(~real[..., None], 0.0), order
+
+    def _finished(
+        self,
+        y: Tensor,
+        after: Mapping[str, Tensor],
+        x: Tensor,
+        state: State | None,
+        layout: Layout,
+        order: Tensor | None,
+    ) -> tuple[Tensor, State]:
+        """Outputs where their tokens were given, zeros for padding, and the state."""
+        if order is not None:
+            y = torch.zeros_like(y).scatter(1, order[..., None].expand_as(y), y)
+        if layout.mask is not None:
+            y = y.masked_fill(~layout.mask[..., None], 0.0)
         seen = x.shape[1] + (0 if state is None else state.seen)
-        if mask is None:
-            y, after = self._read(x, tensors, None)
-        elif self.padding_first:
-            order = _stable_order(mask)
-            left = mask.gather(1, order)
-            y, after = self._read(_moved(x, order, left), tensors, left)
-            y = torch.zeros_like(x).scatter(1, order[..., None].expand_as(y), y.masked_fill(~left[..., None], 0.0))
-        else:
-            y, after = self._read(x.masked_fill(~mask[..., None], 0.0), tensors, mask)
-            y = y.masked_fill(~mask[..., None], 0.0)
-        return y, self.state(after, seen, x.dtype)
+        arguments = {**self._arguments, **({CONTEXT: "given"} if layout.cross else {})}
+        return y, State(type(self).__name__, after, seen, x.dtype, arguments)
 
     def state(self, tensors: Mapping[str, Tensor], seen: int, dtype: torch.dtype) -> State:
         """These tensors, as a state of this layer after so many tokens of a dtype."""
         return State(type(self).__name__, tensors, seen, dtype, self._arguments)
 
-    def _hidden_map(self, x: Tensor, state: State | None, mask: Tensor | None) -> HiddenMap:
-        """The map of the real tokens."""
-        with torch.inference_mode(False), torch.no_grad():
-            x = x.clone() if x.is_inference() else x.detach()  # or autograd would refuse it, which transposes maps
-            if mask is None:
-                return self._own_map(x, state)
-            if not self.causal:
-                raise ValueError(
-                    f"{type(self).__name__}(causal=False) is watched without padding only: run each text by itself, or leave "
-                    "the layer out with layers="
-                )
-            # No token sees those after it: with padding last, real tokens have the map of a text without any.
-            order = _stable_order(~mask)
-            return self._own_map(_moved(x, order, mask.gather(1, order)), state).rearranged(order, mask)
-
-    def _own_map(self, x: Tensor, state: State | None) -> HiddenMap:
-        found = self.map(x, state)
-        if not isinstance(found, HiddenMap):
-            raise TypeError(f"{type(self).__name__} says that it hides a map, and its map is {type(found).__name__}")
-        return found
-
-    def _read(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _read(self, x: Tensor, state: Mapping[str, Tensor] | None, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
         """`mix`, in pieces where that is better; each is mixed again for its gradients, so that one at a time is stored."""
-        at_once = _TRAINED_PIECE if torch.is_grad_enabled() else _PIECE
-        piece = max(at_once // max(len(x), 1), _SMALLEST_PIECE)
-        if x.shape[1] <= piece or not (self.in_pieces and self.causal):
-            return self.mix(x, state, mask)
+        piece = self._piece(x, layout)
+        if x.shape[1] <= piece:
+            return self.mix(x, state, layout)
         texts = x.split(piece, dim=1)
-        masks = [None] * len(texts) if mask is None else mask.split(piece, dim=1)
+        masks = [None] * len(texts) if layout.mask is None else layout.mask.split(piece, dim=1)
+        layouts = [replace(layout, mask=mask) for mask in masks]
+        if layout.cross:  # which the state holds once the first piece is read
+            layouts[1:] = [replace(other, context=None, context_mask=None) for other in layouts[1:]]
         if torch.is_grad_enabled():
             outputs, after = [], state
-            for text, real in zip(texts, masks, strict=True):
-                output, after = checkpoint(self.mix, text, after, real, use_reentrant=False)
+            for text, own in zip(texts, layouts, strict=True):
+                output, after = checkpoint(self.mix, text, after, own, use_reentrant=False)
                 outputs.append(output)
             return torch.cat(outputs, dim=1), dict(after or {})
-        first, after = self.mix(texts[0], state, masks[0])
+        first, after = self.mix(texts[0], state, layouts[0])
         y = first.new_empty(x.shape)  # pieces joined at the end would be held twice
         places = y.split(piece, dim=1)
         places[0].copy_(first)
-        for text, real, place in zip(texts[1:], masks[1:], places[1:], strict=True):
-            output, after = self.mix(text, after, real)
+        for text, own, place in zip(texts[1:], layouts[1:], places[1:], strict=True):
+            output, after = self.mix(text, after, own)
             place.copy_(output)
         return y, after
 
+    def _piece(self, x: Tensor, layout: Layout) -> int:
+        """How many tokens are mixed at a time: all, where those that follow are seen, or pieces cost more."""
+        if not self.in_pieces or not (layout.causal or layout.cross):
+            return x.shape[1]
+        at_once = _TRAINED_PIECE if torch.is_grad_enabled() else _PIECE
+        return max(at_once // max(len(x), 1), _SMALLEST_PIECE)
+
     @abstractmethod
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def mix(self, x: Tensor, state: Mapping[str, Tensor] | None, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
         """Mix checked inputs (B, N, dim) after a state; where there is a mask, padding is zeros, first if it must be."""
 
     def decode(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -218,18 +238,23 @@ class Mixer(Module, ABC):
             f"{type(self).__name__} is no linear dynamical system: its state is not linear in values"
         )
 
-    def _check(self, x: Tensor, state: State | None, mask: Tensor | None) -> None:
+    def _check(self, x: Tensor, state: State | None, layout: Layout) -> None:
         name = type(self).__name__
         if x.ndim != 3 or x.shape[2] != self.dim or not x.shape[0] or not x.shape[1]:
             raise ValueError(
                 f"{name} takes x of shape (batch, tokens, {self.dim}), at least one of each, got {tuple(x.shape)}"
             )
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-            raise ValueError(
-                f"{name} takes a boolean mask of shape {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}"
-            )
+        for what, given, can in (
+            ("context", layout.context, self.facts.cross),
+            ("grid", layout.grid, self.facts.grids),
+        ):
+            if given is not None and not can:
+                raise ValueError(f"{name} takes no {what}; `regard mixers` tells which mixers do")
+        layout.check(x, name)
+        if layout.grid is not None and self.causal:
+            raise ValueError(f"{name} reads a text in its order; of a grid each token sees all, with causal=False")
         if state is not None:
-            self._check_state(x, state)
+            self._check_state(x, state, layout)
 
     def _check_causal(self) -> None:
         if not self.causal:
@@ -237,15 +262,21 @@ class Mixer(Module, ABC):
                 f"{type(self).__name__}(causal=False) is no dynamical system: what sees all tokens has no state on its way"
             )
 
-    def _check_state(self, x: Tensor, state: State) -> None:
+    def _check_state(self, x: Tensor, state: State, layout: Layout) -> None:
         name = type(self).__name__
-        if not self.causal:
+        if not self.causal and not layout.cross:
             raise ValueError(f"{name}(causal=False) goes on from no state: every token sees all others of its call")
         if not isinstance(state, State) or state.mixer != name:
             what = f"of {state.mixer}" if isinstance(state, State) else type(state).__name__
             raise ValueError(f"{name} goes on from a state of its own, got a state {what}")
-        if state.arguments != self._arguments:
-            pairs = {key: (self._arguments.get(key), state.arguments.get(key)) for key in self._arguments}
+        if layout.context is not None:
+            has = "has the context that it began with" if state.of_context else "began with none"
+            raise ValueError(
+                f"{name} was given a context and a state, which {has}: a context comes with the first call"
+            )
+        given = {key: value for key, value in state.arguments.items() if key != CONTEXT}
+        if given != self._arguments:
+            pairs = {key: (self._arguments.get(key), given.get(key)) for key in self._arguments}
             own, other = (
                 ", ".join(f"{key}={pair[side]}" for key, pair in pairs.items() if pair[0] != pair[1]) for side in (0, 1)
             )
@@ -261,14 +292,8 @@ class Mixer(Module, ABC):
             )
 
 
-def _stable_order(late: Tensor) -> Tensor:
-    """Tokens (B, N) such that those marked come after the others."""
-    return late.long().argsort(dim=1, stable=True)
-
-
-def _moved(x: Tensor, order: Tensor, real: Tensor) -> Tensor:
-    """Tokens (B, N, dim) in this order, zeros where they are then not real."""
-    return x.gather(1, order[..., None].expand_as(x)).masked_fill(~real[..., None], 0.0)
+def _first(mask: Tensor | None, order: Tensor) -> Tensor | None:
+    return None if mask is None else mask.gather(1, order)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

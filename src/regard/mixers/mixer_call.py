@@ -29,8 +29,8 @@ class MixerCall(HiddenCall):
             if state is not None and keys == own:
                 raise ValueError(
                     f"{place.path} ({state.mixer}) goes on from a state, and its map tells of the {own} tokens of this call "
-                    "alone, not of what they take from those before: run the whole text in one call, or leave the layer out "
-                    "with layers="
+                    "alone, not of what they take from those before: run the whole text in one call, watch the first pass "
+                    "alone with passes=[0], or leave the layer out with layers="
                 )
             return hidden
 

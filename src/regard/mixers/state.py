@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.serialization import add_safe_globals
 
+CONTEXT = "context"
+"""Among the arguments of a state that began with one."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -43,6 +46,11 @@ class State:
     seen: int
     dtype: torch.dtype
     arguments: Mapping[str, str]
+
+    @property
+    def of_context(self) -> bool:
+        """Whether it holds a context, at which the tokens look instead of one another."""
+        return CONTEXT in self.arguments
 
     @property
     def bytes(self) -> int:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from regard.mixers import FAST, fast_attention
 from regard.mixers.linear.fast import factors, normalized
-from regard.mixers.mixer import join_heads
 from tests.mixers.contract import check_forms, check_mixer
 
 
@@ -80,8 +79,7 @@ def test_layer(order: int, rotary: float | None) -> None:
     mixer = FAST(24, heads=3, order=order, rotary=rotary)
     check_mixer(mixer)
     x = torch.randn(2, 19, 24)
-    hidden, value = mixer.map(x), mixer._inputs(x, None, None)[2]
-    torch.testing.assert_close(mixer.o_proj(join_heads(hidden @ value)), mixer(x)[0], atol=1e-5, rtol=1e-4)
+    hidden = mixer.map(x)
     torch.testing.assert_close(mixer.system(x).matrix().float(), hidden.dense(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(hidden.received(), hidden.dense().sum(2), atol=1e-4, rtol=1e-4)
     _, state = mixer(x[:, :9])

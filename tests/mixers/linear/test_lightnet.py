@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regard.mixers import MDLRPE, MDTPE, TPE, LightNet, lightnet
+from regard.mixers import MDLRPE, MDTPE, TPE, Layout, LightNet, lightnet
 from tests.mixers.contract import check_forms, check_mixer
 
 
@@ -107,11 +107,6 @@ def test_layer() -> None:
     torch.manual_seed(0)
     mixer = LightNet(24, heads=3)
     check_mixer(mixer)
-    x = torch.randn(2, 19, 24)
-    _, _, value = mixer._inputs(x, None)
-    hidden = mixer.map(x)
-    torch.testing.assert_close(mixer._outputs(x, hidden @ value), mixer(x)[0], atol=1e-5, rtol=1e-4)
-    assert not hidden.dense().triu(1).any()
 
 
 def test_map_after_a_state() -> None:
@@ -133,18 +128,20 @@ def test_a_text_of_padding_only_leaves_an_empty_state() -> None:
 
 def test_scan_of_a_grid() -> None:
     torch.manual_seed(0)
-    mixer, x = LightNet(24, heads=2), torch.randn(2, 4, 6, 24)
-    y = mixer.scan(x)
-    hidden = mixer.map(x)
-    tokens = x.flatten(1, 2)
-    _, _, value = mixer._inputs(tokens, None)
-    torch.testing.assert_close(mixer._outputs(tokens, hidden @ value).view(x.shape), y, atol=1e-5, rtol=1e-4)
-    turned = x.clone()
-    turned[:, 3, 5] += 1
-    assert (mixer.scan(turned)[:, 0, 0] != y[:, 0, 0]).any(), "the first token sees the last"
-    assert mixer.scan(torch.randn(1, 2, 3, 4, 24)).shape == (1, 2, 3, 4, 24)
-    with pytest.raises(ValueError, match=r"LightNet.scan takes x of \(batch, side of each axis, 24\), got \(2, 24\)"):
-        mixer.scan(torch.randn(2, 24))
+    mixer, x = LightNet(24, heads=2, causal=False), torch.randn(2, 24, 24)
+    y, _ = mixer(x, grid=(4, 6))
+    projected = mixer.project(x, None, Layout(grid=(4, 6), causal=False))
+    hidden = mixer.map(x, grid=(4, 6))
+    torch.testing.assert_close(mixer.out(hidden @ projected.value, projected), y, atol=1e-5, rtol=1e-4)
+    assert (hidden.dense() != mixer.map(x).dense()).any(), "the places of a grid are not those of a line"
+    assert (hidden.dense()[..., 0, -1] != 0).all(), "the first token sees the last"
+    distance = hidden.dense() / mixer.map(x, grid=(24,)).dense()
+    assert distance.isfinite().all()
+    assert mixer(x, grid=(2, 3, 4))[0].shape == x.shape
+    with pytest.raises(ValueError, match=r"LightNet was given 24 tokens and a grid of sides \(4, 5\), of 20 places"):
+        mixer(x, grid=(4, 5))
+    with pytest.raises(ValueError, match=r"LightNet reads a text in its order; of a grid .* causal=False"):
+        LightNet(24)(x, grid=(4, 6))
 
 
 def test_angles_know_distances_along_each_axis() -> None:

@@ -64,10 +64,6 @@ def test_layer(layer: int) -> None:
     mixer = LightningAttention(24, heads=3, layer=layer, layers=4)
     check_mixer(mixer)
     x = torch.randn(2, 19, 24)
-    hidden = mixer.map(x)
-    _, _, value, gate, _ = mixer._inputs(x, None, None)
-    torch.testing.assert_close(mixer._outputs(hidden @ value, gate), mixer(x)[0], atol=1e-5, rtol=1e-4)
-    assert not hidden.dense().triu(1).any()
     memory = mixer(x)[1].tensors["memory"]
     assert memory.shape == (2, 3, 16 if layer == 0 else 8, 8)
 

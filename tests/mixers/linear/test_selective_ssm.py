@@ -71,9 +71,6 @@ def test_layer() -> None:
     check_mixer(mixer)
     x = torch.randn(2, 19, 12)
     hidden = mixer.map(x)
-    values, gate, _ = mixer._inputs(x, None, None)
-    mixed = (hidden @ values.mT[..., None]).squeeze(-1).mT
-    torch.testing.assert_close(mixer._outputs(mixed, values, gate), mixer(x)[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mixer.system(x).matrix().float(), hidden.dense(), atol=1e-5, rtol=1e-4)
     _, state = mixer(x[:, :9])
     torch.testing.assert_close(mixer.map(x[:, 9:], state).dense(), hidden.dense()[:, :, 9:, 9:], atol=1e-5, rtol=1e-4)

@@ -62,8 +62,8 @@ def test_hidden_map(design: Design) -> None:
     mixer = Miras(16, 2, design)
     x, more = torch.randn(2, 13, 16), torch.randn(2, 21, 16)
     hidden = mixer.map(x)
-    value = mixer._inputs(x, None, None)[2]
-    torch.testing.assert_close(mixer._outputs(x, hidden @ value), mixer(x)[0], atol=1e-5, rtol=1e-4)
+    projected = mixer.project(x)
+    torch.testing.assert_close(mixer.out(hidden @ projected.value, projected), mixer(x)[0], atol=1e-5, rtol=1e-4)
     assert not hidden.dense().triu(1).any()
     _, state = mixer(x)  # in the middle of a chunk
     both = mixer.map(torch.cat([x, more], 1)).dense()[:, :, 13:, 13:]

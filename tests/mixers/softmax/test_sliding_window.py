@@ -81,10 +81,8 @@ def test_layer(window: int, rotary: float | None) -> None:
     check_mixer(mixer)
     x = torch.randn(2, 19, 24)
     hidden = mixer.map(x)
-    torch.testing.assert_close(mixer._outputs(hidden @ mixer._inputs(x)[2]), mixer(x)[0], atol=1e-5, rtol=1e-4)
     dense = hidden.dense()
     torch.testing.assert_close(dense.sum(-1), torch.ones(2, 3, 19))
-    assert not dense.triu(1).any()
     assert not dense.tril(-window).any()
     torch.testing.assert_close(hidden.received(), dense.sum(2))
 

@@ -42,7 +42,7 @@ def test_map() -> None:
     assert isinstance(whole, AttentionMap)
     torch.testing.assert_close(rest.dense(), whole.dense()[:, :, 9:], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(whole.dense().sum(-1), torch.ones(2, 3, 15))
-    value = mixer.see(x, None, None).value
+    value = mixer.project(x).value
     torch.testing.assert_close(mixer.o_proj(join_heads(whole @ value)), mixer(x)[0], atol=1e-5, rtol=1e-4)
 
 

@@ -11,10 +11,11 @@ from torch.nn import Linear, RMSNorm
 
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, check_heads, cut, initial_state
-from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear.short_convolution import ShortConvolution, convolved_heads
-from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads
-from regard.mixers.state import State
+from regard.mixers.mixer import Facts, check_divides, join_heads
+from regard.mixers.projected import Projected
+from regard.mixers.value_mixer import ValueMixer
 
 CHUNK = 64
 
@@ -117,7 +118,7 @@ def _unit(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-class DeltaRule(Mixer):
+class DeltaRule(ValueMixer):
     """The layer of DeltaNet: short convolutions and SiLU before queries, keys and values, keys of length 1, queries of length
     1/√D, ``β = sigmoid(W x)``, an RMS norm of each head's output.
 
@@ -153,55 +154,40 @@ class DeltaRule(Mixer):
         self.norm = RMSNorm(dim // heads, eps=1e-5)
         self.o_proj = Linear(dim, dim, bias=False)
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Project, convolve, remember, read."""
-        query, key, value, tail = self._inputs(x, state, mask)
-        mixed, after = delta_rule(
-            query, key, value, self._beta(x, mask), None if state is None else state["memory"],
-            log_decay=self._log_decay(x, mask),
-        )  # fmt: skip
-        return self._outputs(x, mixed), {"memory": after, "tail": tail}
-
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        """The matrix of the values after their convolution."""
-        tensors = None if state is None else state.tensors
-        query, key, value, _ = self._inputs(x, tensors, None)
-        beta, decay = self._beta(x, None), self._log_decay(x, None)
-        batch, heads, tokens, _ = query.shape
-
-        def apply(values: Tensor) -> Tensor:
-            return delta_rule(query, key, values, beta, log_decay=decay)[0]
-
-        return HiddenMap(apply, (batch, heads, tokens, tokens), value)
-
-    def system(self, x: Tensor) -> DynamicalSystem:
-        """``Λ = α (I − β k kᵀ), b = β k, c = q``."""
-        query, key, _, _ = self._inputs(x, None, None)
-        beta, decay = self._beta(x, None)[..., None], self._log_decay(x, None)
-        transition = torch.eye(key.shape[-1], device=x.device) - beta[..., None] * key[..., None] * key[..., None, :]
-        if decay is not None:
-            transition = decay.exp()[..., None, None] * transition
-        return DynamicalSystem(transition, beta * key, query)
-
-    def _inputs(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, N, D), and the convolution's tail."""
-        before = None if state is None else state["tail"]
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Queries, keys and values behind one convolution, β, and where it forgets, log α."""
+        before, mask = None if state is None else state["tail"], layout.mask
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value, tail = convolved_heads(x, projections, self.conv1d, self.heads, before, mask)
         query = _unit(query) * query.shape[3] ** -0.5  # which the norm does not undo, as long as its epsilon weighs
-        return query, _unit(key), value, tail
+        real = 1.0 if mask is None else mask[:, None]
+        gates = {name: gate * real for name, gate in self._gates(x).items()}
+        return Projected(value, {"query": query, "key": _unit(key), "x": x, **gates}, {"tail": tail})
 
-    def _beta(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        beta: Tensor = self.b_proj(x).sigmoid().mT
-        return beta if mask is None else beta * mask[:, None]
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The delta rule."""
+        mixed, after = delta_rule(
+            projected["query"], projected["key"], projected.value, projected["beta"],
+            None if state is None else state["memory"], log_decay=projected.get("log_decay"),
+        )  # fmt: skip
+        return mixed, {"memory": after}
 
-    def _log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        return None
-
-    def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """Each head's norm, and the output's projection."""
         y: Tensor = self.o_proj(join_heads(self.norm(mixed)))
         return y
+
+    def system(self, x: Tensor) -> DynamicalSystem:
+        """``Λ = α (I − β k kᵀ), b = β k, c = q``."""
+        projected = self.project(x)
+        key, beta, decay = projected["key"], projected["beta"][..., None], projected.get("log_decay")
+        transition = torch.eye(key.shape[-1], device=x.device) - beta[..., None] * key[..., None] * key[..., None, :]
+        if decay is not None:
+            transition = decay.exp()[..., None, None] * transition
+        return DynamicalSystem(transition, beta * key, projected["query"])
+
+    def _gates(self, x: Tensor) -> dict[str, Tensor]:
+        """β, (B, H, N)."""
+        return {"beta": self.b_proj(x).sigmoid().mT}

@@ -12,11 +12,12 @@ from torch.nn import Linear, Module, ModuleList, Parameter, RMSNorm, Sequential,
 
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, check_heads
-from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear._lrpe import positions_after, turn
-from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads, split_heads
-from regard.mixers.state import State
+from regard.mixers.mixer import Facts, check_divides, heads_of, join_heads, split_heads
+from regard.mixers.projected import Projected
+from regard.mixers.value_mixer import ValueMixer
 
 CHUNK = 64
 NOTHING = -1e4
@@ -245,10 +246,10 @@ class MDTPE(Module):
         return encoded
 
 
-class LightNet(Mixer):
+class LightNet(ValueMixer):
     """The layer of LightNet: ``[norm(O) ∘ sigmoid(x U₁ U₂)] W``, queries under SiLU, queries and keys turned.
 
-    As a mixer it is causal, and positions are those of the text; `scan` is for images and videos, where each token sees all.
+    With ``causal=False`` each token sees all, in one scan, and the places of images and videos are those of their ``grid``.
     What the paper's models had was not at hand. The gate and its rank (a head's width) are those of the first author's later
     code, xmixers, from which this differs in three things: there the gate comes before the norm, the norm is one of all heads
     (here of each, after which the gate), and the sum of weights begins at 1 and not at nothing, which is
@@ -258,14 +259,16 @@ class LightNet(Mixer):
         dim: of the tokens.
         heads: that divide it.
         base: of the frequencies, see `MDLRPE`.
+        causal: else each token sees all, and no call goes on from a state.
 
     Z. Qin et al. (2024), You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet.
 
     >>> import torch
     >>> mixer = LightNet(32, heads=4)
     >>> y, state = mixer(torch.randn(2, 10, 32))
-    >>> y.shape, mixer.scan(torch.randn(2, 5, 7, 32)).shape
-    (torch.Size([2, 10, 32]), torch.Size([2, 5, 7, 32]))
+    >>> picture, _ = LightNet(32, heads=4, causal=False)(torch.randn(2, 35, 32), grid=(5, 7))
+    >>> y.shape, picture.shape
+    (torch.Size([2, 10, 32]), torch.Size([2, 35, 32]))
     """
 
     facts: ClassVar[Facts] = Facts(
@@ -274,79 +277,62 @@ class LightNet(Mixer):
         time="O(N D²/H)",
         state="2 D²/H + D",
         bidirectional=True,
+        grids=True,
     )
 
-    def __init__(self, dim: int, heads: int = 4, base: float = 10000.0) -> None:
+    def __init__(self, dim: int, heads: int = 4, base: float = 10000.0, *, causal: bool = True) -> None:
         super().__init__(dim)
         check_divides(type(self).__name__, dim, heads)
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
         self.g_proj = Sequential(Linear(dim, dim // heads, bias=False), Linear(dim // heads, dim, bias=False))
         self.positions = MDLRPE(dim // heads, base)
         self.norm = RMSNorm(dim // heads, eps=1e-5)
         self.o_proj = Linear(dim, dim, bias=False)
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Queries under SiLU, keys, values, and the angles of their places: in the text, or on the grid."""
+        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
+        if layout.mask is not None:
+            key = key.masked_fill(~layout.mask[:, None, :, None], NOTHING)
+        parts = {"query": functional.silu(query), "key": key, "x": x}
+        if layout.grid is not None:
+            return Projected(value, parts | {"angles": self._on_grid(layout.grid, x)})
+        places = positions_after(None if state is None else state["position"], x, layout.mask)
+        angles: Tensor = self.positions(places[:, None, :, None])
+        return Projected(value, parts | {"angles": angles}, {"position": places[:, -1] + 1})
+
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Project, turn, remember, norm and gate."""
-        query, key, value = self._inputs(x, mask)
-        angles, position = self._angles(x, state, mask)
+        """The scan, each token weighed by the exponential of its key."""
         before = None if state is None else (state["memory"], state["total"])
-        mixed, (memory, total) = lightnet(query, key, value, before, angles=angles)
-        return self._outputs(x, mixed), {"memory": memory, "total": total, "position": position}
+        mixed, (memory, total) = lightnet(
+            projected["query"], projected["key"], projected.value, before,
+            angles=projected["angles"], causal=layout.causal,
+        )  # fmt: skip
+        return mixed, {"memory": memory, "total": total}
 
-    def scan(self, x: Tensor) -> Tensor:
-        """Multi-dimensional data (batch, side of each axis, dim), of which each token sees all, in one scan."""
-        if x.ndim < 3 or x.shape[-1] != self.dim or not x.numel():
-            raise ValueError(f"LightNet.scan takes x of (batch, side of each axis, {self.dim}), got {tuple(x.shape)}")
-        tokens = x.flatten(1, -2)
-        mixed, _ = lightnet(*self._inputs(tokens, None), angles=self._grid(x), causal=False)
-        return self._outputs(tokens, mixed).view(x.shape)
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """Each head's norm, the gate, and the output's projection."""
+        y: Tensor = self.o_proj(join_heads(self.norm(mixed)) * self.g_proj(projected["x"]).sigmoid())
+        return y
 
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        """``q_i · e^{k_j − z_i} cos(a_i − a_j)``; of data with several axes, all of `scan`."""
-        if x.ndim > 3:
-            tokens, before, causal = x.flatten(1, -2), None, False
-            angles = self._grid(x)
-        else:
-            tokens, before, causal = x, None if state is None else state.tensors, True
-            angles, _ = self._angles(x, before, None)
-        query, key, value = self._inputs(tokens, None)
-        batch, heads, length, width = query.shape
-
-        def apply(values: Tensor) -> Tensor:
-            empty = query.new_zeros(batch, heads, 2 * width, values.shape[3])
-            sums = None if before is None else (empty, before["total"])
-            return lightnet(query, key, values, sums, angles=angles, causal=causal)[0]
-
-        return HiddenMap(apply, (batch, heads, length, length), value)
+    def without_values(self, state: Mapping[str, Tensor], width: int) -> Mapping[str, Tensor]:
+        """Earlier tokens count, with values of zero."""
+        return {**state, "memory": state["memory"].new_zeros(*state["memory"].shape[:3], width)}
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = e^{z_{i−1} − z_i}, b = e^{k − z}, c = q``, turned."""
-        query, key, _ = self._inputs(x, None)
+        self._check_causal()
+        projected = self.project(x)
+        query, key = projected["query"], projected["key"]
         weights, decay, _ = _shares(key.to(torch.promote_types(key.dtype, torch.float32)), None)
-        query, weights, decay = _turned(query, weights, decay, self._angles(x, None, None)[0].to(weights))
+        query, weights, decay = _turned(query, weights, decay, projected["angles"].to(weights))
         return DynamicalSystem(decay.exp(), weights, query)
 
-    def _inputs(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
-        if mask is not None:
-            key = key.masked_fill(~mask[:, None, :, None], NOTHING)
-        return functional.silu(query), key, value
-
-    def _angles(self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of a text's tokens, (B, 1, N, D), and the next one's position."""
-        places = positions_after(None if state is None else state["position"], x, mask)
-        angles: Tensor = self.positions(places[:, None, :, None])
-        return angles, places[:, -1] + 1
-
-    def _grid(self, x: Tensor) -> Tensor:
-        """Of a grid's tokens, (N, D)."""
-        sides = [torch.arange(side, device=x.device) for side in x.shape[1:-1]]
+    def _on_grid(self, grid: tuple[int, ...], x: Tensor) -> Tensor:
+        """The angles of a grid's places, (N, D)."""
+        sides = [torch.arange(side, device=x.device) for side in grid]
         angles: Tensor = self.positions(torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).flatten(0, -2))
         return angles
-
-    def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
-        y: Tensor = self.o_proj(join_heads(self.norm(mixed)) * self.g_proj(x).sigmoid())
-        return y

@@ -32,7 +32,8 @@ def linear_attention(
     """``o_i = Σ_{j≤i} (q_i · exp(G_i − G_j) k_j) v_j``, with G the running sum of the log decays.
 
     Args:
-        query, key: (B, H, N, Dk); feature maps and scales are the caller's.
+        query, key: (B, H, N, Dk), keys and values of any other number of tokens where nothing is causal and there is no
+            decay; feature maps and scales are the caller's.
         value: (B, H, N, Dv).
         log_decay: at most 0; (H,) a constant of each head, (B, H, N) one for each token, (B, H, N, Dk) one for each channel;
             None for none.
@@ -58,7 +59,7 @@ def linear_attention(
     True
     """
     check_form(form)
-    check_heads(query, key, value)
+    check_heads(query, key, value, cross=not causal and log_decay is None)
     dtype = torch.promote_types(value.dtype, torch.float32)
     q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
     if not causal:
@@ -77,9 +78,12 @@ def _both_ways(
     """What comes before and what comes after, the token itself once; the decay from j to i is that of the tokens between."""
     if state is not None:
         raise ValueError("without causal=True there is no state to begin with: every token sees all others")
+    if log_decay is None:
+        memory = key.mT @ value
+        return (query @ key.mT) @ value if form == "parallel" else query @ memory, memory
     forward, after = linear_attention(query, key, value, log_decay, form=form, chunk=chunk)
     turned = (query.flip(2), key.flip(2), value.flip(2))
-    if log_decay is not None and log_decay.ndim > 1:  # from j back to i < j, the decays are g_{i+1} … g_j
+    if log_decay.ndim > 1:  # from j back to i < j, the decays are g_{i+1} … g_j
         log_decay = functional.pad(log_decay.flip(2)[:, :, :-1], (0, 0) * (log_decay.ndim - 3) + (1, 0))
     backward, _ = linear_attention(*turned, log_decay, form=form, chunk=chunk)
     own = (query * key).sum(-1, keepdim=True) * value

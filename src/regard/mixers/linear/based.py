@@ -11,11 +11,12 @@ from torch.nn import Linear, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem, of_features
 from regard.mixers.forms import Form, check_form, check_heads
-from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import CHUNK, linear_attention
-from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads
+from regard.mixers.mixer import Facts, check_divides, heads_of, join_heads
+from regard.mixers.projected import Projected
 from regard.mixers.softmax.sliding_window import SlidingWindow, check_window
-from regard.mixers.state import State
+from regard.mixers.value_mixer import ValueMixer
 
 _PAPER = (
     "S. Arora et al. (2024), Simple Linear Attention Language Models Balance the Recall-Throughput Tradeoff, "
@@ -71,7 +72,7 @@ def taylor_attention(
     the sum below the line is never small.
 
     Args:
-        query, key: (B, H, N, F).
+        query, key: (B, H, N, F); without causal=True, keys and values may be of another number of tokens.
         value: (B, H, N, Dv).
         state: ``Σ φ(k) [v, 1]ᵀ`` before the first token, (B, H, 1 + F + F (F+1)/2, Dv + 1); zeros by default.
         mask: (B, N), false for padding, which no token sees.
@@ -93,19 +94,27 @@ def taylor_attention(
     (torch.Size([1, 2, 50, 8]), torch.Size([1, 2, 45, 9]))
     """
     check_form(form)
-    check_heads(query, key, value)
-    check_window(1, query, mask)
+    check_heads(query, key, value, cross=not causal)
+    check_window(1, key, mask)
     dtype = torch.promote_types(value.dtype, torch.float32)
     counted = torch.cat([value.to(dtype), value.new_ones(*value.shape[:3], 1, dtype=dtype)], dim=-1)
     if mask is not None:
         counted = counted * mask[:, None, :, None]
     q, k = taylor_features(query.to(dtype)), taylor_features(key.to(dtype))
     sums, after = linear_attention(q, k, counted, state=state, causal=causal, form=form, chunk=chunk)
-    output = sums[..., :-1] / sums[..., -1:].clamp(min=_SMALLEST)
-    return output.to(value.dtype), after
+    return _divided(sums).to(value.dtype), after
 
 
-class TaylorAttention(Mixer):
+def read_taylor(query: Tensor, memory: Tensor) -> Tensor:
+    """What queries (B, H, N, F) find in what is remembered of other tokens, (B, H, 1 + F + F (F+1)/2, Dv + 1)."""
+    return _divided(taylor_features(query.to(memory.dtype)) @ memory)
+
+
+def _divided(sums: Tensor) -> Tensor:
+    return sums[..., :-1] / sums[..., -1:].clamp(min=_SMALLEST)
+
+
+class TaylorAttention(ValueMixer):
     """Based's linear layer: `taylor_attention` of queries and keys of few dimensions, without norms or positions.
 
     Its state is ``(1 + F + F (F+1)/2) (dim + heads)`` numbers for each text.
@@ -130,6 +139,7 @@ class TaylorAttention(Mixer):
         time="O(N F² D)",
         state="(1 + F + F(F+1)/2)(D + H)",
         bidirectional=True,
+        cross=True,
     )
 
     def __init__(self, dim: int, heads: int = 4, features: int = 16, *, causal: bool = True) -> None:
@@ -144,45 +154,44 @@ class TaylorAttention(Mixer):
         self.v_proj = Linear(dim, dim, bias=False)
         self.o_proj = Linear(dim, dim, bias=False)
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Queries, keys and values, those of the context where there is one."""
+        (query,) = heads_of(x, self.heads, self.q_proj)
+        if layout.cross and layout.context is None:  # the state has all of it
+            return Projected(query[..., :0], {"query": query})
+        key, value = heads_of(x if layout.context is None else layout.context, self.heads, self.k_proj, self.v_proj)
+        return Projected(value, {"query": query, "key": key})
+
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Project, remember, read."""
-        mixed, after = taylor_attention(
-            *self._inputs(x), None if state is None else state["memory"], mask, causal=self.causal
-        )
-        return self._outputs(mixed), {"memory": after}
+        """The Taylor series of softmax attention."""
+        memory = None if state is None else state["memory"]
+        query = projected["query"]
+        if layout.cross and memory is not None:
+            return read_taylor(query, memory).to(query.dtype), {"memory": memory}
+        mask = layout.context_mask if layout.cross else layout.mask
+        mixed, after = taylor_attention(query, projected["key"], projected.value, memory, mask, causal=layout.causal)
+        return mixed, {"memory": after}
 
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        """The normalised matrix; after a state, rows sum to less than 1 by what goes to the tokens before."""
-        query, key, value = self._inputs(x)
-        batch, heads, tokens, _ = query.shape
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """The output's projection."""
+        y: Tensor = self.o_proj(join_heads(mixed))
+        return y
 
-        def apply(values: Tensor) -> Tensor:
-            before = None
-            if state is not None:  # earlier tokens count, with values of zero
-                counts = state.tensors["memory"][..., -1:]
-                before = torch.cat([counts.new_zeros(*counts.shape[:3], values.shape[3]), counts], dim=-1)
-            return taylor_attention(query, key, values, before, causal=self.causal)[0]
-
-        return HiddenMap(apply, (batch, heads, tokens, tokens), value)
+    def without_values(self, state: Mapping[str, Tensor], width: int) -> Mapping[str, Tensor]:
+        """Earlier tokens count, with values of zero."""
+        counts = state["memory"][..., -1:]
+        return {"memory": torch.cat([counts.new_zeros(*counts.shape[:3], width), counts], dim=-1)}
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = 1, b = φ(k), c = φ(q) / Σ_j φ(q)·φ(k_j)``."""
         self._check_causal()
-        query, key, _ = self._inputs(x)
-        return of_features(taylor_features(query), taylor_features(key), _SMALLEST)
-
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
-        return query, key, value
-
-    def _outputs(self, mixed: Tensor) -> Tensor:
-        y: Tensor = self.o_proj(join_heads(mixed))
-        return y
+        projected = self.project(x)
+        return of_features(taylor_features(projected["query"]), taylor_features(projected["key"]), _SMALLEST)
 
 
-class Based(Mixer):
+class Based(ValueMixer):
     """Both of Based's attentions side by side: ``y = TaylorAttention(x) + SlidingWindow(x)``.
 
     The window recalls recent tokens exactly, the Taylor series all of them approximately. Window and features dial the state:
@@ -219,23 +228,37 @@ class Based(Mixer):
         self.linear = TaylorAttention(dim, heads, features)
         self.window = SlidingWindow(dim, heads, window)
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Those of both, the linear heads' values before those of the window."""
+        far, near = self.linear.project(x, state, layout), self.window.project(x, state, layout)
+        parts = {f"linear.{name}": part for name, part in far.parts.items()}
+        parts |= {f"window.{name}": part for name, part in near.parts.items()}
+        return Projected(torch.cat([far.value, near.value], dim=1), parts)
+
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the two; the names in their states differ."""
-        far, memory = self.linear.mix(x, state, mask)
-        near, last = self.window.mix(x, state, mask)
-        return far + near, memory | last
+        """Both; the names in their states differ."""
+        halves, after = [], dict[str, Tensor]()
+        for part, value in zip(("linear", "window"), projected.value.chunk(2, dim=1), strict=True):
+            mixer: TaylorAttention | SlidingWindow = getattr(self, part)
+            mixed, held = mixer.combine(_half(projected, part, value), state, layout)
+            halves.append(mixed)
+            after |= held
+        return torch.cat(halves, dim=1), after
 
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        """The matrices of both, the linear heads before those of the window."""
-        far, near = self.linear.map(x, state), self.window.map(x, state)
-        batch, heads, tokens, _ = far.shape
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """The sum of the two."""
+        far, near = mixed.chunk(2, dim=1)
+        return self.linear.out(far, projected) + self.window.out(near, projected)
 
-        def apply(values: Tensor) -> Tensor:
-            return torch.cat([far @ values[:, :heads], near @ values[:, heads:]], dim=1)
+    def without_values(self, state: Mapping[str, Tensor], width: int) -> Mapping[str, Tensor]:
+        """Earlier tokens count in both, with values of zero."""
+        return {**self.linear.without_values(state, width), **self.window.without_values(state, width)}
 
-        return HiddenMap(apply, (batch, 2 * heads, tokens, tokens), torch.cat([far.values, near.values], dim=1))
+    def queries(self, projected: Projected) -> int:
+        """N, the tokens of the call."""
+        return projected["window.query"].shape[2]
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """Those of both, heads as in `map`, the smaller state filled up with zeros."""
@@ -243,6 +266,13 @@ class Based(Mixer):
         size = max(half.state_size for half in both)
         transition, into, out = zip(*(_filled(half, size) for half in both), strict=True)
         return DynamicalSystem(torch.cat(transition, dim=1), torch.cat(into, dim=1), torch.cat(out, dim=1))
+
+
+def _half(projected: Projected, part: str, value: Tensor) -> Projected:
+    """What one of the two made."""
+    prefix = f"{part}."
+    parts = {name.removeprefix(prefix): of for name, of in projected.parts.items() if name.startswith(prefix)}
+    return Projected(value, parts)
 
 
 def _filled(system: DynamicalSystem, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import Linear, RMSNorm, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem
-from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear._long_convolution import LongConvolution
 from regard.mixers.linear.mega_gate import MegaGate
 from regard.mixers.linear.short_convolution import ShortConvolution
-from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads
-from regard.mixers.state import State
+from regard.mixers.mixer import Facts, check_divides, heads_of, join_heads
+from regard.mixers.projected import Projected
+from regard.mixers.value_mixer import ValueMixer
 
 
-class _Inputs(NamedTuple):
-    convolved: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    state: dict[str, Tensor]
-
-
-class CHELA(Mixer):
+class CHELA(ValueMixer):
     """The layer: ``z = LongConv(SiLU(ShortConv(x)))``, queries and keys from z, linear attention in chunks, gates from z.
 
     The order of the convolutions, attention by divide and conquer, and a gate that brings the convolutions' view of the whole
@@ -73,35 +66,31 @@ class CHELA(Mixer):
         self.norm = RMSNorm(dim // heads, eps=1e-5)
         self.gate = MegaGate(dim)
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Convolve, remember, read, gate; padding's values are zeros, and add nothing."""
-        inputs = self._inputs(x, state, mask)
-        before = None if state is None else state["memory"]
-        mixed, after = linear_attention(inputs.query, inputs.key, inputs.value, state=before)
-        return self._outputs(inputs.convolved, mixed), {"memory": after, **inputs.state}
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Queries and keys behind both convolutions, values of the tokens themselves; padding's values are zeros."""
+        tail, far = (None, None) if state is None else (state["tail"], state["far"])
+        near, tail = self.short(x, tail, layout.mask)
+        convolved, far = self.long(near, far, layout.mask)
+        query, key = heads_of(convolved, self.heads, self.q_proj, self.k_proj)
+        (value,) = heads_of(x, self.heads, self.v_proj)
+        parts = {"query": functional.silu(query), "key": functional.silu(key), "convolved": convolved}
+        return Projected(functional.silu(value), parts, {"tail": tail, "far": far})
 
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        """The matrix of the values, before the norm."""
-        query, key, value = self._inputs(x, None if state is None else state.tensors, None)[1:4]
-        batch, heads, tokens, _ = query.shape
-        return HiddenMap(lambda v: linear_attention(query, key, v)[0], (batch, heads, tokens, tokens), value)
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Linear attention without decay."""
+        before = None if state is None else state["memory"]
+        mixed, after = linear_attention(projected["query"], projected["key"], projected.value, state=before)
+        return mixed, {"memory": after}
+
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """Each head's norm, and the gate of the convolutions."""
+        y: Tensor = self.gate(projected["convolved"], join_heads(self.norm(mixed)))
+        return y
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = 1, b = k, c = q``."""
-        _, query, key, *_ = self._inputs(x, None, None)
-        return DynamicalSystem(key.new_ones(1, 1, 1, key.shape[3]), key, query)
-
-    def _inputs(self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None) -> _Inputs:
-        tail, far = (None, None) if state is None else (state["tail"], state["far"])
-        near, tail = self.short(x, tail, mask)
-        convolved, far = self.long(near, far, mask)
-        query, key = heads_of(convolved, self.heads, self.q_proj, self.k_proj)
-        (value,) = heads_of(x, self.heads, self.v_proj)
-        query, key, value = functional.silu(query), functional.silu(key), functional.silu(value)
-        return _Inputs(convolved, query, key, value, {"tail": tail, "far": far})
-
-    def _outputs(self, convolved: Tensor, mixed: Tensor) -> Tensor:
-        y: Tensor = self.gate(convolved, join_heads(self.norm(mixed)))
-        return y
+        projected = self.project(x)
+        key = projected["key"]
+        return DynamicalSystem(key.new_ones(1, 1, 1, key.shape[3]), key, projected["query"])

@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from regard.mixers.dynamical_system import DynamicalSystem, of_features
 from regard.mixers.forms import Form, check_form, check_heads
-from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import CHUNK, linear_attention
-from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads
+from regard.mixers.mixer import Facts, check_divides, heads_of, join_heads
+from regard.mixers.projected import Projected
 from regard.mixers.rotary import check_rotary, rotary_rates, rotate
-from regard.mixers.state import State
+from regard.mixers.value_mixer import ValueMixer
 
 Order = Literal[1, 2]
 PIECE = 1024
@@ -44,7 +45,8 @@ def fast_attention(
     queries and keys are no longer than 1. `normalized` brings them to where either is well.
 
     Args:
-        query, key: (B, H, N, Dk), normalised by the caller.
+        query, key: (B, H, N, Dk), normalised by the caller; without causal=True, keys and values may be of another number of
+            tokens.
         value: (B, H, N, Dv).
         state: the sum of φ(k) (v, 1)ᵀ before the first token, (B, H, F, Dv + 1); zeros by default.
         order: 1 or 2.
@@ -72,8 +74,8 @@ def fast_attention(
     (True, torch.Size([1, 2, 45, 9]))
     """
     check_form(form)
-    check_heads(query, key, value)
-    _check(query, value, state, order, mask, causal, piece)
+    check_heads(query, key, value, cross=not causal)
+    _check(key, value, state, order, mask, causal, piece)
     dtype = torch.promote_types(value.dtype, torch.float32)
     q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
     v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
@@ -84,6 +86,11 @@ def fast_attention(
     else:
         sums, after = _pieces(q, k, v, before, weight, order, form, chunk, piece)
     return _divided(sums).to(value.dtype), after
+
+
+def read_fast(query: Tensor, memory: Tensor, order: Order) -> Tensor:
+    """What queries (B, H, N, Dk) find in what is remembered of other tokens, (B, H, F, Dv + 1)."""
+    return _divided(factors(query.to(memory.dtype), order) @ memory)
 
 
 def factors(x: Tensor, order: Order) -> Tensor:
@@ -183,9 +190,9 @@ def _pieces(
 
 
 def _check(
-    query: Tensor, value: Tensor, state: Tensor | None, order: int, mask: Tensor | None, causal: bool, piece: int
+    key: Tensor, value: Tensor, state: Tensor | None, order: int, mask: Tensor | None, causal: bool, piece: int
 ) -> None:
-    batch, heads, length, width = query.shape
+    batch, heads, length, width = key.shape
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
     if piece < 1:
@@ -201,7 +208,7 @@ def _check(
         raise ValueError(f"the state must be of shape {shape}, got {tuple(state.shape)}")
 
 
-class FAST(Mixer):
+class FAST(ValueMixer):
     """Multi-head attention with FAST in the softmax's place, with rotary positions.
 
     The paper's own normalisation divides by a maximum over all tokens, which would look ahead; here each token is normalised
@@ -233,6 +240,7 @@ class FAST(Mixer):
         time="O(N D³/H²)",
         state="D³/(2 H²)",
         bidirectional=True,
+        cross=True,
     )
 
     def __init__(
@@ -251,47 +259,56 @@ class FAST(Mixer):
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
         self.o_proj = Linear(dim, dim, bias=False)
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Queries and keys, normalised and turned, and values; those of the context where there is one, not turned."""
+        (query,) = heads_of(x, self.heads, self.q_proj)
+        query = normalized(query, self.order)
+        if layout.cross:
+            return self._of_context(query, layout)
+        key, value = heads_of(x, self.heads, self.k_proj, self.v_proj)
+        real = torch.ones_like(x[..., 0], dtype=torch.long) if layout.mask is None else layout.mask.long()
+        count = x.new_zeros(len(x), dtype=torch.long) if state is None else state["count"]
+        key, after = normalized(key, self.order), {"count": count + real.sum(1)}
+        if self.rotary is None:
+            return Projected(value, {"query": query, "key": key}, after)
+        positions = real.cumsum(1) - 1 + count[:, None]
+        rates = rotary_rates(query.shape[3], self.rotary, x.device)
+        parts = {"query": rotate(query, positions, rates), "key": rotate(key, positions, rates)}
+        return Projected(value, parts, after)
+
+    def _of_context(self, query: Tensor, layout: Layout) -> Projected:
+        """Keys and values of a context, which has no place among the tokens; none where the state has them."""
+        if layout.context is None:
+            return Projected(query[..., :0], {"query": query})
+        key, value = heads_of(layout.context, self.heads, self.k_proj, self.v_proj)
+        return Projected(value, {"query": query, "key": normalized(key, self.order)})
+
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Project, normalise, remember, read."""
-        query, key, value = self._inputs(x, state, mask)
-        before = None if state is None else state["memory"]
-        mixed, after = fast_attention(query, key, value, before, order=self.order, mask=mask, causal=self.causal)
-        number = x.shape[1] if mask is None else mask.sum(1)
-        count = number + (x.new_zeros(len(x), dtype=torch.long) if state is None else state["count"])
-        return self.o_proj(join_heads(mixed)), {"memory": after, "count": count}
+        """FAST in the place of the softmax."""
+        memory = None if state is None else state["memory"]
+        query = projected["query"]
+        if layout.cross and memory is not None:
+            return read_fast(query, memory, self.order).to(query.dtype), {"memory": memory}
+        mixed, after = fast_attention(
+            query, projected["key"], projected.value, memory, order=self.order,
+            mask=layout.context_mask if layout.cross else layout.mask, causal=layout.causal,
+        )  # fmt: skip
+        return mixed, {"memory": after}
 
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        """The normalised matrix; after a state, rows sum to less than 1 by what goes to the tokens before."""
-        tensors = None if state is None else state.tensors
-        query, key, value = self._inputs(x, tensors, None)
-        batch, heads, tokens, _ = query.shape
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """The output's projection."""
+        y: Tensor = self.o_proj(join_heads(mixed))
+        return y
 
-        def apply(values: Tensor) -> Tensor:
-            before = None
-            if tensors is not None:  # of what came before, the share alone
-                memory = tensors["memory"]
-                before = torch.cat([memory.new_zeros(*memory.shape[:3], values.shape[3]), memory[..., -1:]], dim=-1)
-            return fast_attention(query, key, values, before, order=self.order, piece=tokens, causal=self.causal)[0]
-
-        return HiddenMap(apply, (batch, heads, tokens, tokens), value)
+    def without_values(self, state: Mapping[str, Tensor], width: int) -> Mapping[str, Tensor]:
+        """Earlier tokens count, with values of zero."""
+        memory = state["memory"]
+        return {"memory": torch.cat([memory.new_zeros(*memory.shape[:3], width), memory[..., -1:]], dim=-1)}
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = 1, b = φ(k), c = φ(q) / Σ_j φ(q)·φ(k_j)``."""
         self._check_causal()
-        query, key, _ = self._inputs(x, None, None)
-        return of_features(factors(query, self.order), factors(key, self.order), _LEAST)
-
-    def _inputs(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, normalised and turned, and values (B, H, N, D)."""
-        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
-        query, key = (normalized(tensor, self.order) for tensor in (query, key))
-        if self.rotary is None:
-            return query, key, value
-        real = torch.ones_like(x[..., 0], dtype=torch.long) if mask is None else mask.long()
-        positions = real.cumsum(1) - 1 + (0 if state is None else state["count"][:, None])
-        rates = rotary_rates(query.shape[3], self.rotary, x.device)
-        return rotate(query, positions, rates), rotate(key, positions, rates), value
+        projected = self.project(x)
+        return of_features(factors(projected["query"], self.order), factors(projected["key"], self.order), _LEAST)

@@ -10,6 +10,7 @@ from torch.nn import Linear, Parameter, functional
 
 from regard.mixers.linear._delta_rule import DeltaRule
 from regard.mixers.mixer import Facts, join_heads
+from regard.mixers.projected import Projected
 
 
 class GatedDeltaRule(DeltaRule):
@@ -45,10 +46,12 @@ class GatedDeltaRule(DeltaRule):
         self.dt_bias = Parameter(step.expm1().log())  # the inverse of softplus
         self.g_proj = Linear(dim, dim, bias=False)
 
-    def _log_decay(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        decay = (-self.A_log.exp() * functional.softplus(self.a_proj(x) + self.dt_bias)).mT
-        return decay if mask is None else decay * mask[:, None]
-
-    def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
-        y: Tensor = self.o_proj(join_heads(self.norm(mixed)) * functional.silu(self.g_proj(x)))
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """Each head's norm, gated, and the output's projection."""
+        y: Tensor = self.o_proj(join_heads(self.norm(mixed)) * functional.silu(self.g_proj(projected["x"])))
         return y
+
+    def _gates(self, x: Tensor) -> dict[str, Tensor]:
+        """β and log α, (B, H, N)."""
+        decay = (-self.A_log.exp() * functional.softplus(self.a_proj(x) + self.dt_bias)).mT
+        return super()._gates(x) | {"log_decay": decay}

@@ -11,11 +11,12 @@ from torch.nn import Linear, Parameter, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, check_heads, initial_state
-from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear._lrpe import positions_after, turn
-from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads
-from regard.mixers.state import State
+from regard.mixers.mixer import Facts, check_divides, heads_of, join_heads
+from regard.mixers.projected import Projected
+from regard.mixers.value_mixer import ValueMixer
 
 CHUNK = 64
 
@@ -125,7 +126,7 @@ def _slopes(heads: int) -> list[float]:
     return slopes + between[: heads - power]
 
 
-class LightningAttention(Mixer):
+class LightningAttention(ValueMixer):
     """The token mixer of TransNormerLLM: ``[norm(O) ∘ (x U)] W``, queries and keys under SiLU, values and gate as they are.
 
     The norm is SRMSNorm, an RMS norm of all heads together without a gain. In the first layer queries and keys are turned
@@ -176,51 +177,36 @@ class LightningAttention(Mixer):
         if turned if turned is not None else layer == 0:
             self.theta = Parameter((10000 ** (-2 * torch.arange(dim) / dim)).view(heads, -1))
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Queries and keys under SiLU, turned where they are, values, and the output's gate."""
+        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
+        query, key, after = functional.silu(query), functional.silu(key), {}
+        if self.theta is not None:
+            places = positions_after(None if state is None else state["position"], x, layout.mask)
+            angles = places[:, None, :, None] * self.theta[:, None].float()
+            query, key, after = turn(query, angles), turn(key, angles), {"position": places[:, -1] + 1}
+        return Projected(value, {"query": query, "key": key, "gate": self.g_proj(x)}, after)
+
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Project, remember, read, norm and gate."""
-        query, key, value, gate, after = self._inputs(x, state, mask)
-        memory = None if state is None else state["memory"]
-        rates = self.rates.float()
-        if mask is None or memory is None:
-            mixed, after["memory"] = lightning_attention(query, key, value, (-rates).exp(), memory)
-        else:  # padding comes between the state and the tokens, and must not decay it
-            decays = -rates[:, None] * mask[:, None]
-            mixed, after["memory"] = linear_attention(query, key, value, decays, memory)
-        return self._outputs(mixed, gate), after
+        """Lightning attention; padding that comes between a state and the tokens must not decay it."""
+        memory, rates = None if state is None else state["memory"], self.rates.float()
+        query, key, value = projected["query"], projected["key"], projected.value
+        if layout.mask is None or memory is None:
+            mixed, after = lightning_attention(query, key, value, (-rates).exp(), memory)
+        else:
+            mixed, after = linear_attention(query, key, value, -rates[:, None] * layout.mask[:, None], memory)
+        return mixed, {"memory": after}
 
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        """``λ^{i−j} q_i · k_j``."""
-        query, key, value, _, _ = self._inputs(x, None if state is None else state.tensors, None)
-        batch, heads, tokens, _ = query.shape
-        decay = (-self.rates.float()).exp()
-
-        def apply(values: Tensor) -> Tensor:
-            return lightning_attention(query, key, values, decay)[0]
-
-        return HiddenMap(apply, (batch, heads, tokens, tokens), value)
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """A norm of all heads, the gate, and the output's projection."""
+        joined = join_heads(mixed)
+        y: Tensor = self.o_proj(functional.rms_norm(joined, joined.shape[-1:], eps=1e-6) * projected["gate"])
+        return y
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = λ, b = k, c = q``."""
-        query, key, *_ = self._inputs(x, None, None)
-        decay = (-self.rates.float()).exp()
-        return DynamicalSystem(decay[:, None, None].expand_as(key), key, query)
-
-    def _inputs(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Queries, keys and values (B, H, N, D), the gate (B, N, dim), and where turned, the next token's position."""
-        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
-        gate = self.g_proj(x)
-        query, key = functional.silu(query), functional.silu(key)
-        if self.theta is None:
-            return query, key, value, gate, {}
-        places = positions_after(None if state is None else state["position"], x, mask)
-        angles = places[:, None, :, None] * self.theta[:, None].float()
-        return turn(query, angles), turn(key, angles), value, gate, {"position": places[:, -1] + 1}
-
-    def _outputs(self, mixed: Tensor, gate: Tensor) -> Tensor:
-        joined = join_heads(mixed)
-        y: Tensor = self.o_proj(functional.rms_norm(joined, joined.shape[-1:], eps=1e-6) * gate)
-        return y
+        projected = self.project(x)
+        key, decay = projected["key"], (-self.rates.float()).exp()
+        return DynamicalSystem(decay[:, None, None].expand_as(key), key, projected["query"])

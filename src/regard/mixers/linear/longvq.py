@@ -11,12 +11,13 @@ from torch.nn import Linear, Parameter, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, check_heads, cut
-from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._long_convolution import LongConvolution
 from regard.mixers.linear.mega_gate import MegaGate
-from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads, split_heads
+from regard.mixers.mixer import Facts, check_divides, heads_of, join_heads, split_heads
+from regard.mixers.projected import Projected
 from regard.mixers.softmax.sliding_window import check_window, distances, join, slots, windows
-from regard.mixers.state import State
+from regard.mixers.value_mixer import ValueMixer
 
 
 class CodebookState(NamedTuple):
@@ -209,7 +210,7 @@ def _checked(state: CodebookState, empty: CodebookState) -> CodebookState:
     return CodebookState(*state)
 
 
-class LongVQ(Mixer):
+class LongVQ(ValueMixer):
     """The layer: a moving average of the tokens, `codebook_attention` with queries and keys from it, gates from it.
 
     Quantised keys, a learned codebook, straight-through gradients, a window with a bias of distance, and a
@@ -277,38 +278,45 @@ class LongVQ(Mixer):
         self.gate = MegaGate(dim)
         self.commitment = None
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Queries and keys of the moving average, normed, values of the tokens; and how far keys are from codewords."""
+        convolved, average = self.average(x, None if state is None else state["average"], layout.mask)
+        convolved = functional.silu(convolved)
+        query, key = heads_of(convolved, self.heads, self.q_proj, self.k_proj)
+        width = query.shape[3:]
+        query, key = (functional.rms_norm(part, width, eps=1e-5) for part in (query, key))
+        value = split_heads(functional.silu(self.v_proj(x)), self.heads)
+        parts = {"query": query, "key": key, "convolved": convolved, "commitment": self._commitment(key, layout.mask)}
+        return Projected(value, parts, {"average": average})
+
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Average, quantise, attend, gate."""
-        convolved, query, key, value, average = self._inputs(x, state, mask)
-        self.commitment = self._commitment(key, mask)
+        """Attention to the window and to the codewords."""
         before = None if state is None else _from_mapping(state)
-        mixed, after = codebook_attention(query, key, value, self.codebook, self.bias, before, mask)
-        return self.gate(convolved, join_heads(mixed)), after._asdict() | {"average": average}
+        mixed, after = codebook_attention(
+            projected["query"], projected["key"], projected.value, self.codebook, self.bias, before, layout.mask
+        )
+        return mixed, after._asdict()
 
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        """The probabilities; after a state, rows sum to less than 1 by what goes to the tokens before."""
-        tensors = None if state is None else state.tensors
-        _, query, key, value, _ = self._inputs(x, tensors, None)
-        batch, heads, tokens, _ = query.shape
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """The gate of the moving average; the call's commitment is kept for the loss."""
+        self.commitment = projected["commitment"]
+        y: Tensor = self.gate(projected["convolved"], join_heads(mixed))
+        return y
 
-        def apply(values: Tensor) -> Tensor:
-            before = None
-            if tensors is not None:
-                before = _from_mapping(tensors)
-                none = [values.new_zeros(*t.shape[:3], values.shape[3]) for t in (before.value, before.total)]
-                before = before._replace(value=none[0], total=none[1])
-            return codebook_attention(query, key, values, self.codebook, self.bias, before)[0]
-
-        return HiddenMap(apply, (batch, heads, tokens, tokens), value)
+    def without_values(self, state: Mapping[str, Tensor], width: int) -> Mapping[str, Tensor]:
+        """Earlier tokens count, with values of zero."""
+        none = {name: state[name].new_zeros(*state[name].shape[:3], width) for name in ("value", "total")}
+        return {**state, **none}
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """Λ moves W slots by one, and what leaves them to its code's sum; b is the newest slot, c a softmax.
 
         It is over slots and sums, and counts a sum once for each token in it.
         """
-        _, query, key, *_ = self._inputs(x, None, None)
+        projected = self.project(x)
+        query, key = projected["query"], projected["key"]
         key, code = quantise(key, self.codebook)
         query, window, codes = query * query.shape[3] ** -0.5, self.bias.shape[1], self.codebook.shape[1]
         shift, newest, near = slots(query, key, window)
@@ -320,17 +328,6 @@ class LongVQ(Mixer):
         transition[..., window:, 0] = leaving
         into, out = functional.pad(newest, (0, codes)), (torch.cat([near, far], dim=-1) - total).exp()
         return DynamicalSystem(transition, into, out)
-
-    def _inputs(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The moving average (B, N, dim), queries, keys and values (B, H, N, D), and the average's state."""
-        convolved, average = self.average(x, None if state is None else state["average"], mask)
-        convolved = functional.silu(convolved)
-        query, key = heads_of(convolved, self.heads, self.q_proj, self.k_proj)
-        width = query.shape[3:]
-        query, key = (functional.rms_norm(part, width, eps=1e-5) for part in (query, key))
-        return convolved, query, key, split_heads(functional.silu(self.v_proj(x)), self.heads), average
 
     def _commitment(self, key: Tensor, mask: Tensor | None) -> Tensor:
         word = look_up(self.codebook, quantise(key.detach(), self.codebook)[1])

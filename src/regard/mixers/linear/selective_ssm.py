@@ -14,10 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, cut
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear.short_convolution import ShortConvolution
-from regard.mixers.mixer import Facts, Mixer
-from regard.mixers.state import State
+from regard.mixers.mixer import Facts
+from regard.mixers.projected import Projected
+from regard.mixers.value_mixer import ValueMixer
 
 CHUNK = 32
 _CHUNKS_AT_ONCE = 32  # a long text goes through in pieces of this many chunks, each computed again in the backward pass
@@ -153,7 +155,7 @@ def _check(x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, sta
             raise ValueError(f"{name} must be of shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-class SelectiveSSM(Mixer):
+class SelectiveSSM(ValueMixer):
     """The layer of Mamba: a short convolution and SiLU, the selective scan with ``Δ = softplus(W x + β)``, a skip ``D ∘ x``
     and a SiLU gate.
 
@@ -207,52 +209,51 @@ class SelectiveSSM(Mixer):
             step = torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1)).exp()
             self.dt_proj.bias.copy_(step.expm1().log())  # the inverse of softplus
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Project, convolve, scan, gate."""
-        values, gate, tail = self._inputs(x, state, mask)
-        step, into, out = self._select(values, mask)
-        before = None if state is None else state["memory"][:, None]
-        mixed, memory = selective_scan(values[:, None], step, self.A_log.exp()[None], into, out, before)
-        return self._outputs(mixed.squeeze(1), values, gate), {"memory": memory.squeeze(1), "tail": tail}
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Convolved channels as heads of one value, (B, E, N, 1), their gates, and what selects: Δ, b and c."""
+        channels, gate = self.in_proj(x).chunk(2, dim=-1)
+        values, tail = self.conv1d(channels, None if state is None else state["tail"], layout.mask)
+        low, into, out = self.x_proj(values)[:, None].split([self.rank, self.states, self.states], dim=-1)
+        step = functional.softplus(self.dt_proj(low))
+        if layout.mask is not None:
+            step = step * layout.mask[:, None, :, None]
+        parts = {"query": out, "key": into, "step": step, "gate": gate, "channels": values}
+        return Projected(values.mT[..., None], parts, {"tail": tail})
 
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The selective scan, without the skip."""
+        values = projected.value.squeeze(3).mT[:, None]
+        before = None if state is None else state["memory"][:, None]
+        mixed, memory = selective_scan(
+            values, projected["step"], self.A_log.exp()[None], projected["key"], projected["query"], before
+        )
+        return mixed.squeeze(1).mT[..., None], {"memory": memory.squeeze(1)}
+
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """The skip, the gate, and the output's projection."""
+        skipped = mixed.squeeze(3).mT + self.D * projected["channels"]
+        y: Tensor = self.out_proj(skipped * functional.silu(projected["gate"]))
+        return y
+
+    def hidden_map(self, projected: Projected, state: Mapping[str, Tensor] | None, layout: Layout) -> HiddenMap:
         """The matrix of each channel's values after their convolution, channels as heads; the skip is beside it."""
-        query, key, decay, value = self._channels(x, state)
+        query, key, decay = self._channels(projected)
         batch, width, tokens, _ = query.shape
 
         def apply(values: Tensor) -> Tensor:
             return linear_attention(query, key, values, decay)[0]
 
-        return HiddenMap(apply, (batch, width, tokens, tokens), value[..., None])
+        return HiddenMap(apply, (batch, width, tokens, tokens), projected.value)
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = exp(−Δ a), b = Δ b(x), c = c(x)``, channels as heads."""
-        query, key, decay, _ = self._channels(x, None)
+        query, key, decay = self._channels(self.project(x))
         return DynamicalSystem(decay.exp(), key, query)
 
-    def _channels(self, x: Tensor, state: State | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys with their Δ, log decays (B, E, N, S), and values (B, E, N)."""
-        values, _, _ = self._inputs(x, None if state is None else state.tensors, None)
-        step, into, out = self._select(values, None)
-        query, key, decay = channels(step, self.A_log.exp()[None], into, out)
-        return query, key * step.squeeze(1).mT[..., None], decay, values.mT
-
-    def _inputs(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolved channels and their gates (B, N, E), and the convolution's tail."""
-        channels, gate = self.in_proj(x).chunk(2, dim=-1)
-        values, tail = self.conv1d(channels, None if state is None else state["tail"], mask)
-        return values, gate, tail
-
-    def _select(self, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Δ (B, 1, N, E), b and c (B, 1, N, S); Δ = 0 for padding."""
-        low, into, out = self.x_proj(values)[:, None].split([self.rank, self.states, self.states], dim=-1)
-        step = functional.softplus(self.dt_proj(low))
-        return step if mask is None else step * mask[:, None, :, None], into, out
-
-    def _outputs(self, mixed: Tensor, values: Tensor, gate: Tensor) -> Tensor:
-        y: Tensor = self.out_proj((mixed + self.D * values) * functional.silu(gate))
-        return y
+    def _channels(self, projected: Projected) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys with their Δ, and log decays (B, E, N, S)."""
+        step = projected["step"]
+        query, key, decay = channels(step, self.A_log.exp()[None], projected["key"], projected["query"])
+        return query, key * step.squeeze(1).mT[..., None], decay

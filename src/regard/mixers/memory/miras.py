@@ -13,11 +13,13 @@ from torch.nn import Linear, Parameter, ParameterList, RMSNorm, Sequential, func
 
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear.short_convolution import ShortConvolution, convolved_heads
 from regard.mixers.memory._neural_memory import CHUNK, neural_memory
 from regard.mixers.memory.choices import KL, Decay, Design, DotProduct, Huber, Lp, Lq, Memory
-from regard.mixers.mixer import Facts, Mixer, check_divides, join_heads, split_heads
-from regard.mixers.state import State
+from regard.mixers.mixer import Facts, check_divides, join_heads, split_heads
+from regard.mixers.projected import Projected
+from regard.mixers.value_mixer import ValueMixer
 
 _PAPER = (
     "A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, "
@@ -29,7 +31,7 @@ _THRESHOLD = 1.8545  # softplus of it is 2
 _VALUES = 6.0  # the deviation of what projection, convolution and SiLU give is about 1/6 at first
 
 
-class Miras(Mixer):
+class Miras(ValueMixer):
     """A layer around `neural_memory`, made by four choices: gradient steps on ``ℓ(W; k_t, v_t) + Ret(W, W_{t−1})``.
 
     Short convolutions and SiLU before queries, keys and values, keys and queries of length 1, an RMS norm of each head's
@@ -53,7 +55,7 @@ class Miras(Mixer):
         heads: that divide it.
         design: the four choices.
         chunk: tokens whose gradients are taken at the same weights; fewer are nearer to a step for each token, and slower.
-        largest_step: of the gradient; by default 1 / chunk for a matrix, twice that for a network, whose decay bounds it.
+        largest_step: of the gradient; by default 1 / chunk for a matrix, eight times that for a network, whose decay bounds it.
         convolution: tokens that the short convolutions see.
 
     A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention, and
@@ -92,7 +94,7 @@ class Miras(Mixer):
                 f"largest_step={largest_step}"
             )
         self.heads, self.chunk, self.design = heads, chunk, design or Design()
-        self.largest_step = largest_step or (1 if self.design.memory.depth == 1 else 2) / chunk
+        self.largest_step = largest_step or (1 if self.design.memory.depth == 1 else 8) / chunk
         self.value_scale = _VALUES if self.design.retention.linear else 1.0
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
         self.conv1d = ShortConvolution(3 * dim, convolution)
@@ -118,38 +120,41 @@ class Miras(Mixer):
         gain = Parameter(torch.ones(self.heads, width)) if memory.depth > 1 else None
         return ParameterList([Parameter(retention.begin(weight)) for weight in first]), gain
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Project, convolve, learn, read."""
-        query, key, value, tail = self._inputs(x, state, mask)
-        mixed, after = self._learn(x, query, key, value, list(self.memory), state, mask)
-        return self._outputs(x, mixed), after | {"tail": tail}
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Queries, keys and values behind one convolution, the first two of length 1, and what tells how to learn."""
+        before, mask = None if state is None else state["tail"], layout.mask
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value, tail = convolved_heads(x, projections, self.conv1d, self.heads, before, mask)
+        parts = {"query": functional.normalize(query, dim=-1), "key": functional.normalize(key, dim=-1), "x": x}
+        if self.threshold is not None:
+            parts["threshold"] = split_heads(functional.softplus(self.threshold(x)), self.heads)
+        return Projected(self.value_scale * value, parts | self._gates(x), {"tail": tail})
 
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Learn the values by their keys, and read with queries."""
+        return self._learned(projected, list(self.memory), state, layout.mask)
+
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """Each head's norm, gated, and the output's projection."""
+        y: Tensor = self.o_proj(join_heads(self.norm(mixed)) * functional.silu(self.g_proj(projected["x"])))
+        return y
+
+    def hidden_map(self, projected: Projected, state: Mapping[str, Tensor] | None, layout: Layout) -> HiddenMap:
         """The matrix of the values after their convolution, where the memory is one and its bias ℓ₂ or a dot product.
 
         What the memory held before the first token comes on top of what the values give.
         """
         self._check_linear()
-        tensors = None if state is None else state.tensors
-        query, key, value, _ = self._inputs(x, tensors, None)
-        empty = None
-        if tensors is not None:
-            empty = {
-                name: tensor if name == "position" else torch.zeros_like(tensor) for name, tensor in tensors.items()
-            }
+        *_, tokens, key_width = projected["key"].shape
 
         def apply(values: Tensor) -> Tensor:
-            width = values.shape[3]
-            nothing = [values.new_zeros(self.heads, width, key.shape[3])]
-            before = empty and {
-                name: tensor if name in ("position", "tail") else tensor[:, :, :1].expand(-1, -1, width, -1)
-                for name, tensor in empty.items()
-            }
-            return self._learn(x, query, key, values, nothing, before, None)[0]
+            nothing = [values.new_zeros(self.heads, values.shape[3], key_width)]
+            before = None if state is None else _empty(state, values.shape[3])
+            return self._learned(projected.with_value(values), nothing, before, layout.mask)[0]
 
-        return HiddenMap(apply, (*query.shape[:3], query.shape[2]), value)
+        return HiddenMap(apply, (*projected["key"].shape[:3], tokens), projected.value)
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """Λ of what is held, what was at the chunk's start, and the surprise where there is momentum; b = θ k, c = q.
@@ -160,17 +165,19 @@ class Miras(Mixer):
             NotImplementedError: a memory that is no matrix, or not kept by decay and written by ℓ₂ or a dot product.
         """
         self._check_linear()
-        query, key, _, _ = self._inputs(x, None, None)
-        transition, into = self._blocks(x, key)
+        projected = self.project(x)
+        query, key = projected["query"], projected["key"]
+        transition, into = self._blocks(projected)
         size = (2 if self.momentum is None else 3) * key.shape[3]
         held = self.memory[0].mT
         before = torch.cat([held, held, torch.zeros_like(held)], dim=1)[:, :size].expand(len(x), -1, -1, -1)
         out = functional.pad(query, (0, size - key.shape[3]))
         return DynamicalSystem(transition[..., :size, :size], into[..., :size], out, before)
 
-    def _blocks(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def _blocks(self, projected: Projected) -> tuple[Tensor, Tensor]:
         """Λ (B, H, N, 3 D, 3 D) and b (B, H, N, 3 D) of held, start and surprise."""
-        step, log_decay, log_momentum = self._gates(x)
+        key, step, log_decay = projected["key"], projected["step"], projected["log_decay"]
+        log_momentum = projected.get("log_momentum")
         written = step[..., None] * key
         one = torch.eye(key.shape[3]).to(key).expand(*key.shape, -1)
         none = torch.zeros_like(one)
@@ -196,42 +203,37 @@ class Miras(Mixer):
                 f"ℓ₂ or a dot product; this is {self.design}"
             )
 
-    def _inputs(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, N, D), and the convolution's tail."""
-        before = None if state is None else state["tail"]
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value, tail = convolved_heads(x, projections, self.conv1d, self.heads, before, mask)
-        return functional.normalize(query, dim=-1), functional.normalize(key, dim=-1), self.value_scale * value, tail
-
-    def _learn(
-        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, held: list[Tensor],
-        state: Mapping[str, Tensor] | None, mask: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        step, log_decay, log_momentum = self._gates(x)
+    def _learned(
+        self, projected: Projected, held: list[Tensor], state: Mapping[str, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        query = projected["query"]
         return neural_memory(
-            query, key, value, step, held,
+            query, projected["key"], projected.value, projected["step"], held,
             None if state is None else {name: tensor for name, tensor in state.items() if name != "tail"},
-            log_decay=log_decay,
-            log_momentum=log_momentum,
-            threshold=None if self.threshold is None else split_heads(functional.softplus(self.threshold(x)), self.heads),
+            log_decay=projected["log_decay"], log_momentum=projected.get("log_momentum"),
+            threshold=projected.get("threshold"),
             gain=self.gain, bias=self.design.bias, retention=self.design.retention, mask=mask,
-            form="recurrent" if x.shape[1] == 1 else "chunked", chunk=self.chunk,
+            form="recurrent" if query.shape[2] == 1 else "chunked", chunk=self.chunk,
         )  # fmt: skip
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """θ, log (1 − α) and log η, (B, H, N)."""
+    def _gates(self, x: Tensor) -> dict[str, Tensor]:
+        """θ, log (1 − α) and, where there is momentum, log η, (B, H, N)."""
         step = self.largest_step * self.step(x).sigmoid().mT
         log_decay = functional.logsigmoid(self.keep(x)).mT
         if self.momentum is None:
-            return step, log_decay, None
+            return {"step": step, "log_decay": log_decay}
         logits = self.momentum(x).mT
-        return step * (-logits).sigmoid(), log_decay, functional.logsigmoid(logits)
+        step = step * (-logits).sigmoid()
+        return {"step": step, "log_decay": log_decay, "log_momentum": functional.logsigmoid(logits)}
 
-    def _outputs(self, x: Tensor, mixed: Tensor) -> Tensor:
-        y: Tensor = self.o_proj(join_heads(self.norm(mixed)) * functional.silu(self.g_proj(x)))
-        return y
+
+def _empty(state: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+    """A state after as many tokens that holds nothing, for values of this width."""
+    return {
+        name: tensor if name == "position" else torch.zeros_like(tensor[:, :, :1]).expand(-1, -1, width, -1)
+        for name, tensor in state.items()
+        if name != "tail"
+    }
 
 
 def _low_rank(dim: int) -> Sequential:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Linear, Parameter, RMSNorm, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.memory._neural_memory import CHUNK
 from regard.mixers.memory.aligned import Aligned
 from regard.mixers.memory.choices import Design, Memory
@@ -83,7 +84,7 @@ class _Titan(Mixer):
 
     def _persistent(self, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """What the memory gives for the persistent tokens, (P, dim), and its state for each text once it has read them."""
-        first, begun = self.memory.mix(self.persistent[None], None, None)
+        first, begun = self.memory.mix(self.persistent[None], None, PLAIN)
         return first[0], {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in begun.items()}
 
 
@@ -139,13 +140,11 @@ class MemoryAsGate(_Titan):
         )
         self.gate = _Gate(dim)
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def mix(self, x: Tensor, state: Mapping[str, Tensor] | None, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
         """Attend and remember, side by side."""
         begun = self._persistent(len(x))[1] if state is None else _of(state, "memory")
-        far, memory = self.memory.mix(x, begun, mask)
-        near, window = self.attention(x, self.persistent, None if state is None else _of(state, "window"), mask)
+        far, memory = self.memory.mix(x, begun, layout)
+        near, window = self.attention(x, self.persistent, None if state is None else _of(state, "window"), layout.mask)
         return self.gate(near, far), _named("memory", memory) | _named("window", window)
 
 
@@ -178,14 +177,12 @@ class MemoryAsLayer(_Titan):
         state="24 D²/H + 2 (W − 1) D",
     )
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def mix(self, x: Tensor, state: Mapping[str, Tensor] | None, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
         """Remember, then attend."""
         first, begun = self._persistent(len(x))
-        far, memory = self.memory.mix(x, begun if state is None else _of(state, "memory"), mask)
+        far, memory = self.memory.mix(x, begun if state is None else _of(state, "memory"), layout)
         before = None if state is None else _of(state, "window")
-        y, window = self.attention(x + far, self.persistent + first, before, mask)
+        y, window = self.attention(x + far, self.persistent + first, before, layout.mask)
         return y, _named("memory", memory) | _named("window", window)
 
 
@@ -238,12 +235,10 @@ class MemoryAsContext(_Titan):
         self.recalled = RMSNorm(dim, eps=1e-5)
         self.gate = _Gate(dim)
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def mix(self, x: Tensor, state: Mapping[str, Tensor] | None, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
         """Segment after segment, each text's own beginning where those of all do."""
         now = self._begin(x) if state is None else dict(state)
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout.mask is None else layout.mask
         place = now.pop("place")
         aligned = Aligned(place, real, self.segment)
         tokens, filled = aligned.place(x[:, None])[:, 0], aligned.place(real[:, None])[:, 0]
@@ -265,7 +260,7 @@ class MemoryAsContext(_Titan):
         width = self.dim // self.heads
         empty = x.new_zeros(batch, self.heads, 2, self.segment, width)
         padding = torch.zeros(batch, 1, dtype=torch.bool, device=x.device)
-        _, memory = self.memory.mix(torch.zeros_like(x[:, :1]), None, padding)
+        _, memory = self.memory.mix(torch.zeros_like(x[:, :1]), None, Layout(padding))
         place = torch.zeros(batch, dtype=torch.long, device=x.device)
         now = {"key": empty, "value": empty, "place": place} | _named("memory", memory)
         return now | self._written(now)

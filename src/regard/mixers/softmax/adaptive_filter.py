@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -11,11 +12,12 @@ from torch.nn import Parameter
 
 from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.mixer import Facts
+from regard.mixers.projected import Projected
 from regard.mixers.rotary import check_rotary, rotary_rates, rotate
 from regard.mixers.softmax.chunked_softmax import KEY_CHUNK, QUERY_CHUNK, Tile, attend_by_tiles
-from regard.mixers.softmax.key_values import KeyValueMixer, KeyValues, positions_of
-from regard.mixers.state import State
+from regard.mixers.softmax.key_values import KeyValueMixer, positions_of
 
 
 class Dynamics(NamedTuple):
@@ -101,13 +103,15 @@ def adaptive_filter_attention(
     turned, keys, values = (rotate(tensor, own, -dynamics.frequency) for tensor in (query, key, value))
     if state is not None:
         keys, values = torch.cat([state[0], keys], dim=2), torch.cat([state[1], values], dim=2)
-    seen = KeyValues(turned, keys, values, mask)
-    mixed = _filtered(seen, positions, dynamics, causal, form, (query_chunk, key_chunk))
+    mixed = _filtered(turned, keys, values, mask, positions, dynamics, causal, form, (query_chunk, key_chunk))
     return rotate(mixed, own, dynamics.frequency).to(value.dtype), (keys, values)
 
 
 def _filtered(
-    seen: KeyValues,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real: Tensor | None,
     positions: Tensor,
     dynamics: Dynamics,
     causal: bool,
@@ -117,24 +121,24 @@ def _filtered(
     stored: bool = False,
 ) -> Tensor:
     """Values mixed in the frame that turns with time, where propagating them is damping them."""
-    dtype = torch.promote_types(seen.value.dtype, torch.float32)
+    dtype = torch.promote_types(value.dtype, torch.float32)
     model = Dynamics(*(parameter.to(dtype)[:, None, None] for parameter in dynamics))
-    pairs, before = seen.query.shape[3] / 2, seen.key.shape[2] - seen.query.shape[2]
+    pairs, before = query.shape[3] / 2, key.shape[2] - query.shape[2]
     time = positions.to(dtype)[:, None]
 
     def tile(rows: slice, columns: slice) -> Tile:
-        q, k, v = (t.to(dtype) for t in (seen.query[:, :, rows], seen.key[:, :, columns], seen.value[:, :, columns]))
+        q, k, v = (t.to(dtype) for t in (query[:, :, rows], key[:, :, columns], value[:, :, columns]))
         lag = (time[:, :, before:][:, :, rows, None] - time[:, :, None, columns]).abs()
         fade, variance = (-model.decay * lag).exp(), model.variance(lag)
         squares = q.square().sum(-1, keepdim=True) + fade.square() * k.square().sum(-1)[:, :, None]
         residual = (squares - 2 * fade * (q @ k.mT)).clamp(min=0)
         unlikely = (1 + model.freedom) * (residual / (model.freedom * pairs * variance)).log1p()
         logits = -model.sharpness * (variance.log() + unlikely)
-        if seen.real is not None:
-            logits = logits.masked_fill(~seen.real[:, None, None, columns], -torch.inf)
+        if real is not None:
+            logits = logits.masked_fill(~real[:, None, None, columns], -torch.inf)
         return Tile(logits, v, fade)
 
-    return attend_by_tiles(tile, (seen.query.shape[2], seen.key.shape[2]), causal, form, chunks, stored=stored)
+    return attend_by_tiles(tile, (query.shape[2], key.shape[2]), causal, form, chunks, stored=stored)
 
 
 def diagonal_filter_attention(
@@ -308,24 +312,36 @@ class AdaptiveFilterAttention(KeyValueMixer):
             rotate(value, positions, -self.frequency),
         )
 
-    def attend(self, seen: KeyValues) -> Tensor:
-        """Filter, gate, and turn to where the queries are."""
-        positions = positions_of(seen.real, seen.key.shape[2], seen.key.device)
-        mixed = self._mixed(seen, positions, stored=False)
-        return rotate(mixed, positions[:, -seen.query.shape[2] :], self.frequency).to(seen.value.dtype)
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The filter's estimate and the tokens' own values, in the frame that turns with time."""
+        return self._filter(projected, layout, stored=False), {}
 
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """Turned to where the queries are, and the output's projection."""
+        positions = _positions(projected)[:, -projected["query"].shape[2] :]
+        return super().out(rotate(mixed, positions, self.frequency).to(projected.value.dtype), projected)
+
+    def hidden_map(self, projected: Projected, state: Mapping[str, Tensor] | None, layout: Layout) -> HiddenMap:
         """The matrix of the values in the frame that turns with time, the gate in it, (B, H, N, M)."""
-        seen = self.see(x, None if state is None else state.tensors, None)
-        positions = positions_of(seen.real, seen.key.shape[2], seen.key.device)
-        batch, heads, tokens, _ = seen.query.shape
 
         def apply(values: Tensor) -> Tensor:
-            return self._mixed(seen._replace(value=values), positions, stored=True)
+            return self._filter(projected.with_value(values), layout, stored=True)
 
-        return HiddenMap(apply, (batch, heads, tokens, seen.key.shape[2]), seen.value)
+        batch, heads, tokens, _ = projected["query"].shape
+        return HiddenMap(apply, (batch, heads, tokens, projected.value.shape[2]), projected.value)
 
-    def _mixed(self, seen: KeyValues, positions: Tensor, stored: bool) -> Tensor:
-        mixed = _filtered(seen, positions, self.dynamics, self.causal, "chunked", self.chunks, stored=stored)
+    def _filter(self, projected: Projected, layout: Layout, stored: bool) -> Tensor:
+        query, value = projected["query"], projected.value
+        mixed = _filtered(
+            query, projected["key"], value, projected.get("real"), _positions(projected), self.dynamics,
+            layout.causal, "chunked", self.chunks, stored=stored,
+        )  # fmt: skip
         gate = self.gate.sigmoid()[:, None, None]
-        return gate * mixed + (1 - gate) * seen.value[:, :, -seen.query.shape[2] :]
+        return gate * mixed + (1 - gate) * value[:, :, -query.shape[2] :]
+
+
+def _positions(projected: Projected) -> Tensor:
+    """Of the keys, (B or 1, M)."""
+    return positions_of(projected.get("real"), projected.value.shape[2], projected.value.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.mixers.forms import Form, check_form
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.mixer import Facts
-from regard.mixers.softmax.key_values import KeyValues
+from regard.mixers.projected import Projected
 from regard.mixers.softmax.softmax_attention import SoftmaxAttention, visible_keys
 from regard.runtime import AttentionCall, attend, intercept, looked_at
 
@@ -246,6 +247,7 @@ class ChunkedSoftmaxAttention(SoftmaxAttention):
         time="O(N² D)",
         state="2 N D",
         bidirectional=True,
+        cross=True,
         exact=True,
     )
 
@@ -262,18 +264,23 @@ class ChunkedSoftmaxAttention(SoftmaxAttention):
         super().__init__(dim, heads, rotary, causal=causal)
         self.query_chunk, self.key_chunk = query_chunk, key_chunk
 
-    def attend(self, seen: KeyValues) -> Tensor:
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Tile by tile."""
-        mask = None if seen.real is None else seen.real[:, None, None]
+        real = projected.get("real")
+        mask = None if real is None else real[:, None, None]
+        query, key = projected["query"], projected["key"]
 
         def tiles() -> Tensor:
             return chunked_attention(
-                seen.query, seen.key, seen.value, mask=mask, causal=self.causal,
+                query, key, projected.value, mask=mask, causal=layout.causal,
                 query_chunk=self.query_chunk, key_chunk=self.key_chunk,
             )[0]  # fmt: skip
 
         if not looked_at():
-            return tiles()
-        visible, causal = visible_keys(seen, self.causal)
-        call = AttentionCall(seen.query, seen.key, seen.value, visible, is_causal=causal)
-        return intercept(call, partial(attend, tiles), past=seen.key.shape[2] - seen.query.shape[2])
+            return tiles(), {}
+        visible, causal = visible_keys(projected, layout)
+        call = AttentionCall(query, key, projected.value, visible, is_causal=causal)
+        past = 0 if layout.cross else key.shape[2] - query.shape[2]
+        return intercept(call, partial(attend, tiles), past=past), {}

@@ -11,10 +11,11 @@ from torch.nn import Linear, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, check_heads, cut
-from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.mixer import Facts, Mixer, check_divides, heads_of, join_heads
+from regard.mixers.layout import PLAIN, Layout
+from regard.mixers.mixer import Facts, check_divides, heads_of, join_heads
+from regard.mixers.projected import Projected
 from regard.mixers.rotary import check_rotary, rotary_rates, rotate
-from regard.mixers.state import State
+from regard.mixers.value_mixer import ValueMixer
 
 _SMALLEST_BLOCK = 16
 
@@ -187,7 +188,7 @@ def _checked(state: WindowState, key: Tensor, value: Tensor, window: int) -> Win
     return WindowState(*state)
 
 
-class SlidingWindow(Mixer):
+class SlidingWindow(ValueMixer):
     """The layer: projections, rotary positions, softmax attention to the last ``window`` tokens.
 
     Its state is ``2 (window − 1) dim`` numbers and ``window − 1`` flags for each text.
@@ -226,47 +227,37 @@ class SlidingWindow(Mixer):
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
         self.o_proj = Linear(dim, dim, bias=False)
 
-    def mix(
-        self, x: Tensor, state: Mapping[str, Tensor] | None, mask: Tensor | None
+    def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
+        """Queries, keys and values."""
+        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
+        return Projected(value, {"query": query, "key": key})
+
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Project, look back, project."""
+        """Attention to the window, turned by positions."""
         before = None if state is None else WindowState(state["key"], state["value"], state["real"])
-        mixed, after = self._attend(*self._inputs(x), before, mask)
-        return self._outputs(mixed), after._asdict()
+        mixed, after = sliding_window_attention(
+            projected["query"], projected["key"], projected.value, self.window, before, layout.mask, rotary=self.rotary
+        )
+        return mixed, after._asdict()
 
-    def map(self, x: Tensor, state: State | None = None) -> HiddenMap:
-        """The band of probabilities; after a state, rows sum to less than 1 by what goes to the tokens before."""
-        query, key, value = self._inputs(x)
-        batch, heads, tokens, _ = query.shape
+    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
+        """The output's projection."""
+        y: Tensor = self.o_proj(join_heads(mixed))
+        return y
 
-        def apply(values: Tensor) -> Tensor:
-            before = None
-            if state is not None:
-                none = values.new_zeros(batch, heads, self.window - 1, values.shape[3])
-                before = WindowState(state.tensors["key"], none, state.tensors["real"])
-            return self._attend(query, key, values, before, None)[0]
-
-        return HiddenMap(apply, (batch, heads, tokens, tokens), value)
+    def without_values(self, state: Mapping[str, Tensor], width: int) -> Mapping[str, Tensor]:
+        """Earlier tokens count, with values of zero."""
+        return {**state, "value": state["value"].new_zeros(*state["value"].shape[:3], width)}
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """Λ moves W slots by one, b is the newest, c a softmax over the slots."""
-        query, key, _ = self._inputs(x)
+        projected = self.project(x)
+        query, key = projected["query"], projected["key"]
         if self.rotary is not None:
             rates = rotary_rates(query.shape[3], self.rotary, x.device)
             places = torch.arange(x.shape[1], device=x.device)[None]
             query, key = rotate(query, places, rates), rotate(key, places, rates)
         shift, newest, scores = slots(query * query.shape[3] ** -0.5, key, self.window)
         return DynamicalSystem(shift[None, None, None], newest, scores.softmax(-1))
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, before: WindowState | None, mask: Tensor | None
-    ) -> tuple[Tensor, WindowState]:
-        return sliding_window_attention(query, key, value, self.window, before, mask, rotary=self.rotary)
-
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = heads_of(x, self.heads, self.q_proj, self.k_proj, self.v_proj)
-        return query, key, value
-
-    def _outputs(self, mixed: Tensor) -> Tensor:
-        y: Tensor = self.o_proj(join_heads(mixed))
-        return y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from regard.maps import AttentionMap
+from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.mixer import Facts
+from regard.mixers.projected import Projected
 from regard.mixers.rotary import check_rotary, rotary_rates, rotate
-from regard.mixers.softmax.key_values import KeyValueMixer, KeyValues
-from regard.mixers.state import State
+from regard.mixers.softmax.key_values import KeyValueMixer
 
 
 class SoftmaxAttention(KeyValueMixer):
@@ -48,6 +50,7 @@ class SoftmaxAttention(KeyValueMixer):
         time="O(N² D)",
         state="2 N D",
         bidirectional=True,
+        cross=True,
         exact=True,
     )
 
@@ -69,33 +72,36 @@ class SoftmaxAttention(KeyValueMixer):
         """Its matrix is that of a call of attention, and is seen there."""
         return False
 
-    def attend(self, seen: KeyValues) -> Tensor:
+    def combine(
+        self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The fused call; with its own flag for causal calls where no mask is needed."""
-        mask, causal = visible_keys(seen, self.causal)
+        mask, causal = visible_keys(projected, layout)
         return functional.scaled_dot_product_attention(
-            seen.query, seen.key, seen.value, attn_mask=mask, is_causal=causal
-        )
+            projected["query"], projected["key"], projected.value, attn_mask=mask, is_causal=causal
+        ), {}
 
-    def map(self, x: Tensor, state: State | None = None) -> AttentionMap:
+    def map_of(self, projected: Projected, state: Mapping[str, Tensor] | None, layout: Layout) -> AttentionMap:
         """The softmax map of the tokens over the keys so far, (B, H, N, M)."""
-        seen = self.see(x, None if state is None else state.tensors, None)
-        mask, causal = visible_keys(seen, self.causal)
-        return AttentionMap(seen.query, seen.key, attn_mask=mask, is_causal=causal)
+        mask, causal = visible_keys(projected, layout)
+        return AttentionMap(projected["query"], projected["key"], attn_mask=mask, is_causal=causal)
 
 
-def visible_keys(seen: KeyValues, causal: bool) -> tuple[Tensor | None, bool]:
+def visible_keys(projected: Projected, layout: Layout) -> tuple[Tensor | None, bool]:
     """What SDPA must be told for queries that are the last tokens of the keys: a mask, or that the call is causal."""
-    queries, keys = seen.query.shape[2], seen.key.shape[2]
-    if not causal:
-        if seen.real is None:
+    real, device = projected.get("real"), projected.value.device
+    queries, keys = projected["query"].shape[2], projected["key"].shape[2]
+    if not layout.causal:
+        if real is None:
             return None, False
-        own = torch.eye(queries, keys, dtype=torch.bool, device=seen.query.device)  # padding, so that no row is empty
-        return seen.real[:, None, None] | own & ~seen.real[:, None, :, None], False
-    if seen.real is None and (queries == 1 or queries == keys):
+        if layout.cross:
+            return real[:, None, None].expand(-1, -1, queries, -1), False
+        own = torch.eye(queries, keys, dtype=torch.bool, device=device)  # padding, so that no row is empty
+        return real[:, None, None] | own & ~real[:, None, :, None], False
+    if real is None and (queries == 1 or queries == keys):
         return None, queries == keys
-    ones = torch.ones(queries, keys, dtype=torch.bool, device=seen.query.device)
-    earlier = ones.tril(keys - queries)
-    if seen.real is None:
+    earlier = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    if real is None:
         return earlier, False
     own = earlier & ~earlier.tril(-1 + keys - queries)  # padding sees itself, so that no row is empty
-    return (earlier & seen.real[:, None, None]) | own, False
+    return (earlier & real[:, None, None]) | own, False

@@ -1,6 +1,6 @@
 """What mixers recall: keys bound to values in context, asked for later, against the size of what they remember.
 
-    python -m bench.recall [--quick] [--all | --only NAME ...] [--seeds N ...] [--results FILE] [--plot FILE] [--save]
+    python -m bench.recall [--quick] [--all | --only NAME ...] [--seeds N ...] [--layers N] [--results FILE] [--save]
 
 Multi-query associative recall, as in Zoology (S. Arora et al., 2023): pairs of a key and a value, and between them keys of
 earlier pairs again, each to be answered with its value. Models of two layers and equal parameter counts are trained on 4 to
@@ -29,9 +29,9 @@ from bench.results import Report, command_line
 from bench.small_models import Batch, Results, SmallModel, maker, state_bytes, train
 from regard.mixers import Memory, catalogue
 
-DIM, LAYERS, PARAMETERS, RATE = 64, 2, 62_000, 1e-2
+DIM, PARAMETERS, RATE = 64, 62_000, 1e-2  # parameters of a layer
 KEYS = VALUES = 32
-TOKENS, PAIRS, BATCH = 80, (4, 8, 16, 24), 32
+TOKENS, PAIRS = 80, (4, 8, 16, 24)
 EARLIER = (240, 960, 1968)  # tokens of other texts before the one that is asked for
 COMPARED = ("DeltaRule", "LongTermMemory", "Yaad")
 SEEDS = (10, 11, 12)  # not those by which the layers' settings were chosen
@@ -74,18 +74,18 @@ def texts(batch: int, pairs: int, generator: torch.Generator) -> Batch:
     return ids, targets
 
 
-def recall(name: str, size: Size, steps: int, seed: int) -> dict[str, Any]:
+def recall(name: str, size: Size, layers: int, batch: int, steps: int, seed: int) -> dict[str, Any]:
     """Train one model; its accuracy at each number of pairs, the size of its state and of its weights, and processor time."""
     began = time.process_time()
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = SmallModel(maker(name, **arguments_of(size)), KEYS + VALUES, DIM, LAYERS, PARAMETERS)
+    model = SmallModel(maker(name, **arguments_of(size)), KEYS + VALUES, DIM, layers, PARAMETERS)
 
     def batches(done: float) -> Batch:
         """Two pairs for a beginning, then more and more."""
         numbers = (2,) if done < 1 / 6 else PAIRS[: 1 + int(6 * done)]
         pairs = numbers[int(torch.randint(len(numbers), (1,), generator=generator))]
-        return texts(BATCH, pairs, generator)
+        return texts(batch, pairs, generator)
 
     train(model, batches, steps, RATE)
     held_out = torch.Generator().manual_seed(10_000 + seed)
@@ -176,6 +176,8 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--all", action="store_true", help="every mixer, at several sizes of its state")
     which.add_argument("--only", nargs="*", default=COMPARED, help="these mixers only")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=32, help="texts of a step of training")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="*", help="by default three, with --all one")
     parser.add_argument("--results", type=Path, default=Path("run/recall.jsonl"))
@@ -186,9 +188,11 @@ def main() -> None:
     names = list(catalogue.mixers()) if arguments.all else arguments.only
     lines = lines_of([catalogue.mixer_named(name).__name__ for name in names], arguments.all)
     runs = {label_of(mixer, size): (mixer, size) for mixer, sizes in lines.values() for size in sizes}
-    keys = {(label, seed): f"{label}, {steps} steps at {RATE}, seed {seed}" for seed, label in product(seeds, runs)}
+    training = arguments.layers, arguments.batch, steps
+    told = "{} layers, batches of {}, {} steps".format(*training)
+    keys = {(label, seed): f"{label}, {told} at {RATE}, seed {seed}" for seed, label in product(seeds, runs)}
     results = Results(arguments.results).of(
-        {key: partial(recall, *runs[label], steps, seed) for (label, seed), key in keys.items()}
+        {key: partial(recall, *runs[label], *training, seed) for (label, seed), key in keys.items()}
     )
     found = {label: [results[keys[label, seed]] for seed in seeds] for label in runs}
     with Report("recall", arguments.save, width=190) as report:

@@ -55,7 +55,8 @@ class Miras(ValueMixer):
         heads: that divide it.
         design: the four choices.
         chunk: tokens whose gradients are taken at the same weights; fewer are nearer to a step for each token, and slower.
-        largest_step: of the gradient; by default 1 / chunk for a matrix, eight times that for a network, whose decay bounds it.
+        largest_step: of the gradient; by default 1 / chunk for a matrix, twice that for a network, whose decay bounds it
+            (in `Yaad` eight times, as its errors are cut).
         convolution: tokens that the short convolutions see.
 
     A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention, and
@@ -76,6 +77,9 @@ class Miras(ValueMixer):
         state="2 E D²/H",
     )
 
+    network_step: ClassVar[float] = 2.0
+    """Of a network, the default of ``largest_step · chunk``."""
+
     def __init__(
         self,
         dim: int,
@@ -94,7 +98,7 @@ class Miras(ValueMixer):
                 f"largest_step={largest_step}"
             )
         self.heads, self.chunk, self.design = heads, chunk, design or Design()
-        self.largest_step = largest_step or (1 if self.design.memory.depth == 1 else 8) / chunk
+        self.largest_step = largest_step or (1.0 if self.design.memory.depth == 1 else self.network_step) / chunk
         self.value_scale = _VALUES if self.design.retention.linear else 1.0
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
         self.conv1d = ShortConvolution(3 * dim, convolution)
@@ -322,6 +326,7 @@ class Yaad(OfDesign):
     )
 
     choices = Design(Memory(), Huber())
+    network_step = 8.0
 
 
 class Memora(OfDesign):

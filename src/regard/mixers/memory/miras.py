@@ -26,6 +26,7 @@ _PAPER = (
     "Retention, and Online Optimization"
 )
 _KEEP = 7.0  # 1 − α begins at sigmoid(7), 0.999: what is written lasts for about 1,000 tokens
+_HIDDEN_DECAY = 0.1
 _RANK = 32
 _THRESHOLD = 1.8545  # softplus of it is 2
 _VALUES = 6.0  # the deviation of what projection, convolution and SiLU give is about 1/6 at first
@@ -49,6 +50,9 @@ class Miras(ValueMixer):
     that repeat through a chunk beyond their value, as long as ``largest_step · chunk`` is at most 1. The threshold is of
     each channel, by a projection of low rank and softplus, and begins at 2, beyond the errors of most: a network's output has
     variance 1, and errors that were all cut would pull it to the corners of a cube, from wherever it is.
+
+    Where weights decay, ``1 − α`` of all matrices but the last is its tenth root: the layer norm makes up for a last matrix
+    that has shrunk, but before a first one that has, GELU is linear, and the network no more than a matrix.
 
     Args:
         dim: of the tokens.
@@ -216,7 +220,8 @@ class Miras(ValueMixer):
             None if state is None else {name: tensor for name, tensor in state.items() if name != "tail"},
             log_decay=projected["log_decay"], log_momentum=projected.get("log_momentum"),
             threshold=projected.get("threshold"),
-            gain=self.gain, bias=self.design.bias, retention=self.design.retention, mask=mask,
+            gain=self.gain, bias=self.design.bias, retention=self.design.retention,
+            hidden_decay=_HIDDEN_DECAY if self.design.retention == Decay() else 1.0, mask=mask,
             form="recurrent" if query.shape[2] == 1 else "chunked", chunk=self.chunk,
         )  # fmt: skip
 

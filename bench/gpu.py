@@ -29,7 +29,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import regard
 from bench import cache, observe, scaling, steer
 from bench.results import Report, command_line
-from regard.mixers import catalogue
+from regard.mixers import catalogue, delta_rule, linear_attention
+from regard.mixers.forms import Form
 
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 KERNELS: tuple[Literal["auto", "fused", "tiled"], ...] = ("auto", "fused", "tiled")
@@ -63,6 +64,7 @@ def checks(device: str) -> Iterator[Check]:
     yield Check("compress, written tokens", 0.0, lambda: of_compress(device))
     if device == "cuda":
         yield from lightning()
+        yield from of_fla(device)
     yield from of_masks(device)
     for name in catalogue.mixers():
         yield Check(f"mixer, {name}", 1e-3, lambda n=name: of_mixer(n, device))
@@ -175,6 +177,43 @@ def lightning() -> Iterator[Check]:
         tolerance = 2e-2 if case[-1] == torch.bfloat16 else 2e-4
         yield Check(f"lightning kernel, {name}", tolerance, lambda c=case: cases.errors(*c))
     yield Check("lightning kernel, other uses", 2e-4, cases.other_uses)
+
+
+def of_fla(device: str) -> Iterator[Check]:
+    """Kernels of flash-linear-attention through our functions, from a state and with gradients, against the recurrence."""
+    if importlib.util.find_spec("fla") is None:
+        print("flash-linear-attention is not installed: mixers do without its kernels, which were not checked.")
+        return
+    for name, dtype, tokens in product(
+        ("delta rule", "gated delta rule", "GLA"), (torch.bfloat16, torch.float16), (2, 300)
+    ):
+
+        def errors(name: str = name, dtype: torch.dtype = dtype, tokens: int = tokens) -> dict[str, float]:
+            generator = torch.Generator().manual_seed(6)
+            query, key, value = (torch.randn(2, 3, tokens, 64, generator=generator).to(dtype) for _ in range(3))
+            key = torch.nn.functional.normalize(key, dim=-1)
+            logits = torch.randn(2, 3, tokens, 64, generator=generator)
+            state = torch.randn(2, 3, 64, 64, generator=generator)
+            beta, decay = logits[..., 0].sigmoid(), torch.nn.functional.logsigmoid(logits)
+
+            def run(tensors: list[Tensor], form: Form) -> tuple[Tensor, Tensor]:
+                *heads, before = tensors
+                if name == "GLA":
+                    return linear_attention(*heads, decay.to(before), before, form=form)
+                gate = {"log_decay": decay[..., 1].to(before)} if name == "gated delta rule" else {}
+                return delta_rule(*heads, beta.to(before), before, form=form, **gate)
+
+            leaves = [part.to(device).requires_grad_() for part in (query, key, value, state)]
+            exact = [part.double().requires_grad_() for part in (query, key, value, state)]
+            (output, after), (expected, expected_after) = run(leaves, "chunked"), run(exact, "recurrent")
+            found = torch.autograd.grad(output.float().sin().sum() + after.sin().sum(), leaves)
+            slopes = torch.autograd.grad(expected.sin().sum() + expected_after.sin().sum(), exact)
+            pairs = zip(("query", "key", "value", "from the state"), found, slopes, strict=True)
+            errors = {"output": difference(output, expected), "state": difference(after, expected_after)}
+            return errors | {part: difference(*of) for part, *of in pairs}
+
+        kind = f"{str(dtype).removeprefix('torch.')}, {tokens} tokens"
+        yield Check(f"flash-linear-attention's {name}, {kind}", TOLERANCES[torch.bfloat16], errors)
 
 
 def of_masks(device: str) -> Iterator[Check]:

@@ -49,7 +49,7 @@ LINES: dict[str, tuple[str, list[Size]]] = {  # mixers of several sizes of state
     "CHELA, heads": ("CHELA", [{"heads": h} for h in (16, 4, 1)]),
     "FAST, heads": ("FAST", [{"heads": h} for h in (16, 4)]),
     "LongVQ, codes": ("LongVQ", [{"codes": c, "window": 2} for c in (4, 64)]),
-    "SelectiveSSM, states": ("SelectiveSSM", [{"states": s} for s in (4, 16)]),
+    "SelectiveSSM, states": ("SelectiveSSM", [{"state_size": s} for s in (4, 16)]),
     "Miras, heads": ("Miras", [{"heads": h} for h in (16, 4)]),
     **{f"{name}, expansion": (name, [{"expansion": e} for e in (1, 4)]) for name in MEMORIES},
 }

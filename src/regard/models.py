@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ def load(
     """A model and its tokenizer by folder or name, in evaluation mode and with fused attention.
 
     Args:
-        model: a folder with a transformers model and its tokenizer, or a name on the hub.
+        model: a folder with a transformers model and its tokenizer, a .gguf file, which holds both and whose weights become
+            plain numbers, or a name on the hub.
         device: where to put it.
         dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU, elsewhere that of the weights.
         language: a causal language model that writes, instead of the bare encoder or decoder.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or for a .gguf file what reads it.
         ValueError: a dtype of another name; a model that is not there or cannot be loaded.
 
     >>> import regard
@@ -39,17 +41,31 @@ def load(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     numbers = _DTYPES["float32"] if dtype is None and device == "cpu" else _DTYPES.get(dtype or "", "auto")
-    if str(model).startswith(("/", ".", "~")) and not Path(model).is_dir():
-        raise ValueError(f"there is no folder {str(model)!r}")
+    place, file = _place(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(place, **file)
         kind = AutoModelForCausalLM if language else AutoModel
-        loaded = kind.from_pretrained(model, attn_implementation="sdpa", dtype=numbers)
-    except (OSError, ValueError) as error:
+        loaded = kind.from_pretrained(place, attn_implementation="sdpa", dtype=numbers, **file)
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"cannot load a model and its tokenizer from {str(model)!r}: {error}") from error
     if loaded.config.is_encoder_decoder and not language:
         loaded = loaded.get_encoder()
     return loaded.eval().to(device), tokenizer
+
+
+def _place(model: str | Path) -> tuple[str | Path, dict[str, str]]:
+    """What transformers is given for a folder, a file or a name: where it is, and beside that the name of a .gguf file."""
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"there is no file {str(model)!r}")
+        missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+        if missing:
+            raise ImportError(f'reading a .gguf file needs {" and ".join(missing)}: pip install "regard[gguf]"')
+        return path.parent, {"gguf_file": path.name}
+    if str(model).startswith(("/", ".", "~")) and not path.is_dir():
+        raise ValueError(f"there is no folder {str(model)!r}")
+    return path if path.is_dir() else model, {}
 
 
 def complete(model: Any, tokenizer: Any, inputs: dict[str, Tensor], tokens: int) -> str:

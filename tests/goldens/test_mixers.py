@@ -7,11 +7,10 @@ import torch
 import transformers as hf
 from torch import Tensor
 from torch.nn import functional
-from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
-from regard.mixers import GatedDeltaRule, SelectiveSSM, delta_rule, lightning_attention, lightning_decay
+from regard.mixers import delta_rule, lightning_attention, lightning_decay
 from regard.mixers.forms import Form
 
 FORMS: tuple[Form, ...] = ("parallel", "chunked", "recurrent")
@@ -36,21 +35,6 @@ def test_gated_delta_rule_of_qwen3_next(form: Form, whole: bool) -> None:
     torch.testing.assert_close(state, expected_state, atol=1e-4, rtol=1e-4)
 
 
-def test_selective_ssm_is_the_mixer_of_mamba() -> None:
-    """The whole layer; transformers' convolution has a bias by default, which the paper does not have."""
-    config = hf.MambaConfig(
-        hidden_size=24, state_size=5, expand=2, conv_kernel=4, time_step_rank=3, use_conv_bias=False
-    )
-    theirs = MambaMixer(config, layer_idx=0).eval()
-    ours = SelectiveSSM(24, states=5, expand=2, rank=3, convolution=4).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(0.3 * torch.randn_like(parameter))
-        ours.load_state_dict(theirs.state_dict() | {"conv1d.weight": theirs.conv1d.weight.flip(-1)})  # own token first
-        x = torch.randn(2, 40, 24)
-        torch.testing.assert_close(ours(x)[0], theirs(x), atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_lightning_attention_of_minimax(form: Form) -> None:
     """Its layer, with its own norm and gate around our operator, and its decays."""
@@ -69,25 +53,3 @@ def test_lightning_attention_of_minimax(form: Form) -> None:
         found: Tensor = theirs.out_proj(theirs.output_gate(x).sigmoid() * theirs.norm(mixed.transpose(1, 2).flatten(2)))
     torch.testing.assert_close(state, expected_state, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
-
-
-def test_gated_delta_rule_is_the_layer_of_qwen3_next() -> None:
-    """The whole layer, as it is initialised: small queries beside the norm's epsilon, which weigh there."""
-    config = hf.Qwen3NextConfig(
-        hidden_size=32, linear_num_key_heads=4, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
-        linear_conv_kernel_dim=4, rms_norm_eps=1e-5, hidden_act="silu",
-    )  # fmt: skip
-    theirs, ours = qwen3_next.Qwen3NextGatedDeltaNet(config, layer_idx=0).eval(), GatedDeltaRule(32, heads=4).eval()
-    with torch.no_grad():
-        mine = dict(ours.named_parameters())
-        query, key, value = (mine[f"{name}_proj.weight"].unflatten(0, (4, 8)) for name in "qkv")
-        gate = mine["g_proj.weight"].unflatten(0, (4, 8))
-        theirs.in_proj_qkvz.weight.copy_(torch.cat([query, key, value, gate], dim=1).flatten(0, 1))
-        theirs.in_proj_ba.weight.copy_(torch.stack([mine["b_proj.weight"], mine["a_proj.weight"]], dim=1).flatten(0, 1))
-        theirs.conv1d.weight.copy_(mine["conv1d.weight"].flip(-1))
-        theirs.A_log.copy_(mine["A_log"])
-        theirs.dt_bias.copy_(mine["dt_bias"])
-        theirs.norm.weight.copy_(mine["norm.weight"])
-        theirs.out_proj.weight.copy_(mine["o_proj.weight"])
-        x = 0.1 * torch.randn(2, 70, 32)
-        torch.testing.assert_close(ours(x)[0], theirs(x), atol=1e-6, rtol=1e-4)

@@ -18,6 +18,7 @@ from regard import AttentionMap, masks
 from regard.maps import _blocked, _flex, _plan
 from regard.maps._request import Request
 from regard.maps._scores import make_scores
+from regard.masks._neighbourhood import Neighbourhood
 from tests.maps.reference import Call, calls
 
 FEW = settings(max_examples=30, deadline=None, derandomize=True)
@@ -32,9 +33,12 @@ def normal(*shape: int) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of which small calls have many."""
+    _plan._kept.cache_clear()
     monkeypatch.setattr(_plan, "_TILE", (8, 4))
+    yield
+    _plan._kept.cache_clear()
 
 
 @st.composite
@@ -215,6 +219,64 @@ def test_rows_that_see_nothing() -> None:
     close(A.received().sum(-1), torch.full((1, 2), 15.0))
     q.requires_grad_()
     assert not torch.autograd.grad(regard.attention(q, k, v, mask=rule).sum(), q)[0][:, :, :5].any()
+
+
+class Derived(Neighbourhood):
+    """No dataclass of its own, so that its settings are not known."""
+
+
+def evaluations(rule: masks.Mask, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often a rule is evaluated, at each of three calls under it that differ in all but their shape."""
+    made, visible = [], Neighbourhood.visible
+
+    def counting(self: Neighbourhood, *positions: Tensor) -> Tensor:
+        made.append(self)
+        return visible(self, *positions)
+
+    monkeypatch.setattr(Neighbourhood, "visible", counting)
+    counts, matrix = [], None
+    for seed in range(3):
+        q, k, v = torch.randn(3, 1, 2, 35, 8, generator=torch.Generator().manual_seed(seed)).unbind()
+        made.clear()
+        with torch.inference_mode(seed == 0):
+            output = regard.attention(q, k, v, mask=rule)
+        counts.append(len(made))
+        matrix = rule.dense(1, 2, 35, 35) if matrix is None else matrix
+        close(output, torch.nn.functional.scaled_dot_product_attention(q, k, v, matrix))
+    return counts
+
+
+def test_a_rule_of_numbers_is_evaluated_once_for_all_calls_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = masks.neighbourhood((5, 7), 3)
+    first, *later = evaluations(rule, monkeypatch)
+    assert first
+    assert later == [0, 0]
+    assert evaluations(masks.neighbourhood((5, 7), 3), monkeypatch) == [0, 0, 0]
+    assert evaluations(masks.neighbourhood((5, 7), 5), monkeypatch)[0]
+
+
+def test_a_rule_that_may_change_is_evaluated_at_each_call() -> None:
+    q, k, v = torch.randn(3, 1, 2, 20, 8).unbind()
+    chosen = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    rule = masks.blocks(chosen, 4) & masks.causal()
+    for _ in range(2):
+        hidden = rule.dense(1, 2, 20, 20)
+        close(regard.attention(q, k, v, mask=rule), torch.nn.functional.scaled_dot_product_attention(q, k, v, hidden))
+        chosen[..., 1:, 0] = False
+
+
+MORE_THAN_NUMBERS = (
+    masks.documents([3, 4]),
+    masks.prefix(3) & masks.causal(),
+    ~masks.blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool), 4),
+    masks.causal().heads([0, 0]),
+    Derived((5,), (3,), (1,), (1,), (False,)),
+)
+
+
+@pytest.mark.parametrize("rule", MORE_THAN_NUMBERS)
+def test_rules_that_are_more_than_numbers_have_no_settings(rule: masks.Mask) -> None:
+    assert rule.settings is None
 
 
 def test_shared_among_workers(monkeypatch: pytest.MonkeyPatch) -> None:

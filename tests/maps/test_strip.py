@@ -9,7 +9,7 @@ from torch import Tensor
 from regard import AttentionMap, masks
 from regard.maps import _strip, _tiled
 
-LOOPS = (_tiled._answer_strips, _tiled._answer_whole, _tiled._add_strips, _strip.answer, _strip.backward)
+LOOPS = (_tiled._answer_strips, _tiled._add_strips, _strip.answer, _strip.backward)
 
 
 @pytest.mark.parametrize("function", LOOPS)

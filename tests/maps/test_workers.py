@@ -114,8 +114,12 @@ def test_interrupt_of_the_caller_waits_for_what_was_begun() -> None:
         time.sleep(0.01)
         ended.append(item)
 
-    with pytest.raises(KeyboardInterrupt):
-        each(function, range(1000))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            each(function, range(1000))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(ended) == len(running) < 1000
 
 

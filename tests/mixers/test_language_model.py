@@ -177,5 +177,5 @@ def test_what_cannot_be_replaced() -> None:
     with torch.no_grad():
         cache = model(text).past_key_values
         replace_attention(model, lambda dim: DeltaRule(dim, heads=2), [0])
-        with pytest.raises(ValueError, match="layer 0 of the cache holds keys and values"):
+        with pytest.raises(ValueError, match="layer 0 of the cache holds what another layer kept of a text"):
             model(text[:, :1], past_key_values=cache)

@@ -87,8 +87,8 @@ def test_a_long_text_is_mixed_again_for_its_gradients(name: str, monkeypatch: py
     mask = torch.ones(2, 96, dtype=torch.bool)
     mask[0, :5] = False
     found = []
-    for piece in (1024, 16):
-        monkeypatch.setattr(mixer_module, "_TRAINED_PIECE", piece)
+    for numbers in (2 * 1024 * 16, 2 * 16 * 16):
+        monkeypatch.setattr(mixer_module, "_TRAINED", numbers)
         monkeypatch.setattr(mixer_module, "_SMALLEST_PIECE", 16)
         y, size = stored(lambda: layer(x, mask=mask)[0])
         found.append((size, y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()), allow_unused=True)))

@@ -63,6 +63,21 @@ def test_meta_tensors_are_seen_too(dtype: torch.dtype) -> None:
     assert seen == [q.shape]
 
 
+@pytest.mark.parametrize("lead", [(), (3,), (2, 2, 2)])
+def test_calls_of_any_dimensions_that_no_layer_is_looked_at_for(lead: tuple[int, ...]) -> None:
+    x = torch.randn(*lead, 5, 8)
+    expected = scaled_dot_product_attention(x, x, x)
+    layer = Attend()
+    with regard.watch(layer, regard.Entropy(), passes=[0]):
+        layer(x)
+        assert torch.equal(layer(x), expected)
+
+
+class Attend(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return scaled_dot_product_attention(x, x, x)
+
+
 def test_other_threads_are_left_alone() -> None:
     q, outputs = torch.randn(1, 2, 3, 8), {}
     plain = scaled_dot_product_attention(q, q, q)

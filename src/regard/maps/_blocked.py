@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from regard.maps import _strip_pass, _workers
-from regard.maps._plan import Plan, Share, Strip
+from regard.maps._plan import Plan, Share, Strip, plan_of
 from regard.maps._request import Answer, Request
 from regard.maps._scores import Scores
 from regard.maps._strip import answer, backward, capped, hide
@@ -261,7 +261,7 @@ def evaluate(scores: Scores, request: Request) -> Answer:
 
 def _plan(scores: Scores, dtype: torch.dtype) -> Plan:
     rule = window(None, None) if scores.rule is None else scores.rule
-    return Plan(scores, rule, Units.of(scores).hidden, dtype)
+    return plan_of(scores, rule, Units.of(scores).hidden, dtype)
 
 
 @torch.no_grad()

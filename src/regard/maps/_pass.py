@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from regard.maps._scores import Scores
 from regard.maps._select import KernelName, evaluate
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A product asked of the matrix; ``side`` names the field of the request that its columns become a part of."""
 
     side: Literal["values", "weights", "received", "entropy", "segments"]
@@ -100,10 +98,12 @@ def _join(columns: list[Tensor | None], scores: Scores) -> Tensor | None:
 
 def _parts(product: Tensor | None, questions: dict[Hashable, Question], side: str) -> dict[Hashable, Tensor]:
     """Give each question of this side its columns of the product."""
+    if product is None:
+        return {}
     parts, start = {}, 0
     for key, question in questions.items():
-        if product is not None and question.side == side:
+        if question.side == side:
             width = len(question.segments) if question.columns is None else question.columns.shape[-1]
-            parts[key] = product[..., start : start + width]
+            parts[key] = product if width == product.shape[-1] else product[..., start : start + width]
             start += width
     return parts

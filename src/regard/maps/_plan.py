@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,9 +17,9 @@ from regard.masks import Mask, Tiles, Tiling
 # Queries and keys in a tile, and numbers in one strip: a buffer that stays in a core's cache, or that keeps a GPU busy.
 _TILE = (256, 64)
 _STRIP = {"cpu": 3 * 2**18, "cuda": 2**26}
-# Tiles that are looked at together, and pairs whose visibility is remembered.
+# Tiles that are looked at together, and pairs whose visibility a plan remembers, of which two are kept.
 _TILES_AT_ONCE = 2**20
-_PAIRS_KEPT = 2**25
+_PAIRS_KEPT = 2**24
 
 
 class Run(NamedTuple):
@@ -151,12 +151,13 @@ class Share:
 class Plan:
     """Strips that cover every visible pair of a call once, in which hidden pairs are found by evaluating the mask."""
 
-    def __init__(self, scores: Scores, mask: Mask, hidden: float, dtype: torch.dtype) -> None:
-        self.mask, self.dtype = mask, dtype
-        self._shows, self._hides = torch.tensor([0.0, hidden], dtype=dtype, device=scores.query.device)
-        self.batch, self.heads, self.queries, self.keys = scores.shape
-        self.groups = scores.groups
-        self.device = scores.query.device
+    def __init__(
+        self, mask: Mask, shape: tuple[int, int, int, int], groups: int, hidden: float, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.mask, self.dtype, self.groups, self.device = mask, dtype, groups, device
+        self._shows, self._hides = torch.tensor([0.0, hidden], dtype=dtype, device=device)
+        self.batch, self.heads, self.queries, self.keys = shape
         self._lock = threading.Lock()
         self._patterns: dict[tuple[object, ...], Tensor] = {}
         self._room = _PAIRS_KEPT
@@ -205,7 +206,7 @@ class Plan:
             pattern = torch.where(visible, self._shows, self._hides)
             pattern = pattern.reshape((1,) * (4 - pattern.ndim) + pattern.shape)
             with self._lock:
-                if pattern.numel() <= self._room and key not in self._patterns:
+                if pattern.numel() <= self._room and key not in self._patterns and type(pattern) is Tensor:
                     self._room -= pattern.numel()
                     self._patterns[key] = pattern
         return pattern
@@ -251,6 +252,28 @@ class Plan:
                 runs = of_batch[some.start if self._per_head else 0][tile]
                 if runs:
                     yield Strip(batch, some, rows, runs, self.groups, self.heads)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A mask that is told from others by its settings."""
+
+    settings: tuple[object, ...]
+    mask: Mask = field(compare=False)
+
+
+def plan_of(scores: Scores, mask: Mask, hidden: float, dtype: torch.dtype) -> Plan:
+    """The plan of a call. That of a rule made of numbers alone is kept: the next layer or step asks for the same."""
+    call = (scores.shape, scores.groups, hidden, dtype, scores.query.device)
+    settings = mask.settings
+    return Plan(mask, *call) if settings is None else _kept(_Rule(settings, mask), *call)
+
+
+@lru_cache(maxsize=2)
+def _kept(
+    rule: _Rule, shape: tuple[int, int, int, int], groups: int, hidden: float, dtype: torch.dtype, device: torch.device
+) -> Plan:
+    return Plan(rule.mask, shape, groups, hidden, dtype, device)
 
 
 def _states(tiles: Tiles) -> Tensor:

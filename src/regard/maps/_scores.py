@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from regard.maps._strip import largest_product, unlocked
 from regard.masks import Mask, causal
 
 # Rounding in a logit s is about |s| times the unit roundoff, and becomes the relative error of a probability. Beyond
@@ -41,7 +40,7 @@ class Scores:
     sinks: Tensor | None = None
     rule: Mask | None = None
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int, int]:
         batch, heads, queries, _ = self.query.shape
         return batch, heads, queries, self.key.shape[2]
@@ -61,8 +60,7 @@ class Scores:
         """An upper bound on the magnitude of the logits that carry weight."""
         if self.bound is not None:
             return self.bound
-        with torch.no_grad():
-            limit: float = unlocked(largest_product)(self.query, self.key) * abs(self.scale)
+        limit = abs(self.scale) * _largest_product(self.query, self.key)
         if not math.isfinite(limit):
             raise ValueError(_describe_not_finite(self.query, self.key))
         if self.softcap is not None:
@@ -168,8 +166,8 @@ def make_scores(
     batch = _broadcast_batch(query, key)
     heads = _check_heads(query.shape[1], key.shape[1], enable_gqa)
     key_heads = key.shape[1] if query.shape[1] % key.shape[1] == 0 else heads
-    query = query.expand(batch, heads, -1, -1)
-    key = key.expand(batch, key_heads, -1, -1)
+    if query.shape[:2] != (batch, heads) or key.shape[:2] != (batch, key_heads):
+        query, key = query.expand(batch, heads, -1, -1), key.expand(batch, key_heads, -1, -1)
     shape = (batch, heads, query.shape[2], key.shape[2])
     mask = None if attn_mask is None else _check_mask(attn_mask, shape, query)
     if scale is None:
@@ -262,6 +260,15 @@ def _check_sinks(sinks: Tensor, shape: tuple[int, int, int, int], query: Tensor)
             f"the rows {wanted}; got shape {sizes}"
         )
     return sinks.reshape(three)
+
+
+def _largest_product(query: Tensor, key: Tensor) -> float:
+    """The largest norm of a query times that of a key, in float32 at least: no product of the two is larger."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if torch.is_grad_enabled():
+        query, key = query.detach(), key.detach()
+    of_queries = torch.linalg.vector_norm(query, dim=-1, dtype=dtype).amax()
+    return float(of_queries * torch.linalg.vector_norm(key, dim=-1, dtype=dtype).amax())
 
 
 def _largest_sink(sinks: Tensor) -> float:

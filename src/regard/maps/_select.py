@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-from regard.maps import _blocked, _dense, _flex, _fused, _tiled
+from regard.maps import _blocked, _dense, _flex, _fused, _stored, _tiled
 from regard.maps._request import ALIGNMENT, Answer, RefusedError, Request
 from regard.maps._scores import Scores
 
@@ -26,20 +26,24 @@ def check_kernel(name: str, has_rule: bool = False) -> None:
 
 def evaluate(scores: Scores, request: Request, kernel: KernelName) -> Answer:
     """Evaluate with the kernel named; a fused operator that is missing or refuses gives way to the tiled kernel."""
-    # Autocast would run the products in half precision, and so the statistics.
-    with torch.autocast(scores.query.device.type, enabled=False):
-        if kernel == "dense" or 0 in scores.shape:
-            return _dense.evaluate(scores, request)
-        if kernel == "blocked" or scores.rule is not None:
-            if kernel == "auto" and _flex.serves(scores, request):
-                return _flex.evaluate(scores, request)
-            return _blocked.evaluate(scores, request)
-        if kernel == "fused" or (kernel == "auto" and _fused_serves(scores, request)):
-            try:
-                return _fused.evaluate(scores, request)
-            except RefusedError:
-                pass
-        return _tiled.evaluate(scores, request)
+    device = scores.query.device.type
+    if torch.is_autocast_enabled(device):  # it would run the products in half precision, and so the statistics
+        with torch.autocast(device, enabled=False):
+            return evaluate(scores, request, kernel)
+    if kernel == "dense" or 0 in scores.shape:
+        return _dense.evaluate(scores, request)
+    if kernel == "blocked" or scores.rule is not None:
+        if kernel == "auto" and _flex.serves(scores, request):
+            return _flex.evaluate(scores, request)
+        return _blocked.evaluate(scores, request)
+    if kernel == "fused" or (kernel == "auto" and _fused_serves(scores, request)):
+        try:
+            return _fused.evaluate(scores, request)
+        except RefusedError:
+            pass
+    if kernel == "auto" and _stored.serves(scores, request):
+        return _stored.answer(scores, request)
+    return _tiled.evaluate(scores, request)
 
 
 def _fused_serves(scores: Scores, request: Request) -> bool:

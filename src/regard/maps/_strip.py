@@ -150,8 +150,12 @@ def answer(
     if forward is not None and values is not None:
         multiply(exps, values, forward)
     if transposed is not None and weights is not None:
-        divisor = total.masked_fill(total == 0, 1.0).unsqueeze(-1)  # 0 where a row sees nothing
-        multiply_transposed(exps, weights / divisor, transposed)
+        multiply_transposed(exps, weights / divisor_of(total).unsqueeze(-1), transposed)
+
+
+def divisor_of(total: Tensor) -> Tensor:
+    """What a row's sums are divided by: its total, which is e⁻²⁰ at least, but 0 in a row that sees nothing."""
+    return total.clamp(min=1e-10)
 
 
 def finish(
@@ -169,7 +173,7 @@ def finish(
     The entropy is ``Σ P (log Σ e^s − s)`` over the keys, beside which a sink has its share of Σ e^s. A row that sees
     nothing has a total of 0.
     """
-    divisor = total.masked_fill(total == 0, 1.0)
+    divisor = divisor_of(total)
     logsumexp = total.log()
     entropy: Tensor | None = None
     if expected is not None:
@@ -275,10 +279,3 @@ def backward(
         multiply(d_logits, key, d_query)
     if d_key is not None:
         multiply_transposed(d_logits, query, d_key)
-
-
-def largest_product(query: Tensor, key: Tensor) -> float:
-    """The largest norm of a query times that of a key, in float32 at least: no product of the two is larger."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    of_queries = torch.linalg.vector_norm(query, 2.0, [-1], False, dtype=dtype).amax()
-    return float((of_queries * torch.linalg.vector_norm(key, 2.0, [-1], False, dtype=dtype).amax()).item())

@@ -22,8 +22,8 @@ from torch import Tensor
 from regard.maps import _strip_pass, _workers
 from regard.maps._request import Answer, Request
 from regard.maps._scores import Scores
-from regard.maps._strip import answer, backward, capped, finish, hide, unlocked
-from regard.maps._strip_pass import Gradients, Rows, Units, softmax
+from regard.maps._strip import answer, backward, capped, hide
+from regard.maps._strip_pass import Gradients, Rows, softmax
 
 # Numbers in one strip: of lower ones a CPU's products are slower than they gain by the cache; or they keep a GPU busy.
 _STRIP = {"cpu": 2**19, "cuda": 2**26}
@@ -230,115 +230,11 @@ def softmax_strips(scores: Scores) -> Iterator[tuple[Strip, Tensor]]:
 
 def evaluate(scores: Scores, request: Request) -> Answer:
     """Answer the request strip by strip; differentiable in query, key, mask, sinks, values and weights."""
-
-    def forward(request: Request) -> Answer:
-        return _answer_at_once(scores, request) if _is_one_strip(scores) else _Forward(scores, request).run()
-
     return _strip_pass.evaluate(
-        scores, request, forward, lambda ctx, gradients: _Backward(scores, ctx, gradients).run()
-    )
-
-
-def _is_one_strip(scores: Scores) -> bool:
-    batch, heads, queries, keys = scores.shape
-    return not _on_gpu(scores) and queries <= _rows_at_most(scores) and batch * heads * queries * keys <= _room(scores)
-
-
-def _answer_at_once(scores: Scores, request: Request) -> Answer:
-    """The answer of a call that is one strip, as that of a short text or a step of decoding."""
-    units, keys = Units.of(scores), scores.shape[3]
-    sinks, values, weights = units.sinks(scores, request.dtype), request.values, request.weights
-    logsumexp, forward, transposed, entropy, mass = unlocked(_answer_whole)(
-        scores.query.to(request.dtype),
-        scores.key.to(request.dtype),
-        scores.mask,
-        _triangle(units.hidden, request.dtype, scores.query.device) if scores.is_causal else None,
-        sinks,
-        None if values is None else values.to(request.dtype),
-        None if weights is None else weights.to(request.dtype),
-        [[[*run.indices(keys)] for run in runs] for runs in request.segments],
-        request.entropy,
-        units.shifted,
-        units.unit,
-        units.scale,
-        units.softcap,
-        units.hidden,
-        units.to_log2,
-    )
-    return Answer(logsumexp, forward, transposed, entropy=entropy, mass=mass)
-
-
-def _answer_whole(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    triangle: Tensor | None,
-    sinks: Tensor | None,
-    values: Tensor | None,
-    weights: Tensor | None,
-    segments: list[list[list[int]]],
-    wants_entropy: bool,
-    shifted: bool,
-    unit: float,
-    scale: float,
-    softcap: float,
-    hidden: float,
-    to_log2: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Log-sum-exp, products with values and weights, entropy and masses of a whole call."""
-    batch, heads, rows, keys, shared = query.size(0), query.size(1), query.size(2), key.size(2), key.size(1)
-    apart, groups = batch * shared, heads // shared
-    columns = keys if triangle is None else min(rows, keys)
-    if mask is not None and mask.size(0) * mask.size(1) > 1:
-        mask = mask.expand(batch, heads, -1, -1).reshape(apart, groups, mask.size(2), mask.size(3))
-    if sinks is not None:
-        sinks = sinks.view(apart, groups, rows)
-    if weights is not None:
-        weights = weights.reshape([apart, groups, rows, weights.size(3)])
-    total = query.new_empty([apart, groups, rows])
-    highest = torch.empty_like(total) if shifted else None
-    expected = torch.empty_like(total) if wants_entropy else None
-    mass: Tensor | None = None
-    if len(segments) > 0:
-        mass = query.new_empty([apart, groups, rows, len(segments)])
-    forward: Tensor | None = None
-    if values is not None:
-        forward = query.new_empty([apart, groups, rows, values.size(3)])
-        values = values.flatten(0, 1)
-    transposed: Tensor | None = None
-    if weights is not None:
-        transposed = query.new_zeros([batch * heads, keys, weights.size(3)])
-    buffer = query.new_empty([batch * heads * rows * columns])
-    _answer_strips(
-        [[0, rows, columns]],
-        query.reshape([apart, groups, rows, query.size(3)]),
-        key.flatten(0, 1),
-        mask,
-        triangle,
-        sinks,
-        values,
-        weights,
-        segments,
-        buffer,
-        torch.empty_like(buffer) if wants_entropy else buffer,
-        scale,
-        softcap,
-        hidden,
-        to_log2,
-        highest,
-        total,
-        expected,
-        mass,
-        forward,
-        transposed,
-    )
-    logsumexp, entropy = finish(total, highest, expected, mass, forward, sinks, unit, to_log2)
-    return (
-        logsumexp.view(batch, heads, rows),
-        None if forward is None else forward.view(batch, heads, rows, -1),
-        None if transposed is None else transposed.view(batch, heads, keys, -1),
-        None if entropy is None else entropy.view(batch, heads, rows),
-        None if mass is None else mass.view(batch, heads, rows, -1),
+        scores,
+        request,
+        lambda request: _Forward(scores, request).run(),
+        lambda ctx, gradients: _Backward(scores, ctx, gradients).run(),
     )
 
 

@@ -254,17 +254,17 @@ class AttentionMap(TokenMap):
         return total.expand(*total.shape[:2], keys)
 
     def _expect(self, question: str, *arguments: object) -> None:
-        ask: dict[str, Callable[..., None]] = {
-            "entropy": self._ask_entropy,
-            "received": self._ask_received,
-            "mass": self._ask_mass,
-            "product": self._ask_product,
-        }
-        ask[question](*arguments)
+        ask: Callable[..., None] = getattr(self, f"_ask_{question}")
+        ask(*arguments)
 
-    def rides_along(self, values: Tensor) -> bool:
-        """Whether ``A @ values`` can join the announced questions and still be exact in the values' own precision."""
-        return self._pass.pending and values.dtype == self._scores.query.dtype == self._scores.dtype
+    def product_alongside(self, values: Tensor) -> Tensor | None:
+        """``A @ values``, from the pass that answers the announced questions.
+
+        None where nothing was announced, or the pass is in another precision than that of the values. They are those of
+        the map's own call, (B, Hk or Hq, M, W).
+        """
+        exact = values.dtype == self._scores.query.dtype == self._scores.dtype
+        return self._product(values) if exact and self._pass.pending else None
 
     # --- entries ------------------------------------------------------------------------------------------------------
 

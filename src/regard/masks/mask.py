@@ -50,6 +50,23 @@ class Mask(ABC):
         """Whether the rule depends on the distance ``query − key`` alone, so that tiles on a diagonal are alike."""
         return False
 
+    @property
+    def settings(self) -> tuple[object, ...] | None:
+        """Its kind and its numbers, where it is made of nothing else: rules with equal settings are the same rule.
+
+        None for rules of tensors or functions, which may change, and for those of other classes than frozen dataclasses.
+
+        >>> from regard import masks
+        >>> masks.window(2, 0).settings == masks.window(2, 0).settings, masks.documents([3, 4]).settings
+        (True, None)
+        """
+        parameters = vars(type(self)).get("__dataclass_params__")
+        names = [field.name for field in fields(self)] if parameters is not None and parameters.frozen else None  # type: ignore[arg-type]
+        if names is None or vars(self).keys() != set(names):
+            return None
+        settings = [_settings(getattr(self, name)) for name in names]
+        return None if _UNKNOWN in settings else (type(self), *settings)
+
     def check(self, batch: int, heads: int, queries: int, keys: int) -> None:  # noqa: B027 - most rules hold anywhere
         """Raise ValueError if the rule is not defined for as many; ``queries`` and ``keys`` count from the text's begin."""
 
@@ -194,6 +211,18 @@ class Mask(ABC):
         return BlockMask.from_kv_blocks(
             *some, *every, BLOCK_SIZE=sizes, mask_mod=self.to(device).mask_mod, seq_lengths=(queries, keys)
         )
+
+
+_UNKNOWN = object()
+
+
+def _settings(value: object) -> object:
+    if isinstance(value, tuple):
+        parts = tuple(_settings(part) for part in value)
+        return _UNKNOWN if _UNKNOWN in parts else parts
+    if isinstance(value, Mask):
+        return value.settings or _UNKNOWN
+    return value if value is None or isinstance(value, int) else _UNKNOWN
 
 
 def _in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,21 @@ __all__ += memory.__all__
 __all__ += softmax.__all__
 
 if TYPE_CHECKING:
+    from regard.mixers.checkpoints import load_layer as load_layer
+    from regard.mixers.checkpoints import load_model as load_model
     from regard.mixers.in_place import replace_attention as replace_attention
+    from regard.mixers.in_place import replace_linear_layers as replace_linear_layers
     from regard.mixers.language_model import MixerConfig as MixerConfig
     from regard.mixers.language_model import MixerLM as MixerLM
 
-_OF_TRANSFORMERS = {"MixerConfig": "language_model", "MixerLM": "language_model", "replace_attention": "in_place"}
+_OF_TRANSFORMERS = {
+    "MixerConfig": "language_model",
+    "MixerLM": "language_model",
+    "load_layer": "checkpoints",
+    "load_model": "checkpoints",
+    "replace_attention": "in_place",
+    "replace_linear_layers": "in_place",
+}
 
 
 def __getattr__(name: str) -> Any:

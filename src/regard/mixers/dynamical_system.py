@@ -13,6 +13,7 @@ LightningAttention        λ of the head               2 D, D if not turned  k_i
 LightNet                  exp(z_{i−1} − z_i)          2 D                   exp(k_i − z_i)     q_i
 TaylorAttention           1                           1 + F + F (F + 1)/2   φ(k_i)             φ(q_i) / Σ_j φ(q_i)·φ(k_j)
 FAST, of order 2          1                           1 + D + D (D + 1)/2   φ(k_i)             φ(q_i) / Σ_j φ(q_i)·φ(k_j)
+GatedLinearAttention      α_i of each channel         D                     k_i                q_i
 SelectiveSSM              exp(−Δ_i a)                 states                Δ_i b(x_i)         c(x_i)
 DeltaRule                 I − β_i k_i k_iᵀ            D                     β_i k_i            q_i
 GatedDeltaRule            α_i (I − β_i k_i k_iᵀ)      D                     β_i k_i            q_i

@@ -47,3 +47,13 @@ def cut(tensor: Tensor, chunk: int) -> Tensor:
     """Whole chunks; zeros at the end neither add to the state nor decay it."""
     padded = functional.pad(tensor, (0, 0, 0, -tensor.shape[2] % chunk))
     return padded.reshape(*padded.shape[:2], -1, chunk, padded.shape[3])
+
+
+def softplus(x: Tensor) -> Tensor:
+    """``log(1 + e^x)``.
+
+    >>> softplus(torch.tensor([-100.0, 0.0, 100.0]))
+    tensor([0.0000e+00, 6.9315e-01, 1.0000e+02])
+    """
+    # The slope of PyTorch's own is laid out in memory otherwise than compiled code takes it to be, and is refused there.
+    return torch.logaddexp(x, x.new_zeros(()))

@@ -1,4 +1,4 @@
-"""A mixer in the place of the attention of chosen layers of a pretrained model."""
+"""A mixer in the place of chosen layers of a pretrained model: a fresh one for its attention, the same for a linear layer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from regard.mixers.checkpoints import linear_layers, load_layer
 from regard.mixers.mixer import Mixer
 from regard.mixers.state_cache import StateLayer, layer_of
 from regard.runtime import visible
@@ -85,6 +87,69 @@ def replace_attention(
             raise ValueError(f"{path} is of width {width}, and the mixer made for it of width {mixer.dim}")
         put[path] = MixerAttention(mixer, module.layer_idx).to(weight.device, weight.dtype)
     selection.check(dict(enumerate(path for path, _ in found)))
+    for path, new in put.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new.train(model.training))
+    return put
+
+
+class MixerLayer(Module):
+    """What stands where a model's own linear layer stood: called as that was, and the model's cache keeps its state."""
+
+    def __init__(self, mixer: Mixer, layer_idx: int) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """The mixed tokens, (batch, tokens, dim)."""
+        if others.get("cu_seq_lens_q") is not None:
+            raise ValueError("a mixer in the place of a linear layer takes padded texts, and was given packed ones")
+        held = StateLayer() if cache_params is None else layer_of(cache_params, self.layer_idx)
+        return held.mix(self.mixer, hidden_states, _real(attention_mask, hidden_states))
+
+
+def replace_linear_layers(model: PreTrainedModel, layers: Layers | None = None) -> dict[str, MixerLayer]:
+    """Put mixers of the same weights in the place of a model's own linear layers: Mamba's, Qwen3-Next's and Qwen3.5's.
+
+    The model computes what it did. What is gained is what mixers are: `regard.watch` sees the matrix that each hides, padding
+    is nothing on either side, and states are values. The mixers take the dtype and the device of the layers.
+
+    Args:
+        model: of transformers.
+        layers: as for `regard.watch`, among the linear layers: numbers, a slice, a glob on the module's path; all by default.
+
+    Returns:
+        What was put in, by path.
+
+    Raises:
+        ValueError: a model without linear layers that `load_layer` knows; options that mixers do not have.
+
+    >>> import torch
+    >>> from transformers import MambaConfig, MambaForCausalLM
+    >>> from regard.mixers.in_place import replace_linear_layers
+    >>> model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=50)).eval()
+    >>> ids = torch.tensor([[3, 1, 4]])
+    >>> expected = model(ids).logits
+    >>> list(replace_linear_layers(model))
+    ['backbone.layers.0.mixer', 'backbone.layers.1.mixer']
+    >>> bool(torch.allclose(model(ids).logits, expected, atol=1e-4))
+    True
+    """
+    found = linear_layers(model)
+    selection = Selection(layers)
+    put: dict[str, MixerLayer] = {}
+    for number, (path, module) in enumerate(found.items()):
+        if selection.wants(path, number, len(found)):
+            mixer = load_layer(module, model.config.get_text_config(), next(module.parameters()).dtype)
+            put[path] = MixerLayer(mixer, vars(module)["layer_idx"])
+    selection.check(dict(enumerate(found)))
     for path, new in put.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new.train(model.training))

@@ -29,8 +29,8 @@ class MixerConfig(PretrainedConfig):
     Args:
         mixer: the name of a mixer of `regard.mixers`, or one for each layer.
         mixer_arguments: what it is made with beside its width, or a mapping for each layer.
-        vocab_size, hidden_size, intermediate_size, num_hidden_layers, rms_norm_eps, initializer_range,
-            tie_word_embeddings: as for a Llama.
+        intermediate_size: of what follows each mixer; 0 for layers of mixers alone, as Mamba's are.
+        vocab_size, hidden_size, num_hidden_layers, rms_norm_eps, initializer_range, tie_word_embeddings: as for a Llama.
 
     Raises:
         ValueError: a name that no mixer has; as many mixers as there are no layers; a mixer that is not causal.
@@ -101,15 +101,19 @@ class MixerConfig(PretrainedConfig):
 
 
 class MixerBlock(Module):
-    """One layer: ``x + mixer(norm(x))``, and then ``x + W_down(silu(W_gate x) ⊙ W_up x)`` of a norm."""
+    """One layer: ``x + mixer(norm(x))``, and then ``x + W_down(silu(W_gate x) ⊙ W_up x)`` of a norm, where it is wanted."""
 
     def __init__(self, config: MixerConfig, layer: int) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        self.mixer_norm, self.mlp_norm = (RMSNorm(width, eps=config.rms_norm_eps) for _ in range(2))
+        self.mixer_norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.mixer = config.make(layer)
         for module in self.mixer.modules():  # begins as its paper has it, not as the rest of the model
             module._is_hf_initialized = True  # type: ignore[assignment]
+        if not inner:
+            self.mlp_norm = None
+            return
+        self.mlp_norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.gate_proj = Linear(width, inner, bias=False)
         self.up_proj = Linear(width, inner, bias=False)
         self.down_proj = Linear(inner, width, bias=False)
@@ -117,6 +121,8 @@ class MixerBlock(Module):
     def forward(self, x: Tensor, held: StateLayer, mask: Tensor | None) -> Tensor:
         """The layer's output, (batch, tokens, width)."""
         x = x + held.mix(self.mixer, self.mixer_norm(x), mask)
+        if self.mlp_norm is None:
+            return x
         y = self.mlp_norm(x)
         mixed: Tensor = x + self.down_proj(functional.silu(self.gate_proj(y)) * self.up_proj(y))
         return mixed

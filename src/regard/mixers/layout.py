@@ -65,9 +65,25 @@ class Layout:
                 f"{name} takes a boolean context_mask of shape {tuple(context.shape[:2])}, got {mask.dtype} "
                 f"{tuple(mask.shape)}"
             )
-        if mask is not None and not bool(mask.any(dim=1).all()):
+        if mask is not None and not torch.compiler.is_compiling() and not bool(mask.any(dim=1).all()):
             empty = [row for row, real in enumerate(mask.any(dim=1).tolist()) if not real]
             raise ValueError(f"{name} was given contexts without a real token, of texts {empty}")
+
+
+def as_boolean(mask: Tensor | None, name: str) -> Tensor | None:
+    """The mask, boolean also where it was given as whole numbers, 1 for real tokens, as tokenizers make it.
+
+    Raises:
+        ValueError: whole numbers other than 0 and 1.
+
+    >>> as_boolean(torch.tensor([[0, 1, 1]]), "mask")
+    tensor([[False,  True,  True]])
+    """
+    if mask is None or mask.dtype == torch.bool or mask.is_floating_point() or mask.is_complex():
+        return mask
+    if not torch.compiler.is_compiling() and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(f"{name} tells real tokens by 1 and padding by 0, got {mask.unique().tolist()}")
+    return mask != 0
 
 
 PLAIN = Layout()

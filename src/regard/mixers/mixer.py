@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,18 +12,19 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
 from regard.maps import AttentionMap
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.hidden_map import HiddenMap
-from regard.mixers.layout import Layout
+from regard.mixers.in_turn import in_turn
+from regard.mixers.layout import Layout, as_boolean
 from regard.mixers.packed import unpack
 from regard.mixers.state import CONTEXT, State
 
 _PIECE = 2048  # tokens of all texts together
-_TRAINED_PIECE = 512  # of which all that the backward pass needs is stored at a time
+_TRAINED = 512 * 1024  # numbers in the tokens of which all that the backward pass needs is stored at a time
 _SMALLEST_PIECE = 256  # below, the pieces' number costs more than their size saves
 
 
@@ -61,8 +63,8 @@ class Mixer(Module, ABC):
     ``x`` is (batch, tokens, dim) and so is ``y``. Given the state that a call returned, the next call goes on where that one
     ended: a prompt and then token by token is the same as all at once. How the tokens lie is told beside them:
 
-    - ``mask`` (batch, tokens) tells real tokens from padding, on either side: padding leaves the state as it is, and its
-      outputs are zeros.
+    - ``mask`` (batch, tokens) tells real tokens from padding, on either side, by booleans or by 1 and 0: padding leaves the
+      state as it is, and its outputs are zeros.
     - Of texts that are packed into one row, ``cu_seqlens`` (texts + 1) tells the borders, which nothing crosses: each has a
       state of its own.
     - ``context`` (batch, other tokens, dim), with a ``context_mask``, is looked at instead: cross-attention, in the first
@@ -87,12 +89,14 @@ class Mixer(Module, ABC):
     """Whether a token sees those up to it alone; otherwise all, and no call goes on from a state."""
 
     _arguments: Mapping[str, str]
+    _made_of: tuple[tuple[Any, ...], Mapping[str, Any]]
 
     def __new__(cls, *arguments: Any, **named: Any) -> Self:
         """Keep what it is made of, by which it knows its own states."""
         mixer = super().__new__(cls)
         bound = inspect.signature(cls).bind_partial(*arguments, **named)
         bound.apply_defaults()
+        mixer.__dict__["_made_of"] = (arguments, named)
         mixer.__dict__["_arguments"] = {name: repr(value) for name, value in bound.arguments.items()}
         return mixer
 
@@ -101,6 +105,22 @@ class Mixer(Module, ABC):
         if dim < 1:
             raise ValueError(f"{type(self).__name__}: dim must be at least 1, got {dim}")
         self.dim = dim
+
+    def reset_parameters(self) -> None:
+        """Give weights and buffers the numbers of a new layer, as after ``to_empty`` they need them.
+
+        >>> import torch
+        >>> from regard.mixers import DeltaRule
+        >>> with torch.device("meta"):
+        ...     mixer = DeltaRule(32)
+        >>> mixer.to_empty(device="cpu").reset_parameters()
+        >>> mixer.norm.weight[:3].tolist()
+        [1.0, 1.0, 1.0]
+        """
+        arguments, named = self._made_of
+        with torch.device("cpu"):
+            fresh = type(self)(*arguments, **named)
+        self.load_state_dict(fresh.state_dict())
 
     def forward(
         self,
@@ -129,9 +149,11 @@ class Mixer(Module, ABC):
     ) -> Layout:
         """How the tokens lie, once all that a call was given has been checked."""
         cross = context is not None or (isinstance(state, State) and state.of_context)
+        name = type(self).__name__
         layout = Layout(
-            mask, None if grid is None else tuple(grid), context, context_mask, self.causal and not cross, cross
-        )
+            as_boolean(mask, f"the mask of {name}"), None if grid is None else tuple(grid), context,
+            as_boolean(context_mask, f"the context_mask of {name}"), self.causal and not cross, cross,
+        )  # fmt: skip
         self._check(x, state, layout)
         return layout
 
@@ -196,11 +218,7 @@ class Mixer(Module, ABC):
         if layout.cross:  # which the state holds once the first piece is read
             layouts[1:] = [replace(other, context=None, context_mask=None) for other in layouts[1:]]
         if torch.is_grad_enabled():
-            outputs, after = [], state
-            for text, own in zip(texts, layouts, strict=True):
-                output, after = checkpoint(self.mix, text, after, own, use_reentrant=False)
-                outputs.append(output)
-            return torch.cat(outputs, dim=1), dict(after or {})
+            return self._read_again(list(zip(texts, layouts, strict=True)), state)
         first, after = self.mix(texts[0], state, layouts[0])
         y = first.new_empty(x.shape)  # pieces joined at the end would be held twice
         places = y.split(piece, dim=1)
@@ -214,8 +232,21 @@ class Mixer(Module, ABC):
         """How many tokens are mixed at a time: all, where those that follow are seen, or pieces cost more."""
         if not self.in_pieces or not (layout.causal or layout.cross):
             return x.shape[1]
-        at_once = _TRAINED_PIECE if torch.is_grad_enabled() else _PIECE
-        return max(at_once // max(len(x), 1), _SMALLEST_PIECE)
+        batch, _, dim = x.shape
+        at_once = _TRAINED // dim if torch.is_grad_enabled() else _PIECE
+        return max(at_once // batch, _SMALLEST_PIECE)
+
+    def _read_again(
+        self, parts: list[tuple[Tensor, Layout]], state: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The first piece by itself, after which it is known how large a state is."""
+
+        def step(part: tuple[Tensor, Layout], before: Mapping[str, Tensor] | None) -> tuple[Tensor, Any]:
+            return self.mix(part[0], before, part[1])
+
+        first, after = checkpoint(step, parts[0], state, use_reentrant=False)
+        outputs, after = in_turn(step, parts[1:], after, sum(tensor.numel() for tensor in after.values()))
+        return torch.cat([first, *outputs], dim=1), after
 
     @abstractmethod
     def mix(self, x: Tensor, state: Mapping[str, Tensor] | None, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
@@ -292,6 +323,16 @@ class Mixer(Module, ABC):
             )
 
 
+def without_weight_decay(parameter: Parameter) -> Parameter:
+    """The parameter, marked ``_no_weight_decay``, as trainers look for it: a rate that decayed would become another one.
+
+    >>> without_weight_decay(Parameter(torch.ones(2)))._no_weight_decay
+    True
+    """
+    parameter._no_weight_decay = True  # type: ignore[attr-defined]
+    return parameter
+
+
 def _first(mask: Tensor | None, order: Tensor) -> Tensor | None:
     return None if mask is None else mask.gather(1, order)
 
@@ -306,6 +347,11 @@ def heads_of(x: Tensor, heads: int, *projections: Module) -> list[Tensor]:
     return [split_heads(projection(x), heads) for projection in projections]
 
 
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Heads (B, h, N, D), each as many times side by side as makes (B, H, N, D) of them."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
 def join_heads(x: Tensor) -> Tensor:
     """(B, H, N, D) as (B, N, H·D)."""
     return x.transpose(1, 2).flatten(2)
@@ -315,3 +361,19 @@ def check_divides(name: str, dim: int, heads: int) -> None:
     """Refuse heads that do not divide the width."""
     if heads < 1 or dim % heads:
         raise ValueError(f"{name}: dim must be a multiple of heads, got dim={dim} and heads={heads}")
+
+
+def check_groups(name: str, fewer: tuple[str, int], more: tuple[str, int]) -> None:
+    """Refuse heads of which the more are no multiple of the fewer."""
+    if fewer[1] < 1 or more[1] < 1 or more[1] % fewer[1]:
+        raise ValueError(f"{name}: {more[0]} must be a multiple of {fewer[0]}, got {more[1]} and {fewer[1]}")
+
+
+def expanded(name: str, width: int, factor: float, heads: int = 1) -> int:
+    """A width made so many times as large, whole for each of its heads."""
+    product = round(width * factor)
+    if product < 1 or not math.isclose(product, width * factor, rel_tol=1e-5) or product % heads:
+        raise ValueError(
+            f"{name}: a width of {width}, expanded {factor:g} times, must be a multiple of {heads}, got {width * factor:g}"
+        )
+    return product

@@ -89,7 +89,7 @@ def layer_of(cache: Cache, number: int) -> StateLayer:
     """The layer of this number of a cache, made one that holds a state where it is still empty.
 
     Raises:
-        ValueError: a layer that holds keys and values of a text.
+        ValueError: a layer that holds keys and values of a text, or what a linear layer kept of it.
     """
     while len(cache.layers) <= number:
         cache.layers.append(
@@ -98,9 +98,17 @@ def layer_of(cache: Cache, number: int) -> StateLayer:
     held: Any = cache.layers[number]
     if isinstance(held, StateLayer):
         return held
-    if not isinstance(held, CacheLayerMixin) or held.get_seq_length():
+    if not _is_empty(held):
         raise ValueError(
-            f"layer {number} of the cache holds keys and values, not the state of a mixer; begin with another"
+            f"layer {number} of the cache holds what another layer kept of a text, no state of a mixer; begin with a new one"
         )
     made = cache.layers[number] = StateLayer()
     return made
+
+
+def _is_empty(held: Any) -> bool:
+    """Whether a layer of a cache holds nothing of a text yet, keys and values or the state of a linear layer."""
+    if isinstance(held, CacheLayerMixin):
+        return not held.get_seq_length()
+    parts = [part.values() if isinstance(part, dict) else (part,) for part in vars(held).values()]
+    return not any(isinstance(tensor, Tensor) for part in parts for tensor in part)

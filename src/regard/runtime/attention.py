@@ -53,12 +53,10 @@ def attend(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCal
     with torch.no_grad():
         attention = edited_map(last.detached())
         takes = [reading.ask(attention, last) for reading in last.readings]
-        shared = _share(last, attention) if may_share else None
-    output = _output(make, last, normal) if shared is None else _laid_out(shared, normal)
-    with torch.no_grad():
+        shared = attention.product_alongside(last.value) if may_share else None
         for take in takes:
             take()
-    return output
+    return _output(make, last, normal) if shared is None else _laid_out(shared, normal)
 
 
 def read(call: HiddenCall) -> None:
@@ -75,19 +73,13 @@ def read(call: HiddenCall) -> None:
 
 def _output(make: Callable[[], Tensor], last: AttentionCall, normal: AttentionCall) -> Tensor:
     arguments = ("query", "key", "value", "attn_mask", "is_causal", "scale", "dropout_p", "rule")
+    if last is normal:
+        return make()
     if not last.edited and all(getattr(last, name) is getattr(normal, name) for name in arguments):
         output = make()
         shape = (*normal.query.shape[:3], output.shape[-1])
         return output if output.shape == shape else output.reshape(shape)
     return _laid_out(run(last).to(normal.value.dtype), normal)
-
-
-def _share(call: AttentionCall, attention: AttentionMap) -> Tensor | None:
-    """The output from the pass that answers what is read, where it is the same to rounding."""
-    if not attention.rides_along(call.value):
-        return None
-    attention.expect("product", call.value)
-    return attention @ call.value
 
 
 def _laid_out(output: Tensor, call: AttentionCall) -> Tensor:

@@ -308,7 +308,7 @@ def _links(blocks: list[Block], stack: Stack, label: str, hidden: bool) -> list[
         if hidden:
             block.mixers.add(site.layer)
         if block.first_pass:
-            site = replace(site, pass_index=site.pass_index - block.first_pass)
+            site = site._replace(pass_index=site.pass_index - block.first_pass)
         if block.interceptor.wants(site):
             links.append((block, site))
     return sorted(links, key=lambda link: not link[0].interceptor.outermost)

@@ -105,7 +105,7 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
             _arrange()
         return attention.plain(*args, **kwargs)
     make = functools.partial(attention.plain, *args, **kwargs)
-    return chain.intercept(AttentionCall(*args, **kwargs), functools.partial(attention.attend, make))
+    return chain.intercept(AttentionCall.of(*args, **kwargs), functools.partial(attention.attend, make))
 
 
 def _lead_back() -> None:

@@ -20,7 +20,7 @@ _CALL = Module._call_impl.__code__
 _TORCH = str(Path(torch.__file__).parent)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Frame:
     """A module that runs, and what it was called with. ``run`` is an object of this one run of it."""
 

@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -32,8 +32,7 @@ class _Pass:
     memo: dict[object, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """Which call of a model this is; where in its text it stands is found only for who wants to know."""
 
     path: str
@@ -101,7 +100,7 @@ class Tracker:
         self.layers: list[str] = []
         self.passes = 0
         self._numbers: dict[str, int] = {}
-        self._names: WeakKeyDictionary[Module, dict[Module, str]] = WeakKeyDictionary()
+        self._names: dict[Module, dict[Module, str]] = {}
         self._strangers: WeakKeyDictionary[Module, WeakSet[Module]] = WeakKeyDictionary()
         self._of_parts: set[str] = set()  # paths of what parts of the model did by themselves since its last pass
         self._running: dict[int, _Pass] = {}  # by thread: several may run the model at once
@@ -196,7 +195,7 @@ class Tracker:
     def _path(self, frames: list[Frame]) -> str:
         if not frames:
             return _BARE
-        root, module = self.model or frames[-1].module, frames[0].module
+        root, module = frames[-1].module if self.model is None else self.model, frames[0].module
         name = self._names_in(root, [module]).get(module, type(module).__name__)
         if self.model is not None:
             return name or type(root).__name__
@@ -204,11 +203,13 @@ class Tracker:
 
     def _names_in(self, root: Module, modules: Iterable[Module]) -> Mapping[Module, str]:
         """The paths of a module's parts, those among ``modules`` included that were made while it runs."""
-        names, strangers = self._names.setdefault(root, {}), self._strangers.setdefault(root, WeakSet())
-        unknown = [module for module in modules if module not in names and module not in strangers]
+        names = self._names.setdefault(root, {})
+        unknown = [module for module in modules if module not in names]
         if unknown:
-            names.update({inner: _without_wrappers(name) for name, inner in root.named_modules()})
-            strangers.update(module for module in unknown if module not in names)
+            strangers = self._strangers.setdefault(root, WeakSet())
+            if any(module not in strangers for module in unknown):
+                names.update({inner: _without_wrappers(name) for name, inner in root.named_modules()})
+                strangers.update(module for module in unknown if module not in names)
         return names
 
     # --- token ids ----------------------------------------------------------------------------------------------------
@@ -282,12 +283,12 @@ def _tokens_before(cache: Any, layer: int | None, queries: int) -> int | None:
     """How many tokens the cache held before the call's own, which it has taken by now; None if it does not tell."""
     if cache is None:
         return None
-    layers = [other for other in getattr(cache, "layers", ()) if hasattr(other, "get_seq_length")]
-    own = None if layer is None or not layers or layer >= len(cache.layers) else cache.layers[layer]
-    borrows = bool(layers) and not hasattr(own, "get_seq_length")
+    layers = getattr(cache, "layers", ())
+    own = None if layer is None or layer >= len(layers) else layers[layer]
+    borrows = not hasattr(own, "get_seq_length") and any(hasattr(other, "get_seq_length") for other in layers)
     length = 0 if borrows else int(cache.get_seq_length(layer))
     if length < queries:  # a layer that attends to the keys of another has none of its own
-        length = max((int(other.get_seq_length()) for other in layers), default=0)
+        length = max((int(other.get_seq_length()) for other in layers if hasattr(other, "get_seq_length")), default=0)
     return length - queries if length >= queries else None
 
 

@@ -59,16 +59,10 @@ class Selection:
         self._layers = (named or None) if layers is None else _choices(layers, "layers")
         self._named = named
         self._passes = None if passes is None else _choices(passes, "passes")
-
-    @property
-    def every_head(self) -> bool:
+        self.every_head = self._heads is None and not self._heads_by_layer
         """Whether all heads of each layer are chosen."""
-        return self._heads is None and not self._heads_by_layer
-
-    @property
-    def counts_layers(self) -> bool:
+        self.counts_layers = any(_from_the_end(choice) for choice in [*(self._layers or []), *named])
         """Whether `wants` and `heads` need the number of layers: a choice counts from the last."""
-        return any(_from_the_end(choice) for choice in [*(self._layers or []), *self._named])
 
     @property
     def counts_passes(self) -> bool:

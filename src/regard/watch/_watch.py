@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +17,9 @@ from regard.runtime import AttentionCall, Call, Entry, HiddenCall, Place, Procee
 from regard.tokens import Heads, Layers, Passes, Selection, check
 from regard.watch._sequence import Part, Sequence
 from regard.watch.recording import Recording
-from regard.watch.statistic import Measured, Statistic
+from regard.watch.statistic import Statistic
+
+_Answered = TypeVar("_Answered")
 
 
 class watch(Reentrant["_Entry"]):  # noqa: N801 - a context manager, named as what one writes
@@ -120,27 +121,31 @@ class _Entry(Entry):
 
     def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
         """Have what is run in the end be read."""
-        place = replace(call.place, token_mask=self._mask_of(call))
+        place, mask = call.place, self._mask_of(call)
+        if mask is not place.token_mask:
+            place = replace(place, token_mask=mask)
         share = self._options.share and self._selection.every_head
         return proceed(call.with_reading(Reading(partial(self._ask, place), share)))
 
     def _ask(self, place: Place, attention: TokenMap, last: AttentionCall | HiddenCall) -> Callable[[], None]:
         """Have each statistic announce what it needs; what is returned measures them."""
         call: Call = last.at(place)
-        heads = self._selection.heads(place.path, place.layer, attention.shape[1], self.block.layers(self._selection))
+        heads = None
+        if not self._selection.every_head:
+            layers = self.block.layers(self._selection)
+            heads = self._selection.heads(place.path, place.layer, attention.shape[1], layers)
         if heads is not None:
             attention, call = attention.heads(heads), call.heads(heads)
-        asked: dict[Statistic, Callable[[], Measured]] = {}
-        for statistic in self._options.statistics:
-            with _told(statistic, call):
-                asked[statistic] = statistic.ask(attention, call)
+        asked = [
+            (statistic, _answer(statistic, place, statistic.ask, attention, call))
+            for statistic in self._options.statistics
+        ]
 
         def take() -> None:
             measured: dict[str, Tensor] = {}
-            for statistic, answer in asked.items():
-                with _told(statistic, call):
-                    result = answer()
-                named = result if isinstance(result, Mapping) else {statistic.name: result}
+            for statistic, answer in asked:
+                result = _answer(statistic, place, answer)
+                named = {statistic.name: result} if isinstance(result, Tensor) else result
                 for name, dims in statistic.dimensions().items():
                     measured[name] = _masked(named[name], dims, place.token_mask).cpu()
             self._record(place, attention, heads, measured)
@@ -193,14 +198,13 @@ def _masked(values: Tensor, dims: tuple[str, ...], mask: Tensor | None) -> Tenso
     return values.masked_fill(~mask.to(values.device).view(shape), torch.nan)
 
 
-@contextmanager
-def _told(statistic: Statistic, call: Call) -> Iterator[None]:
-    """Say where a map has no answer to what a statistic asks."""
+def _answer(statistic: Statistic, place: Place, ask: Callable[..., _Answered], *arguments: object) -> _Answered:
+    """What is answered; where a map has no answer to what a statistic asks, say so."""
     try:
-        yield
+        return ask(*arguments)
     except NotImplementedError as error:
         raise NotImplementedError(
-            f"{type(statistic).__name__} of {call.place.path}: {error}; leave out the statistic, or the layer with layers="
+            f"{type(statistic).__name__} of {place.path}: {error}; leave out the statistic, or the layer with layers="
         ) from error
 
 

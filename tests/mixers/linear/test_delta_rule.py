@@ -1,5 +1,7 @@
 """The delta rule, plain and gated: forms, layers, and what it is for."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,6 +67,56 @@ def test_layer(kind: type[DeltaRule]) -> None:
     check_mixer(mixer)
 
 
+CHOICES: list[tuple[type[DeltaRule], dict[str, Any]]] = [
+    (DeltaRule, {"head_dim": 6, "expand_v": 1.5, "use_gate": True, "conv_bias": True}),
+    (DeltaRule, {"qk_norm": "sum", "qk_activation": "elu", "use_beta": False}),
+    (DeltaRule, {"use_short_conv": False, "qk_activation": "relu", "allow_neg_eigval": True}),
+    (DeltaRule, {"qk_activation": "identity", "conv_size": 2}),
+    (GatedDeltaRule, {"num_v_heads": 6, "head_dim": 5, "expand_v": 2.0, "allow_neg_eigval": True}),
+    (GatedDeltaRule, {"use_gate": False, "use_short_conv": False}),
+]
+
+
+@pytest.mark.parametrize(("kind", "choices"), CHOICES)
+def test_layers_of_other_choices(kind: type[DeltaRule], choices: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    mixer = kind(24, heads=3, **choices)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    check_mixer(mixer)
+
+
+def test_more_heads_of_values_than_of_keys() -> None:
+    """Neighbouring heads of values share a query and a key: the same as with these repeated."""
+    torch.manual_seed(0)
+    shared, alone = GatedDeltaRule(24, 2, num_v_heads=6, head_dim=4), GatedDeltaRule(24, 6, head_dim=4)
+    weights, taps = shared.state_dict(), shared.conv1d.weight.split([8, 8, 24])
+    for name in ("q_proj.weight", "k_proj.weight"):
+        weights[name] = weights[name].unflatten(0, (2, 4)).repeat_interleave(3, dim=0).flatten(0, 1)
+    repeated = [tap.unflatten(0, (2, 4)).repeat_interleave(3, dim=0).flatten(0, 1) for tap in taps[:2]]
+    alone.load_state_dict(weights | {"conv1d.weight": torch.cat([*repeated, taps[2]])})
+    x = torch.randn(2, 19, 24)
+    torch.testing.assert_close(shared(x)[0], alone(x)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_beta_reaches_2_where_eigenvalues_may_be_negative() -> None:
+    mixer, x = DeltaRule(8, heads=2, allow_neg_eigval=True), torch.randn(1, 5, 8)
+    torch.testing.assert_close(mixer.project(x)["beta"], 2 * mixer.b_proj(x).sigmoid().mT)
+    assert (DeltaRule(8, heads=2, use_beta=False).project(x)["beta"] == 1).all()
+
+
+def test_decays_near_1_differ_in_half_precision() -> None:
+    """A head that forgets little is none that forgets nothing: what its decay is made of is not rounded to bfloat16."""
+    mixer, x = GatedDeltaRule(8, heads=2), torch.zeros(1, 1, 8)
+    with torch.no_grad():
+        mixer.A_log.fill_(0.0)
+        mixer.dt_bias.copy_(torch.tensor([-9.0, -8.0]))
+    found = mixer.bfloat16().project(x.bfloat16())["log_decay"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found[0, :, 0], -torch.tensor([-9.0, -8.0]).exp().log1p())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -82,6 +134,12 @@ def test_bad_inputs(change: dict[str, Tensor], message: str) -> None:
 def test_bad_layers_and_states() -> None:
     with pytest.raises(ValueError, match=r"DeltaRule: dim must be a multiple of heads, got dim=10 and heads=4"):
         DeltaRule(10, heads=4)
+    with pytest.raises(ValueError, match=r"DeltaRule: num_v_heads must be a multiple of heads, got 3 and 2"):
+        DeltaRule(8, heads=2, num_v_heads=3)
+    with pytest.raises(ValueError, match=r"there is no 'l1' of queries and keys; known are l2, sum"):
+        DeltaRule(8, heads=2, qk_norm="l1")
+    with pytest.raises(ValueError, match=r"a width of 4, expanded 1.3 times, must be a multiple of 1, got 5.2"):
+        DeltaRule(8, heads=2, expand_v=1.3)
     mixer, x = DeltaRule(8, heads=2), torch.randn(2, 5, 8)
     _, other = GatedDeltaRule(8, heads=2)(x)
     with pytest.raises(ValueError, match=r"DeltaRule goes on from a state of its own, got a state of GatedDeltaRule"):
@@ -93,7 +151,7 @@ def test_bad_layers_and_states() -> None:
         ValueError, match=r"takes x of shape \(batch, tokens, 8\), at least one of each, got \(2, 5, 7\)"
     ):
         mixer(x[..., :7])
-    with pytest.raises(ValueError, match=r"takes a boolean mask of shape \(2, 5\), got torch.int64 \(2, 5\)"):
-        mixer(x, mask=torch.ones(2, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"takes a boolean mask of shape \(2, 5\), got torch.float32 \(2, 5\)"):
+        mixer(x, mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"decode takes one token, \(batch, dim\), got \(2, 5, 8\)"):
         mixer.decode(x, state)

@@ -22,10 +22,10 @@ def inputs(length: int, order: int, width: int = 6) -> list[Tensor]:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 120), st.sampled_from([1, 2]), st.integers(1, 70), st.integers(1, 70))
-def test_forms_agree(length: int, order: int, chunk: int, piece: int) -> None:
+@given(st.integers(1, 120), st.sampled_from([1, 2]), st.integers(1, 70))
+def test_forms_agree(length: int, order: int, chunk: int) -> None:
     def run(q: Tensor, k: Tensor, v: Tensor, state: Tensor, form: str) -> tuple[Tensor, Tensor]:
-        return fast_attention(q, k, v, state, order=order, form=form, chunk=chunk, piece=piece)
+        return fast_attention(q, k, v, state, order=order, form=form, chunk=chunk)
 
     check_forms(run, inputs(length, order))
 
@@ -90,7 +90,7 @@ def test_layer(order: int, rotary: float | None) -> None:
     ("change", "message"),
     [
         ({"order": 3}, r"order must be 1 or 2, got 3"),
-        ({"piece": 0}, r"piece must be at least 1, got 0"),
+        ({"chunk": 0}, r"chunk must be at least 1, got 0"),
         ({"key": torch.randn(1, 2, 5, 3)}, r"query and key must be of one shape.*\(1, 2, 5, 4\), \(1, 2, 5, 3\)"),
         ({"mask": torch.ones(5)}, r"mask must be boolean, of shape \(1, 5\), got torch.float32 \(5,\)"),
         ({"state": torch.zeros(1, 2, 4, 4)}, r"the state must be of shape \(1, 2, 15, 5\), got \(1, 2, 4, 4\)"),

@@ -8,6 +8,7 @@ from regard.mixers.linear.based import Based, TaylorAttention, taylor_attention,
 from regard.mixers.linear.chela import CHELA
 from regard.mixers.linear.fast import FAST, fast_attention
 from regard.mixers.linear.gated_delta_rule import GatedDeltaRule
+from regard.mixers.linear.gated_linear_attention import GatedLinearAttention
 from regard.mixers.linear.lightning import LightningAttention, lightning_attention, lightning_decay
 from regard.mixers.linear.longvq import CodebookState, LongVQ, codebook_attention
 from regard.mixers.linear.selective_ssm import SelectiveSSM, selective_scan
@@ -22,6 +23,7 @@ __all__ = [
     "CodebookState",
     "DeltaRule",
     "GatedDeltaRule",
+    "GatedLinearAttention",
     "LightNet",
     "LightningAttention",
     "LongConvolution",

@@ -15,7 +15,7 @@ from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear._lrpe import positions_after, turn
-from regard.mixers.mixer import Facts, check_divides, heads_of, join_heads, split_heads
+from regard.mixers.mixer import Facts, check_divides, heads_of, join_heads, split_heads, without_weight_decay
 from regard.mixers.projected import Projected
 from regard.mixers.value_mixer import ValueMixer
 
@@ -200,7 +200,7 @@ class TPE(Module):
         if rank < 1:
             raise ValueError(f"TPE: rank must be at least 1, got {rank}")
         self.heads, self.rank, self.causal = heads, rank, causal
-        self.rate = Parameter(-torch.linspace(0, math.log(64), heads * rank).view(heads, rank))
+        self.rate = without_weight_decay(Parameter(-torch.linspace(0, math.log(64), heads * rank).view(heads, rank)))
         self.weight = Parameter(torch.full((heads, rank), 1 / rank))
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:

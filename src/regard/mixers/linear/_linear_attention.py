@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from regard.mixers.forms import Form, check_form, check_heads, cut, initial_state
+from regard.mixers.linear import _fla_kernels
 
 CHUNK = 64
-_CHUNK_OF_CHANNELS = 16  # with a decay for each channel, a chunk holds (chunk, chunk, channels) numbers
 _PIECE = 512  # tokens whose chunks are computed together where no gradients are wanted: they stay in the cache
 
 
@@ -27,9 +27,12 @@ def linear_attention(
     *,
     causal: bool = True,
     form: Form = "chunked",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``o_i = Σ_{j≤i} (q_i · exp(G_i − G_j) k_j) v_j``, with G the running sum of the log decays.
+
+    On a GPU where flash-linear-attention is installed, the chunked form of values in half precision with a decay for each
+    channel is its Triton kernel, whose gradients have none of their own, unless `chunk` is given.
 
     Args:
         query, key: (B, H, N, Dk), keys and values of any other number of tokens where nothing is causal and there is no
@@ -40,7 +43,7 @@ def linear_attention(
         state: S before the first token, (B, H, Dk, Dv); zeros by default.
         causal: else each token sees all, as far as the decay between them reaches: ``exp(−|G_i − G_j|)``.
         form: "parallel" the quadratic reference, "chunked" linear in N, "recurrent" token by token.
-        chunk: tokens of a chunk.
+        chunk: tokens of a chunk, by default 64, 16 with a decay for each channel, or the kernel's own.
 
     Returns:
         The output (B, H, N, Dv) in the values' dtype, and S after the last token, in float32 at least.
@@ -67,13 +70,24 @@ def linear_attention(
         return output.to(value.dtype), after
     decay = _spread(log_decay, q)
     before = initial_state(state, q, v)
+    if form == "chunked" and chunk is None and log_decay is not None and log_decay.ndim == 4:
+        kernel = _fla_kernels.operator("gla", query, value)
+        if kernel is not None:
+            heads = {"q": query.to(value), "k": key.to(value), "v": value, "g": decay}
+            return _fla_kernels.run(kernel, heads, value, state)
     run = {"parallel": _parallel, "chunked": _chunked, "recurrent": _recurrent}[form]
-    output, after = run(q, k, v, decay, before, chunk)
+    output, after = run(q, k, v, decay, before, CHUNK if chunk is None else chunk)
     return output.to(value.dtype), after
 
 
 def _both_ways(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, state: Tensor | None, form: Form, chunk: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    form: Form,
+    chunk: int | None,
 ) -> tuple[Tensor, Tensor]:
     """What comes before and what comes after, the token itself once; the decay from j to i is that of the tokens between."""
     if state is not None:
@@ -102,7 +116,7 @@ def _parallel(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, ch
 def _chunked(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Piece by piece, each from the state of the one before; where gradients are wanted there is but one."""
     length, constant = q.shape[2], decay.shape[2] < q.shape[2]
-    chunk = min(chunk, length) if decay.shape[3] == 1 else min(chunk, length, _CHUNK_OF_CHANNELS)
+    chunk = min(chunk, length)
     piece = length if torch.is_grad_enabled() else max(_PIECE // chunk, 1) * chunk
     rest = length % chunk if constant else 0  # by itself, for zeros after it would decay the state as well
     outputs = []
@@ -139,9 +153,29 @@ def _inside(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
     if total.shape[-1] == 1:
         between = (total - total.mT).masked_fill(hidden, -torch.inf)
         return (q @ k.mT) * between.exp()
-    between = (total[:, :, :, :, None] - total[:, :, :, None]).masked_fill(hidden[..., None], -torch.inf)
-    matrices: Tensor = torch.einsum("bhnid,bhnjd,bhnijd->bhnij", q, k, between.exp())
-    return matrices
+    return _inside_by_halves(q, k, total)
+
+
+def _inside_by_halves(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
+    """The matrices where each channel has a decay: from those of single tokens to those of twice as many, and so on.
+
+    What the second half of a block takes from the first decays to the border between them and from there on: two factors, of
+    which neither exceeds 1, however strong the decay, and each token needs one of them at each size.
+    """
+    length = q.shape[3]
+    extra = (1 << (length - 1).bit_length()) - length
+    q, k = (functional.pad(tensor, (0, 0, 0, extra)) for tensor in (q, k))
+    total = torch.cat([total, total[:, :, :, -1:].expand(-1, -1, -1, extra, -1)], dim=3)
+    blocks = (q * k).sum(-1)[..., None, None]  # (B, H, chunks, blocks, size, size)
+    while blocks.shape[3] > 1:
+        size = blocks.shape[4]
+        first_k, first = (tensor.unflatten(3, (-1, 2, size))[:, :, :, :, 0] for tensor in (k, total))
+        last_q, last = (tensor.unflatten(3, (-1, 2, size))[:, :, :, :, 1] for tensor in (q, total))
+        border = first[:, :, :, :, -1:]
+        across = (last_q * (last - border).exp()) @ (first_k * (border - first).exp()).mT
+        upper, lower = blocks.unflatten(3, (-1, 2)).unbind(4)
+        blocks = torch.cat([functional.pad(upper, (0, size)), torch.cat([across, lower], dim=-1)], dim=-2)
+    return blocks[:, :, :, 0, :length, :length]
 
 
 def _recurrent(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, before: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

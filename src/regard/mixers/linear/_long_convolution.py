@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter, functional
 
 from regard.mixers.forms import Form, check_form
+from regard.mixers.mixer import without_weight_decay
 
 CHUNK = 64
 
@@ -150,7 +151,7 @@ class LongConvolution(Module):
         if lifetime < 2:
             raise ValueError(f"LongConvolution: lifetime must be at least 2 tokens, got {lifetime}")
         lifetimes = torch.linspace(math.log(2), math.log(lifetime), exponentials)
-        self.log_rate = Parameter(-lifetimes.repeat(dim, 1))
+        self.log_rate = without_weight_decay(Parameter(-lifetimes.repeat(dim, 1)))
         self.weight = Parameter(torch.randn(dim, exponentials))
         self.skip = Parameter(torch.ones(dim))
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import Linear, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem, of_features
-from regard.mixers.forms import Form, check_form, check_heads
+from regard.mixers.forms import Form, check_form, check_heads, initial_state
 from regard.mixers.layout import PLAIN, Layout
-from regard.mixers.linear._linear_attention import CHUNK, linear_attention
+from regard.mixers.linear._linear_attention import linear_attention
+from regard.mixers.linear._second_order import CHUNK, second_order_sums
 from regard.mixers.mixer import Facts, check_divides, heads_of, join_heads
 from regard.mixers.projected import Projected
 from regard.mixers.softmax.sliding_window import SlidingWindow, check_window
@@ -77,7 +78,8 @@ def taylor_attention(
         state: ``Σ φ(k) [v, 1]ᵀ`` before the first token, (B, H, 1 + F + F (F+1)/2, Dv + 1); zeros by default.
         mask: (B, N), false for padding, which no token sees.
         causal: else each token sees all.
-        form, chunk: as in `linear_attention`, of which this is an instance.
+        form: as in `linear_attention`, of which this is an instance.
+        chunk: tokens of a chunk; where there are more, the features of each are computed again in the backward pass.
 
     Returns:
         The output (B, H, N, Dv) in the values' dtype, and the state after the last token, in float32 at least.
@@ -100,8 +102,15 @@ def taylor_attention(
     counted = torch.cat([value.to(dtype), value.new_ones(*value.shape[:3], 1, dtype=dtype)], dim=-1)
     if mask is not None:
         counted = counted * mask[:, None, :, None]
-    q, k = taylor_features(query.to(dtype)), taylor_features(key.to(dtype))
-    sums, after = linear_attention(q, k, counted, state=state, causal=causal, form=form, chunk=chunk)
+    q, k = query.to(dtype), key.to(dtype)
+    if form == "chunked" and causal:
+        width = q.shape[3]
+        before = initial_state(state, q.new_empty(*q.shape[:3], taylor_width(width)), counted)
+        scale = width**-0.25
+        sums, after = second_order_sums(q * scale, k * scale, counted, before, _pairs(width, q.device), chunk)
+    else:
+        features = taylor_features(q), taylor_features(k)
+        sums, after = linear_attention(*features, counted, state=state, causal=causal, form=form, chunk=chunk)
     return _divided(sums).to(value.dtype), after
 
 
@@ -112,6 +121,12 @@ def read_taylor(query: Tensor, memory: Tensor) -> Tensor:
 
 def _divided(sums: Tensor) -> Tensor:
     return sums[..., :-1] / sums[..., -1:].clamp(min=_SMALLEST)
+
+
+def _pairs(width: int, device: torch.device) -> Tensor:
+    """The pairs of dimensions whose products are features, in their order."""
+    squares = torch.arange(width, device=device).expand(2, -1)
+    return torch.cat([squares, torch.triu_indices(width, width, offset=1, device=device)], dim=1)
 
 
 class TaylorAttention(ValueMixer):

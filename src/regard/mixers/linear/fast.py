@@ -9,19 +9,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.nn import Linear, functional
-from torch.utils.checkpoint import checkpoint
 
 from regard.mixers.dynamical_system import DynamicalSystem, of_features
 from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.layout import PLAIN, Layout
-from regard.mixers.linear._linear_attention import CHUNK, linear_attention
+from regard.mixers.linear._linear_attention import linear_attention
+from regard.mixers.linear._second_order import CHUNK, second_order_sums
 from regard.mixers.mixer import Facts, check_divides, heads_of, join_heads
 from regard.mixers.projected import Projected
 from regard.mixers.rotary import check_rotary, rotary_rates, rotate
 from regard.mixers.value_mixer import ValueMixer
 
 Order = Literal[1, 2]
-PIECE = 1024
 _LEAST = 1e-6
 
 
@@ -36,7 +35,6 @@ def fast_attention(
     causal: bool = True,
     form: Form = "chunked",
     chunk: int = CHUNK,
-    piece: int = PIECE,
 ) -> tuple[Tensor, Tensor]:
     """``o_i = Σ_j f(q_i·k_j) v_j / Σ_j f(q_i·k_j)``, with ``f(s) = 1 + s`` or ``1 + s + s²/2``.
 
@@ -53,9 +51,8 @@ def fast_attention(
         mask: (B, N), false for keys that do not count.
         causal: else each token sees all.
         form: "parallel" the matrix of all pairs by f itself, "chunked" linear in N, "recurrent" token by token.
-        chunk: tokens of a chunk.
-        piece: a causal text goes through in pieces of so many tokens, whose features are computed again in the backward
-            pass: those of a whole text would be F / Dk times as large as its keys.
+        chunk: tokens of a chunk; where there are more, the features of each are computed again in the backward pass: those
+            of a whole text would be F / Dk times as large as its keys.
 
     Returns:
         The output (B, H, N, Dv) in the values' dtype, and the state after the last token, in float32 at least.
@@ -75,16 +72,22 @@ def fast_attention(
     """
     check_form(form)
     check_heads(query, key, value, cross=not causal)
-    _check(key, value, state, order, mask, causal, piece)
+    _check(key, value, state, order, mask, causal)
     dtype = torch.promote_types(value.dtype, torch.float32)
     q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
     v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-    weight = None if mask is None else mask[:, None, :, None].to(dtype)
+    if mask is not None:
+        v = v * mask[:, None, :, None]
     before = None if state is None else state.to(dtype)
     if form == "parallel" or not causal:
-        sums, after = _whole(q, k, v, before, weight, order, causal, dense=form == "parallel")
+        sums, after = _whole(q, k, v, before, order, causal, dense=form == "parallel")
+    elif form == "recurrent" or order == 1:
+        sums, after = linear_attention(factors(q, order), factors(k, order), v, state=before, form=form, chunk=chunk)
     else:
-        sums, after = _pieces(q, k, v, before, weight, order, form, chunk, piece)
+        features = _features(order, q.shape[3])
+        before = v.new_zeros(*v.shape[:2], features, v.shape[3]) if before is None else before
+        pairs = torch.triu_indices(q.shape[3], q.shape[3], device=q.device)
+        sums, after = second_order_sums(q, k, v, before, pairs, chunk)
     return _divided(sums).to(value.dtype), after
 
 
@@ -138,65 +141,26 @@ def _whole(
     k: Tensor,
     v: Tensor,
     before: Tensor | None,
-    weight: Tensor | None,
     order: Order,
     causal: bool,
     dense: bool,
 ) -> tuple[Tensor, Tensor]:
     """All pairs by f itself, or one sum of all keys."""
-    features = factors(k, order)
-    after = (features if weight is None else features * weight).mT @ v
+    after = factors(k, order).mT @ v
     if not dense:
         return factors(q, order) @ after, after
     scores = q @ k.mT
     matrix = 1 + scores + (scores.square() / 2 if order == 2 else 0.0)
-    if weight is not None:
-        matrix = matrix * weight.mT
     sums = (matrix.tril() if causal else matrix) @ v
     if before is not None:
         sums, after = sums + factors(q, order) @ before, after + before
     return sums, after
 
 
-def _pieces(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    weight: Tensor | None,
-    order: Order,
-    form: Form,
-    chunk: int,
-    piece: int,
-) -> tuple[Tensor, Tensor]:
-    """Causal linear attention of the features, piece after piece."""
-    batch, heads, length, width = q.shape
-    before = q.new_zeros(batch, heads, _features(order, width), v.shape[3]) if state is None else state
-    weight = q.new_ones(1, 1, length, 1) if weight is None else weight
-
-    def run(rows: slice, before: Tensor) -> tuple[Tensor, Tensor]:
-        query, key = factors(q[:, :, rows], order), factors(k[:, :, rows], order) * weight[:, :, rows]
-        return linear_attention(query, key, v[:, :, rows], state=before, form=form, chunk=chunk)
-
-    outputs = []
-    for start in range(0, length, piece):
-        rows = slice(start, start + piece)
-        if torch.is_grad_enabled() and length > piece:
-            y, before = checkpoint(run, rows, before, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, before = run(rows, before)
-        outputs.append(y)
-    return torch.cat(outputs, dim=2), before
-
-
-def _check(
-    key: Tensor, value: Tensor, state: Tensor | None, order: int, mask: Tensor | None, causal: bool, piece: int
-) -> None:
+def _check(key: Tensor, value: Tensor, state: Tensor | None, order: int, mask: Tensor | None, causal: bool) -> None:
     batch, heads, length, width = key.shape
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
-    if piece < 1:
-        raise ValueError(f"piece must be at least 1, got {piece}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, length)):
         raise ValueError(f"mask must be boolean, of shape {(batch, length)}, got {mask.dtype} {tuple(mask.shape)}")
     if state is None:

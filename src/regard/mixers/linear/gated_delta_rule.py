@@ -6,11 +6,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Parameter, functional
+from torch.nn import Linear, Parameter
 
+from regard.mixers.forms import softplus
 from regard.mixers.linear._delta_rule import DeltaRule
-from regard.mixers.mixer import Facts, join_heads
-from regard.mixers.projected import Projected
+from regard.mixers.mixer import Facts, without_weight_decay
 
 
 class GatedDeltaRule(DeltaRule):
@@ -19,9 +19,12 @@ class GatedDeltaRule(DeltaRule):
     exp(a) begins between 1 and 16 and softplus(b) between 0.001 and 0.1, so that heads remember for different times.
 
     Args:
-        dim: of the tokens.
-        heads: that divide it.
-        convolution: tokens that the short convolutions see.
+        dim, heads, num_v_heads, head_dim, expand_v, use_short_conv, conv_size, conv_bias, allow_neg_eigval, norm_eps: as in
+            `DeltaRule`.
+        use_gate: multiply the normed output by ``SiLU(W x)``.
+
+    Raises:
+        ValueError: heads that do not divide the width, or one another.
 
     S. Yang, J. Kautz and A. Hatamizadeh (2025), Gated Delta Networks: Improving Mamba2 with Delta Rule.
 
@@ -38,20 +41,35 @@ class GatedDeltaRule(DeltaRule):
         state="D²/H",
     )
 
-    def __init__(self, dim: int, heads: int = 4, convolution: int = 4) -> None:
-        super().__init__(dim, heads, convolution)
-        self.a_proj = Linear(dim, heads, bias=False)
-        self.A_log = Parameter(torch.empty(heads).uniform_(1, 16).log())
-        step = torch.empty(heads).uniform_(-6.9, -2.3).exp()
-        self.dt_bias = Parameter(step.expm1().log())  # the inverse of softplus
-        self.g_proj = Linear(dim, dim, bias=False)
-
-    def out(self, mixed: Tensor, projected: Projected) -> Tensor:
-        """Each head's norm, gated, and the output's projection."""
-        y: Tensor = self.o_proj(join_heads(self.norm(mixed)) * functional.silu(self.g_proj(projected["x"])))
-        return y
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 4,
+        *,
+        num_v_heads: int | None = None,
+        head_dim: int | None = None,
+        expand_v: float = 1.0,
+        use_gate: bool = True,
+        use_short_conv: bool = True,
+        conv_size: int = 4,
+        conv_bias: bool = False,
+        allow_neg_eigval: bool = False,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__(
+            dim, heads, num_v_heads=num_v_heads, head_dim=head_dim, expand_v=expand_v, use_gate=use_gate,
+            use_short_conv=use_short_conv, conv_size=conv_size, conv_bias=conv_bias, allow_neg_eigval=allow_neg_eigval,
+            norm_eps=norm_eps,
+        )  # fmt: skip
+        self.a_proj = Linear(dim, self.num_v_heads, bias=False)
+        self.A_log = without_weight_decay(Parameter(torch.empty(self.num_v_heads).uniform_(1, 16).log()))
+        step = torch.empty(self.num_v_heads).uniform_(-6.9, -2.3).exp()
+        self.dt_bias = without_weight_decay(Parameter(step.expm1().log()))  # the inverse of softplus
 
     def _gates(self, x: Tensor) -> dict[str, Tensor]:
         """β and log α, (B, H, N)."""
-        decay = (-self.A_log.exp() * functional.softplus(self.a_proj(x) + self.dt_bias)).mT
-        return super()._gates(x) | {"log_decay": decay}
+        dtype = torch.promote_types(
+            x.dtype, torch.float32
+        )  # in half precision, decays near 1 would be one and the same
+        step = softplus(self.a_proj(x).to(dtype) + self.dt_bias.to(dtype))
+        return super()._gates(x) | {"log_decay": (-self.A_log.to(dtype).exp() * step).mT}

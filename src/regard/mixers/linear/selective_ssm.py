@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import Linear, Parameter, functional
-from torch.utils.checkpoint import checkpoint
 
 from regard.mixers.dynamical_system import DynamicalSystem
-from regard.mixers.forms import Form, check_form, cut
+from regard.mixers.forms import Form, check_form, softplus
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear.short_convolution import ShortConvolution
-from regard.mixers.mixer import Facts
+from regard.mixers.mixer import Facts, expanded, without_weight_decay
 from regard.mixers.projected import Projected
 from regard.mixers.value_mixer import ValueMixer
 
-CHUNK = 32
-_CHUNKS_AT_ONCE = 32  # a long text goes through in pieces of this many chunks, each computed again in the backward pass
+CHUNK = 64
 
 
 def selective_scan(
@@ -39,8 +38,8 @@ def selective_scan(
     """``h_i = exp(−Δ_i a) ∘ h_{i−1} + Δ_i x_i b_i,  y_i = h_i · c_i``, for each channel with a state of S numbers of its own.
 
     The decay is discretised by zero-order hold and the input by Euler's rule. It is linear attention with queries c, keys b,
-    values Δ x and a decay for each pair of channel and state, so that no chunk is a product of matrices: instead, all chunks
-    run token by token side by side, and then pass on their states. Nothing grows, whatever the decay.
+    values Δ x and a decay for each pair of channel and state, so that no chunk is a product of matrices: what is not of the
+    recurrence itself is computed of a chunk's tokens at once. Nothing grows, whatever the decay.
 
     Args:
         x: (B, H, N, D), D channels in each of H groups, which share b and c (Mamba has one group).
@@ -49,7 +48,7 @@ def selective_scan(
         into, out: b and c, (B, H, N, S).
         state: h before the first token, (B, H, D, S); zeros by default.
         form: "parallel" the quadratic reference over pairs of tokens, "chunked" linear in N, "recurrent" token by token.
-        chunk: tokens of a chunk.
+        chunk: tokens whose states are held at once; where there are more, each chunk is computed again in the backward pass.
 
     Returns:
         The output (B, H, N, D) in the dtype of x, and h after the last token, in float32 at least.
@@ -74,14 +73,14 @@ def selective_scan(
     dtype = torch.promote_types(x.dtype, torch.float32)
     before = x.new_zeros(*x.shape[:2], *rate.shape[1:], dtype=dtype) if state is None else state.to(dtype)
     step = step.to(dtype)
-    run = _parallel if form == "parallel" else _pieces
-    sizes = (1, 1) if form == "recurrent" else (min(chunk, x.shape[2]), _CHUNKS_AT_ONCE)
-    output, after = run(step * x.to(dtype), step, rate.to(dtype), into.to(dtype), out.to(dtype), before, sizes)
+    run = _parallel if form == "parallel" else _chunks
+    size = 1 if form == "recurrent" else chunk
+    output, after = run(step * x.to(dtype), step, rate.to(dtype), into.to(dtype), out.to(dtype), before, size)
     return output.to(x.dtype), after
 
 
 def _parallel(
-    x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, before: Tensor, sizes: tuple[int, int]
+    x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, before: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
     """As linear attention of each channel alone."""
     query, key, decay = channels(step, rate, into, out)
@@ -98,43 +97,72 @@ def channels(step: Tensor, rate: Tensor, into: Tensor, out: Tensor) -> tuple[Ten
     return query, key, decay.flatten(1, 2)
 
 
-def _pieces(
-    x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, before: Tensor, sizes: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Pieces one after another: the states of all tokens of a text would be S times as large as the text."""
-    length = sizes[0] * sizes[1]
-    outputs = []
-    for piece in zip(*(tensor.split(length, dim=2) for tensor in (x, step, into, out)), strict=True):
-        tensors = (piece[0], piece[1], piece[2], piece[3], rate, before, sizes[0])
-        if torch.is_grad_enabled() and length < x.shape[2] and length > 1:
-            y, before = checkpoint(_chunks, *tensors, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, before = _chunks(*tensors)
-        outputs.append(y)
-    return torch.cat(outputs, dim=2), before
-
-
 def _chunks(
-    x: Tensor, step: Tensor, into: Tensor, out: Tensor, rate: Tensor, before: Tensor, chunk: int
+    x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, before: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """All chunks side by side, from states of zeros; then the states at their starts; then what these add."""
-    batch, heads, length, width = x.shape
-    x, step, into, out = (cut(tensor, chunk) for tensor in (x, step, into, out))  # (B, H, chunks, chunk, …)
-    rates = rate[:, None]
-    state = x.new_zeros(*x.shape[:3], *rate.shape[1:])
-    states = []
-    for token, delta, key in zip(x.unbind(3), step.unbind(3), into.unbind(3), strict=True):
-        state = (-delta[..., None] * rates).exp() * state + token[..., None] * key[..., None, :]
-        states.append(state)
-    total = step.cumsum(3)
-    left = (-total[:, :, :, -1, :, None] * rates).exp()  # of the state at a chunk's start
-    starts = []
-    for kept, added in zip(left.unbind(2), state.unbind(2), strict=True):
-        starts.append(before)
-        before = kept * before + added
-    faded = (-total[..., None] * rates[:, :, None]).exp() * torch.stack(starts, dim=2)[:, :, :, None]
-    output = ((torch.stack(states, dim=3) + faded) @ out[..., None]).squeeze(-1)
-    return output.reshape(batch, heads, -1, width)[:, :, :length], before
+    """Chunks one after another: the states of all tokens of a text would be S times as large as the text."""
+    by_token = (tensor.movedim(2, 0).contiguous().split(size) for tensor in (x, step, into, out))  # (N, B, H, …)
+    outputs = []
+    for chunk in zip(*by_token, strict=True):
+        y, before = _Chunk.apply(*chunk, rate, before)  # type: ignore[no-untyped-call]
+        outputs.append(y)
+    return torch.cat(outputs).movedim(0, 2), before
+
+
+def _states(x: Tensor, step: Tensor, rate: Tensor, into: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """What each token keeps of the state before it, and the states before the first and after each, (N + 1, B, H, D, S)."""
+    kept = (step[..., None] * -rate).exp_()
+    return kept, _scan(kept, x[..., None] * into[..., None, :], before)
+
+
+def _scan(kept: Tensor, added: Tensor, before: Tensor) -> Tensor:
+    """``h_i = kept_i ∘ h_{i−1} + added_i``, h_0 first."""
+    if torch.is_grad_enabled():  # in a backward pass that is to be differentiated again
+        states = [before]
+        for factor, addition in zip(kept.unbind(), added.unbind(), strict=True):
+            states.append(torch.addcmul(addition, factor, states[-1]))
+        return torch.stack(states)
+    all_states = added.new_empty(len(added) + 1, *added.shape[1:])
+    all_states[0] = before
+    places = all_states.unbind()
+    for factor, addition, old, new in zip(kept.unbind(), added.unbind(), places[:-1], places[1:], strict=True):
+        torch.addcmul(addition, factor, old, out=new)
+    return all_states
+
+
+class _Chunk(Function):
+    """The outputs of a chunk's tokens, and the state after them; the backward pass makes their states again.
+
+    Autograd would store the states of all tokens, and add up their gradients one by one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, into: Tensor, out: Tensor, rate: Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, step, into, out, rate, before)
+        _, states = _states(x, step, rate, into, before)
+        return (states[1:] @ out[..., None]).squeeze(-1), states[-1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, y_slope: Tensor, last_slope: Tensor) -> tuple[Tensor, ...]:
+        x, step, into, out, rate, before = ctx.saved_tensors
+        kept, states = _states(x, step, rate, into, before)
+        # The slope by a state is that by its own output and what the next one hands back: the recurrence from the end.
+        back = _scan(
+            torch.cat([torch.ones_like(kept[:1]), kept[1:].flip(0)]),
+            (y_slope[..., None] * out[..., None, :]).flip(0), last_slope,
+        )  # fmt: skip
+        slopes = back[1:].flip(0)
+        exponent = slopes * states[:-1] * kept  # the slope by −Δ a
+        return (
+            (slopes @ into[..., None]).squeeze(-1),
+            -(exponent * rate).sum(-1),
+            (x[..., None, :] @ slopes).squeeze(-2),
+            (y_slope[..., None, :] @ states[1:]).squeeze(-2),
+            -(exponent * step[..., None]).sum((0, 1)),
+            slopes[0] * kept[0],
+        )
 
 
 def _check(x: Tensor, step: Tensor, rate: Tensor, into: Tensor, out: Tensor, state: Tensor | None) -> None:
@@ -160,17 +188,19 @@ class SelectiveSSM(ValueMixer):
     and a SiLU gate.
 
     a begins as 1 … S in each channel, D as 1, and softplus(β) between 0.001 and 0.1, so that channels remember for
-    different times. The short convolution has no bias, unlike the paper's code.
+    different times.
 
     Args:
         dim: of the tokens.
-        states: S, numbers that each channel remembers.
+        state_size: S, numbers that each channel remembers.
         expand: channels for each dimension of the tokens.
-        rank: of the projection to Δ; dim / 16 by default.
-        convolution: tokens that the short convolution sees.
+        time_step_rank: of the projection to Δ; dim / 16 by default.
+        conv_kernel: tokens that the short convolution sees.
+        use_conv_bias: whether it has a bias, as in the paper's code.
+        use_bias: whether the projections of tokens, in and out, have one.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or an expanded width that is not whole.
 
     A. Gu and T. Dao (2023), Mamba: Linear-Time Sequence Modeling with Selective State Spaces.
 
@@ -189,21 +219,30 @@ class SelectiveSSM(ValueMixer):
     )
 
     def __init__(
-        self, dim: int, states: int = 16, expand: int = 2, rank: int | None = None, convolution: int = 4
+        self,
+        dim: int,
+        state_size: int = 16,
+        expand: float = 2,
+        time_step_rank: int | None = None,
+        conv_kernel: int = 4,
+        *,
+        use_conv_bias: bool = True,
+        use_bias: bool = False,
     ) -> None:
         super().__init__(dim)
-        rank = math.ceil(dim / 16) if rank is None else rank
-        for name, size in (("states", states), ("expand", expand), ("rank", rank)):
+        rank = math.ceil(dim / 16) if time_step_rank is None else time_step_rank
+        for name, size in (("state_size", state_size), ("time_step_rank", rank)):
             if size < 1:
                 raise ValueError(f"SelectiveSSM: {name} must be at least 1, got {size}")
-        self.states, self.rank, width = states, rank, expand * dim
-        self.in_proj = Linear(dim, 2 * width, bias=False)
-        self.conv1d = ShortConvolution(width, convolution)
-        self.x_proj = Linear(width, rank + 2 * states, bias=False)
+        self.state_size, self.time_step_rank = state_size, rank
+        width = expanded("SelectiveSSM", dim, expand)
+        self.in_proj = Linear(dim, 2 * width, bias=use_bias)
+        self.conv1d = ShortConvolution(width, conv_kernel, use_conv_bias)
+        self.x_proj = Linear(width, rank + 2 * state_size, bias=False)
         self.dt_proj = Linear(rank, width)
-        self.A_log = Parameter(torch.arange(1.0, states + 1).log().repeat(width, 1))
-        self.D = Parameter(torch.ones(width))
-        self.out_proj = Linear(width, dim, bias=False)
+        self.A_log = without_weight_decay(Parameter(torch.arange(1.0, state_size + 1).log().repeat(width, 1)))
+        self.D = without_weight_decay(Parameter(torch.ones(width)))
+        self.out_proj = Linear(width, dim, bias=use_bias)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
             step = torch.empty(width).uniform_(math.log(1e-3), math.log(1e-1)).exp()
@@ -212,9 +251,13 @@ class SelectiveSSM(ValueMixer):
     def project(self, x: Tensor, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN) -> Projected:
         """Convolved channels as heads of one value, (B, E, N, 1), their gates, and what selects: Δ, b and c."""
         channels, gate = self.in_proj(x).chunk(2, dim=-1)
+        if layout.mask is not None:  # with a bias, padding is no longer zeros
+            channels = channels * layout.mask[..., None]
         values, tail = self.conv1d(channels, None if state is None else state["tail"], layout.mask)
-        low, into, out = self.x_proj(values)[:, None].split([self.rank, self.states, self.states], dim=-1)
-        step = functional.softplus(self.dt_proj(low))
+        low, into, out = self.x_proj(values)[:, None].split(
+            [self.time_step_rank, self.state_size, self.state_size], dim=-1
+        )
+        step = softplus(self.dt_proj(low))
         if layout.mask is not None:
             step = step * layout.mask[:, None, :, None]
         parts = {"query": out, "key": into, "step": step, "gate": gate, "channels": values}

@@ -6,14 +6,17 @@ products of matrices, and no token needs weights of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from regard.mixers.forms import Form, check_form, check_heads
+from regard.mixers.in_turn import in_turn
 from regard.mixers.memory.aligned import Aligned
 from regard.mixers.memory.choices import Bias, Decay, Lp, Retention
 from regard.mixers.memory.network import network, recall, slopes
@@ -114,7 +117,7 @@ def neural_memory(
     now = _begin([weight.to(dtype) for weight in weights], state, tokens, learner.momentum)
     with torch.autocast(value.device.type, enabled=False):  # which would round products of float32
         if form == "chunked":
-            output, after = _chunked(learner, tokens, now)
+            output, after = _chunked(learner, tokens, now, mask, begins=state is None)
         else:
             gradients = _by_autograd if form == "parallel" else _by_hand
             output, after = _token_by_token(learner, tokens, now, gradients)
@@ -154,13 +157,20 @@ class _Now:
     surprise: list[Tensor]
     position: Tensor
 
+    @property
+    def numbers(self) -> int:
+        """Of a memory and its surprise."""
+        return sum(tensor.numel() for tensor in (*self.held, *self.surprise))
+
     def tensors(self) -> dict[str, Tensor]:
         named = {"held": self.held, "start": self.start, "surprise": self.surprise}
         tensors = {f"{name}{number}": tensor for name, layers in named.items() for number, tensor in enumerate(layers)}
         return tensors | {"position": self.position}
 
-    def renewed(self, full: Tensor) -> list[Tensor]:
+    def renewed(self, full: Tensor | bool) -> list[Tensor]:
         """The starts, where chunks (B,) have ended: what is held."""
+        if isinstance(full, bool):
+            return self.held if full else self.start
         return [
             torch.where(full[:, None, None, None], held, start)
             for held, start in zip(self.held, self.start, strict=True)
@@ -182,11 +192,7 @@ class _Learner:
         """At the chunk's start."""
         return [self.retention.weights(start, start) for start in now.start]
 
-    def decays(self, log_decay: Tensor, layers: int) -> list[Tensor]:
-        """log (1 − α) of each matrix."""
-        return [self.hidden_decay * log_decay] * (layers - 1) + [log_decay]
-
-    def slopes(self, now: _Now, tokens: _Tokens) -> list[tuple[Tensor, Tensor]]:
+    def slopes(self, now: _Now, tokens: _Tokens | _Chunk) -> list[tuple[Tensor, Tensor]]:
         """There, of each token."""
         return slopes(self.weights(now), tokens.key, tokens.value, tokens.threshold, self.gain, self.bias)
 
@@ -213,7 +219,8 @@ def _token_by_token(
     for i in range(tokens.query.shape[2]):
         token = tokens.part(i, i + 1)
         step, momentum = token.step[..., None], token.momentum.exp()[..., None]
-        decays = [decay.exp()[..., None] for decay in learner.decays(token.decay, len(now.held))]
+        hidden, last = (decay.exp()[..., None] for decay in (learner.hidden_decay * token.decay, token.decay))
+        decays = [hidden] * (len(now.held) - 1) + [last]
         writes = [-step * slope for slope in gradients(learner, now, token)]
         if learner.momentum:
             writes = [momentum * old + write for old, write in zip(now.surprise, writes, strict=True)]
@@ -235,62 +242,91 @@ def _where(real: Tensor, new: _Now, old: _Now) -> _Now:
     return replace(new, held=held, surprise=surprise)
 
 
-def _chunked(learner: _Learner, tokens: _Tokens, now: _Now) -> tuple[Tensor, _Now]:
+def _chunked(
+    learner: _Learner, tokens: _Tokens, now: _Now, mask: Tensor | None, *, begins: bool
+) -> tuple[Tensor, _Now]:
     """Chunk after chunk, each text's tokens moved so that its own chunks begin where those of all do."""
-    aligned = Aligned(now.position, tokens.real, learner.chunk)
-    moved = tokens.apply(aligned.place)
-    outputs = []
-    for first in range(0, aligned.slots, learner.chunk):
-        output, now = _chunk(learner, moved.part(first, first + learner.chunk), now)
-        now = replace(now, start=now.renewed(aligned.ends >= first + learner.chunk))
-        outputs.append(output)
-    if not outputs:  # padding alone
+    aligned = Aligned(tokens.query, None if begins else now.position, mask, learner.chunk)
+    if not aligned.slots:  # padding alone
         return torch.zeros_like(tokens.value), now
+    tokens = tokens.apply(aligned.place)
+    hidden = chunks = _chunks(learner, tokens)
+    if learner.hidden_decay != 1 and len(now.held) > 1:
+        hidden = _chunks(learner, replace(tokens, decay=learner.hidden_decay * tokens.decay))
+    filled = [aligned.filled(slot + learner.chunk) for slot in range(0, aligned.slots, learner.chunk)]
+
+    def step(part: tuple[_Chunk, _Chunk, Tensor | bool], now: _Now) -> tuple[Tensor, _Now]:
+        output, now = _read(learner, *part[:2], now)
+        return output, replace(now, start=now.renewed(part[2]))
+
+    outputs, now = in_turn(
+        step, list(zip(hidden, chunks, filled, strict=True)), now, now.numbers, math.isqrt(len(chunks))
+    )
     return aligned.take(torch.cat(outputs, dim=2)), replace(now, position=aligned.ends % learner.chunk)
 
 
-def _chunk(learner: _Learner, tokens: _Tokens, now: _Now) -> tuple[Tensor, _Now]:
-    """The tokens of one chunk at once.
+class _Chunk(NamedTuple):
+    """The tokens of a chunk, (B, H, n, …), and how much of what stands where.
 
     ``A_t = β_t A_0 + c_t S_0 − Σ_{i≤t} w_ti δ_i z_iᵀ``, with β the decay so far, ``w = D E diag(θ)`` and ``c = D η̄`` where D
-    and E are the decay and the momentum between two tokens, and η̄ the momentum so far.
+    and E are the decay and the momentum between two tokens, and η̄ the momentum so far: ``keep``, ``write`` and ``carry``.
+    ``stay`` and ``last`` are η̄ and the rows of E diag(θ) at the chunk's end, of which the surprise there is made.
     """
-    written = learner.slopes(now, tokens)
-    gates = [_gates(decay, tokens, learner.momentum) for decay in learner.decays(tokens.decay, len(written))]
-    products = _Products(learner.retention, now, written, gates)
-    output, _ = network(products, len(written), tokens.query, learner.gain)
-    held, surprise = products.after(), []
-    if learner.momentum:
-        stay, between = _between(tokens.momentum)
-        last = (between[:, :, -1] * tokens.step)[..., None]
-        surprise = [
-            stay[:, :, -1:] * old - (last * delta).mT @ z for old, (delta, z) in zip(now.surprise, written, strict=True)
-        ]
-    return output, replace(now, held=held, surprise=surprise)
 
-
-@dataclass(frozen=True)
-class _Gates:
-    """Of one matrix: β and c, (B, H, n, 1), and w, (B, H, n, n)."""
-
+    query: Tensor
+    key: Tensor
+    value: Tensor
     keep: Tensor
-    carry: Tensor
     write: Tensor
+    carry: Tensor | None
+    stay: Tensor | None
+    last: Tensor | None
+    threshold: Tensor | None
 
 
-def _gates(log_decay: Tensor, tokens: _Tokens, momentum: bool) -> _Gates:
-    keep, arrive = _between(log_decay)
-    arrive = arrive * tokens.real[:, None, None]  # what is no token moves nothing from the surprise to the memory
-    if not momentum:
-        return _Gates(keep, torch.zeros_like(keep), arrive * tokens.step[:, :, None])
-    stay, between = _between(tokens.momentum)
-    return _Gates(keep, arrive @ stay, arrive @ between * tokens.step[:, :, None])
+def _chunks(learner: _Learner, tokens: _Tokens) -> list[_Chunk]:
+    """What does not depend on the memory, of all chunks at once."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        parts: Tensor = tensor.unflatten(2, (-1, learner.chunk))
+        return parts
+
+    step, real = cut(tokens.step)[..., None, :], cut(tokens.real[:, None])[..., None, :]
+    keep, arrive = _between(cut(tokens.decay))
+    arrive = arrive * real  # what is no token moves nothing from the surprise to the memory
+    carry = stay = last = None
+    write = arrive * step
+    if learner.momentum:
+        stay, between = _between(cut(tokens.momentum))
+        carry, write = arrive @ stay, arrive @ between * step
+        stay, last = stay[..., -1:, :], (between[..., -1:, :] * step).mT
+    each = (cut(tokens.query), cut(tokens.key), cut(tokens.value), keep, write, carry, stay, last)
+    number = keep.shape[2]
+    columns = [
+        [None] * number if tensor is None else tensor.unbind(2)
+        for tensor in (*each, None if tokens.threshold is None else cut(tokens.threshold))
+    ]
+    return [_Chunk(*row) for row in zip(*columns, strict=True)]
+
+
+def _read(learner: _Learner, hidden: _Chunk, chunk: _Chunk, now: _Now) -> tuple[Tensor, _Now]:
+    """The outputs of a chunk's tokens, and the memory after them; all matrices but the last keep as ``hidden`` says."""
+    written = learner.slopes(now, chunk)
+    products = _Products(learner.retention, now, written, [hidden] * (len(written) - 1) + [chunk])
+    output = network(products, len(written), chunk.query, learner.gain).output
+    surprise = []
+    if chunk.stay is not None and chunk.last is not None:
+        surprise = [
+            chunk.stay * old - (chunk.last * delta).mT @ z
+            for old, (delta, z) in zip(now.surprise, written, strict=True)
+        ]
+    return output, replace(now, held=products.after(), surprise=surprise)
 
 
 def _between(log: Tensor) -> tuple[Tensor, Tensor]:
-    """From logs of factors (B, H, n): their product so far (B, H, n, 1), and that between two tokens (B, H, n, n)."""
+    """From logs of factors (…, n): their product so far (…, n, 1), and that between two tokens (…, n, n)."""
     total = log.cumsum(-1)[..., None]
-    hidden = torch.ones(total.shape[2], total.shape[2], dtype=torch.bool, device=log.device).triu(1)
+    hidden = torch.ones(log.shape[-1], log.shape[-1], dtype=torch.bool, device=log.device).triu(1)
     return total.exp(), (total - total.mT).masked_fill(hidden, -torch.inf).exp()
 
 
@@ -301,29 +337,37 @@ class _Products:
     retention: Retention
     now: _Now
     written: list[tuple[Tensor, Tensor]]
-    gates: list[_Gates]
+    chunks: list[_Chunk]
+    """Of each matrix, which differ in how much is kept."""
 
     def __call__(self, layer: int, a: Tensor) -> Tensor:
         if not self.retention.linear:
             weights = self.retention.weights(self._held(layer, slice(None)), self.now.start[layer])
             return (weights @ a[..., None]).squeeze(-1)
-        (delta, z), gates = self.written[layer], self.gates[layer]
-        product = gates.keep * (a @ self.now.held[layer].mT) - (gates.write * (a @ z.mT)) @ delta
-        if self.now.surprise:
-            product = product + gates.carry * (a @ self.now.surprise[layer].mT)
-        return product * self.retention.scale(self.now.start[layer])
+        (delta, z), chunk = self.written[layer], self.chunks[layer]
+        product = chunk.keep * (a @ self.now.held[layer].mT) - (chunk.write * (a @ z.mT)) @ delta
+        if chunk.carry is not None:
+            product = product + chunk.carry * (a @ self.now.surprise[layer].mT)
+        scale = self.retention.scale(self.now.start[layer])
+        return product if scale is None else product * scale
 
     def after(self) -> list[Tensor]:
         """What is held after the last token."""
-        return [self._held(layer, slice(-1, None))[:, :, 0] for layer in range(len(self.written))]
+        after = []
+        for number, ((delta, z), chunk, held) in enumerate(zip(self.written, self.chunks, self.now.held, strict=True)):
+            kept = chunk.keep[:, :, -1:] * held
+            if chunk.carry is not None:
+                kept = kept + chunk.carry[:, :, -1:] * self.now.surprise[number]
+            after.append(kept - (chunk.write[:, :, -1, :, None] * delta).mT @ z)
+        return after
 
     def _held(self, layer: int, which: slice) -> Tensor:
         """What is held after each of these tokens, (B, H, tokens, out, in)."""
-        (delta, z), gates = self.written[layer], self.gates[layer]
-        held = gates.keep[:, :, which, :, None] * self.now.held[layer][:, :, None]
-        if self.now.surprise:
-            held = held + gates.carry[:, :, which, :, None] * self.now.surprise[layer][:, :, None]
-        return held - (gates.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
+        (delta, z), chunk = self.written[layer], self.chunks[layer]
+        held = chunk.keep[:, :, which, :, None] * self.now.held[layer][:, :, None]
+        if chunk.carry is not None:
+            held = held + chunk.carry[:, :, which, :, None] * self.now.surprise[layer][:, :, None]
+        return held - (chunk.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
 
 
 def _begin(weights: list[Tensor], state: Mapping[str, Tensor] | None, tokens: _Tokens, momentum: bool) -> _Now:

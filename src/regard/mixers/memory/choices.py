@@ -124,11 +124,12 @@ class Retention(ABC):
 
     def weights(self, held: Tensor, start: Tensor) -> Tensor:
         """W from what is held (..., out, in), and from what was held at the chunk's start."""
-        return held * self.scale(start)
+        scale = self.scale(start)
+        return held if scale is None else held * scale
 
     @abstractmethod
-    def scale(self, start: Tensor) -> Tensor:
-        """The factor s of what is held, (..., 1, 1)."""
+    def scale(self, start: Tensor) -> Tensor | None:
+        """The factor s of what is held, (..., 1, 1); None for 1."""
 
     @abstractmethod
     def begin(self, weights: Tensor) -> Tensor:
@@ -139,9 +140,8 @@ class Retention(ABC):
 class Decay(Retention):
     """ℓ₂ retention, weight decay: the weights are what is held."""
 
-    def scale(self, start: Tensor) -> Tensor:
+    def scale(self, start: Tensor) -> None:
         """Weights are what is held: s = 1."""
-        return start.new_ones(1, 1)
 
     def begin(self, weights: Tensor) -> Tensor:
         """What is held at first is the weights themselves."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,33 +20,45 @@ Product = Callable[[int, Tensor], Tensor]
 """From the number of a layer and its inputs (..., in) to its weights' product with them, (..., out)."""
 
 
-def network(product: Product, depth: int, x: Tensor, gain: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """``M(x) = W x`` or ``x + γ ∘ LN(W_L GELU(… W_1 x))``, and what each layer gives, before what comes after it."""
-    given = [product(0, x)]
+class Pass(NamedTuple):
+    """What a network gives for its inputs, and on the way: each layer's inputs, its own, and the last one's, normed."""
+
+    output: Tensor
+    inputs: list[Tensor]
+    given: list[Tensor]
+    normed: Tensor
+    inverse: Tensor | None
+
+
+def network(product: Product, depth: int, x: Tensor, gain: Tensor) -> Pass:
+    """``M(x) = W x`` or ``x + γ ∘ LN(W_L GELU(… W_1 x))``."""
+    inputs, given = [x], [product(0, x)]
     for layer in range(1, depth):
-        given.append(product(layer, functional.gelu(given[-1])))
+        inputs.append(functional.gelu(given[-1]))
+        given.append(product(layer, inputs[-1]))
     if depth == 1:
-        return given[0], given
-    return x + gain * _norm(given[-1])[0], given
+        return Pass(given[0], inputs, given, given[0], None)
+    normed, inverse = _norm(given[-1])
+    return Pass(x + gain * normed, inputs, given, normed, inverse)
 
 
 def recall(query: Tensor, weights: Sequence[Tensor], gain: Tensor) -> Tensor:
     """``M(q)``, nothing written: (B, H, N, Dv), from weights (B, H, out, in) of each layer and γ (H, 1, Dv)."""
-    return network(lambda layer, a: a @ weights[layer].mT, len(weights), query, gain)[0]
+    return network(lambda layer, a: a @ weights[layer].mT, len(weights), query, gain).output
 
 
 def slopes(
     weights: Sequence[Tensor], key: Tensor, value: Tensor, threshold: Tensor | None, gain: Tensor, bias: Bias
 ) -> list[tuple[Tensor, Tensor]]:
     """The gradient of ``ℓ(M(k), v)`` by a layer's weights is ``δ zᵀ``: its δ (B, H, N, out) and z (B, H, N, in)."""
-    output, given = network(lambda layer, a: a @ weights[layer].mT, len(weights), key, gain)
-    delta = bias.slope(output, value, threshold)
-    if len(weights) > 1:
-        delta = _through_norm(gain * delta, given[-1])
+    found = network(lambda layer, a: a @ weights[layer].mT, len(weights), key, gain)
+    delta = bias.slope(found.output, value, threshold)
+    if found.inverse is not None:
+        delta = _through_norm(gain * delta, found.normed, found.inverse)
     deltas = [delta]
     for layer in range(len(weights) - 1, 0, -1):
-        deltas.insert(0, (deltas[0] @ weights[layer]) * _gelu_slope(given[layer - 1]))
-    return list(zip(deltas, [key, *(functional.gelu(x) for x in given[:-1])], strict=True))
+        deltas.insert(0, torch.ops.aten.gelu_backward(deltas[0] @ weights[layer], found.given[layer - 1]))
+    return list(zip(deltas, found.inputs, strict=True))
 
 
 def _norm(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,13 +71,7 @@ def _norm(x: Tensor) -> tuple[Tensor, Tensor]:
     return centred * inverse, inverse
 
 
-def _through_norm(delta: Tensor, x: Tensor) -> Tensor:
+def _through_norm(delta: Tensor, normed: Tensor, inverse: Tensor) -> Tensor:
     """The slope by the input of a layer norm, from that by its output."""
-    normed, inverse = _norm(x)
     slope: Tensor = inverse * (delta - normed * (delta * normed).mean(-1, keepdim=True))
     return slope - slope.mean(-1, keepdim=True)  # last, so that positive weights meet a sum of zero to the last digit
-
-
-def _gelu_slope(x: Tensor) -> Tensor:
-    """``Φ(x) + x φ(x)``."""
-    return (1 + torch.erf(x / math.sqrt(2))) / 2 + x * (-x.square() / 2).exp() / math.sqrt(2 * math.pi)

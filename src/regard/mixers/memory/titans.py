@@ -238,17 +238,20 @@ class MemoryAsContext(_Titan):
     def mix(self, x: Tensor, state: Mapping[str, Tensor] | None, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
         """Segment after segment, each text's own beginning where those of all do."""
         now = self._begin(x) if state is None else dict(state)
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout.mask is None else layout.mask
         place = now.pop("place")
-        aligned = Aligned(place, real, self.segment)
-        tokens, filled = aligned.place(x[:, None])[:, 0], aligned.place(real[:, None])[:, 0]
-        low = int(place.min())
+        mask = layout.mask
+        aligned = Aligned(x[:, None], None if state is None else place, mask, self.segment)
+        tokens = aligned.place(x[:, None])[:, 0]
+        given = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        present = None if aligned.exact else aligned.place(given[:, None])
+        low = aligned.first
         outputs = [x.new_zeros(len(x), low, self.dim)]
         for first in range(0, aligned.slots, self.segment):
             high = min(self.segment, aligned.last - first)
             part = slice(first + low, first + high)
-            output, now = self._attend(tokens[:, part], filled[:, part], low, now)
-            now = self._renew(now, aligned.ends >= first + self.segment)
+            real = None if present is None else present[:, 0, part]
+            output, now = self._attend(tokens[:, part], real, low, now)
+            now = self._renew(now, aligned.filled(first + self.segment))
             outputs.append(output)
             low = 0
         y = aligned.take(torch.cat(outputs, dim=1)[:, None])[:, 0]
@@ -270,15 +273,21 @@ class MemoryAsContext(_Titan):
         depth = self.memory.design.memory.depth
         return {f"before.{layer}": now[f"memory.held{layer}"] for layer in range(depth)}
 
-    def _renew(self, now: dict[str, Tensor], full: Tensor) -> dict[str, Tensor]:
+    def _renew(self, now: dict[str, Tensor], full: Tensor | bool) -> dict[str, Tensor]:
         """Where segments (B,) have ended: an empty one, and the memory as it is."""
+        if full is False:
+            return now
         fresh = {name: torch.zeros_like(now[name]) for name in ("key", "value")} | self._written(now)
+        if full is True:
+            return now | fresh
         return now | {
             name: torch.where(full.view(-1, *[1] * (tensor.ndim - 1)), tensor, now[name])
             for name, tensor in fresh.items()
         }
 
-    def _attend(self, x: Tensor, real: Tensor, low: int, now: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _attend(
+        self, x: Tensor, real: Tensor | None, low: int, now: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The tokens (B, n, dim) of a segment from its place ``low`` on, and what is known after them."""
         weights = [now[f"before.{layer}"] for layer in range(self.memory.design.memory.depth)]
         asked = functional.normalize(split_heads(self.q_proj(x), self.heads), dim=-1)
@@ -288,9 +297,11 @@ class MemoryAsContext(_Titan):
         own[0], far[0] = self.attention.rotate(own[0], low), self.attention.rotate(far[0], low)
         high = low + x.shape[1]
         room = (0, 0, low, self.segment - high)
+        pairs = [torch.stack(pair, 2) for pair in zip(far, own, strict=True)]
+        if real is not None:
+            pairs = [pair * real[:, None, None, :, None] for pair in pairs]
         key, value = (
-            now[name] + functional.pad(torch.stack(pair, 2) * real[:, None, None, :, None], room)
-            for name, pair in zip(("key", "value"), zip(far, own, strict=True), strict=True)
+            now[name] + functional.pad(pair, room) for name, pair in zip(("key", "value"), pairs, strict=True)
         )
         places = torch.arange(high, device=x.device)
         mixed = prefixed_attention(

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from regard.mixers.forms import Form, check_form, check_heads
 from regard.mixers.hidden_map import HiddenMap
 from regard.mixers.layout import PLAIN, Layout
-from regard.mixers.mixer import Facts
+from regard.mixers.mixer import Facts, without_weight_decay
 from regard.mixers.projected import Projected
 from regard.mixers.rotary import check_rotary, rotary_rates, rotate
 from regard.mixers.softmax.chunked_softmax import KEY_CHUNK, QUERY_CHUNK, Tile, attend_by_tiles
@@ -283,12 +283,12 @@ class AdaptiveFilterAttention(KeyValueMixer):
         self.chunks = (query_chunk, key_chunk)
         slow = max(heads // 4, 1)
         decay = torch.cat([torch.full((slow,), 1e-5), torch.logspace(math.log10(0.01), math.log10(0.95), heads - slow)])
-        self.log_decay = Parameter(decay.log())
-        self.log_process = Parameter((2 * 0.1 * decay).log())
+        self.log_decay = without_weight_decay(Parameter(decay.log()))
+        self.log_process = without_weight_decay(Parameter((2 * 0.1 * decay).log()))
         noise = math.log(math.log1p(math.e))
         self.log_key_noise, self.log_query_noise = (Parameter(torch.full((heads,), noise)) for _ in range(2))
-        self.log_freedom = Parameter(torch.full((heads,), math.log(4.0)))
-        self.log_sharpness = Parameter(torch.zeros(heads))
+        self.log_freedom = without_weight_decay(Parameter(torch.full((heads,), math.log(4.0))))
+        self.log_sharpness = without_weight_decay(Parameter(torch.zeros(heads)))
         self.gate = Parameter(torch.zeros(heads))
         self.register_buffer("frequency", rotary_rates(dim // heads, rotary).float().repeat(heads, 1))
 

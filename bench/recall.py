@@ -1,18 +1,23 @@
 """What mixers recall: keys bound to values in context, asked for later, against the size of what they remember.
 
-    python -m bench.recall [--quick] [--only NAME ...] [--results FILE] [--plot FILE] [--save]
+    python -m bench.recall [--quick] [--all | --only NAME ...] [--seeds N ...] [--layers N] [--results FILE] [--save]
 
 Multi-query associative recall, as in Zoology (S. Arora et al., 2023): pairs of a key and a value, and between them keys of
-earlier pairs again, each to be answered with its value. Models of two layers and equal parameter counts are trained on 4 to
-24 pairs, few at first, and tested on each number, and on the mean of them after other texts, which bind the same keys to
-other values: up to 2,048 tokens, 26 times those of training. Prints one table, and draws recall against the bytes of state.
-A run that was interrupted goes on.
+earlier pairs again, each to be answered with its value. Models of equal parameter counts, a short convolution and one layer,
+are trained on 4 to 24 pairs, few at first, and tested on each number, and on the mean of them after other texts, which bind
+the same keys to other values: up to 2,048 tokens, 26 times those of training. By default the delta rule and the memories that
+are to recall no less than it, of three seeds each, with the lowest and the highest result: 8 minutes of processor time.
+``--all`` takes every mixer at its sizes, of one seed. Prints one table, and draws recall against the bytes of state. A run
+that was interrupted goes on.
 """
 
 from __future__ import annotations
 
+import time
 from functools import partial
+from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import plotly.graph_objects as go
@@ -24,10 +29,12 @@ from bench.results import Report, command_line
 from bench.small_models import Batch, Results, SmallModel, maker, state_bytes, train
 from regard.mixers import Memory, catalogue
 
-DIM, LAYERS, PARAMETERS, RATE = 64, 2, 62_000, 1e-2
+DIM, PARAMETERS, RATE = 64, 62_000, 1e-2  # parameters of a layer
 KEYS = VALUES = 32
-TOKENS, PAIRS, BATCH = 80, (4, 8, 16, 24), 32
+TOKENS, PAIRS = 80, (4, 8, 16, 24)
 EARLIER = (240, 960, 1968)  # tokens of other texts before the one that is asked for
+COMPARED = ("DeltaRule", "LongTermMemory", "Yaad")
+SEEDS = (10, 11, 12)  # not those by which the layers' settings were chosen
 Size = dict[str, Any]
 MEMORIES = ("Moneta", "Yaad", "Memora", "LongTermMemory", "MemoryAsContext", "MemoryAsGate", "MemoryAsLayer")
 LINES: dict[str, tuple[str, list[Size]]] = {  # mixers of several sizes of state, by what makes it larger
@@ -67,27 +74,31 @@ def texts(batch: int, pairs: int, generator: torch.Generator) -> Batch:
     return ids, targets
 
 
-def recall(name: str, size: Size, steps: int, seed: int) -> dict[str, Any]:
-    """Train one model; its accuracy at each number of pairs, the size of its state, and of its weights."""
+def recall(name: str, size: Size, layers: int, batch: int, steps: int, seed: int) -> dict[str, Any]:
+    """Train one model; its accuracy at each number of pairs, the size of its state and of its weights, and processor time."""
+    began = time.process_time()
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = SmallModel(maker(name, **arguments_of(size)), KEYS + VALUES, DIM, LAYERS, PARAMETERS)
+    model = SmallModel(maker(name, **arguments_of(size)), KEYS + VALUES, DIM, layers, PARAMETERS)
 
     def batches(done: float) -> Batch:
         """Two pairs for a beginning, then more and more."""
         numbers = (2,) if done < 1 / 6 else PAIRS[: 1 + int(6 * done)]
         pairs = numbers[int(torch.randint(len(numbers), (1,), generator=generator))]
-        return texts(BATCH, pairs, generator)
+        return texts(batch, pairs, generator)
 
     train(model, batches, steps, RATE)
     held_out = torch.Generator().manual_seed(10_000 + seed)
     right = {pairs: answered(model, 256, pairs, 0, held_out) for pairs in PAIRS}
     late = {
-        earlier: sum(answered(model, 64, pairs, earlier, held_out) for pairs in PAIRS) / len(PAIRS)
+        earlier: sum(answered(model, 32, pairs, earlier, held_out) for pairs in PAIRS) / len(PAIRS)
         for earlier in EARLIER
     }
     weights = sum(parameter.numel() for parameter in model.parameters())
-    return {"recall": right, "late": late, "state": state_bytes(model, TOKENS), "weights": weights}
+    seconds = time.process_time() - began
+    return {
+        "recall": right, "late": late, "state": state_bytes(model, TOKENS), "weights": weights, "seconds": seconds,
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -105,8 +116,10 @@ def arguments_of(size: Size) -> dict[str, Any]:
     return {"memory": Memory(expansion=size["expansion"])} if "expansion" in size else size
 
 
-def lines_of(names: list[str]) -> dict[str, tuple[str, list[Size]]]:
-    """Those of these mixers, and a point for each that has no line."""
+def lines_of(names: list[str], sizes: bool) -> dict[str, tuple[str, list[Size]]]:
+    """A point for each of these mixers; or, with sizes, a line for each that has several."""
+    if not sizes:
+        return {name: (name, [{}]) for name in names}
     several = {mixer for mixer, _ in LINES.values()}
     points: dict[str, tuple[str, list[Size]]] = {name: (name, [{}]) for name in names if name not in several}
     return {name: line for name, line in LINES.items() if line[0] in names} | points
@@ -116,13 +129,14 @@ def label_of(name: str, size: Size) -> str:
     return name + (f" ({', '.join(f'{key} {value}' for key, value in size.items())})" if size else "")
 
 
-def plot(found: dict[str, dict[str, Any]], lines: dict[str, tuple[str, list[Size]]]) -> go.Figure:
+def plot(found: dict[str, list[dict[str, Any]]], lines: dict[str, tuple[str, list[Size]]]) -> go.Figure:
     """Mean recall against state."""
     figure = go.Figure()
     for number, (name, (mixer, sizes)) in enumerate(lines.items()):
         labels = [label_of(mixer, size) for size in sizes]
         figure.add_scatter(
-            x=[found[label]["state"] for label in labels], y=[mean_recall(found[label]) for label in labels],
+            x=[found[label][0]["state"] for label in labels],
+            y=[mean([mean([*result["recall"].values()]) for result in found[label]]) for label in labels],
             hovertext=labels, name=name, mode="lines+markers" if len(sizes) > 1 else "markers",
             marker={"size": 10, "symbol": number % 25, "color": colors.qualitative.Dark24[number % 24]},
         )  # fmt: skip
@@ -134,35 +148,55 @@ def plot(found: dict[str, dict[str, Any]], lines: dict[str, tuple[str, list[Size
     return figure
 
 
-def mean_recall(result: dict[str, Any]) -> float:
-    return sum(result["recall"].values()) / len(result["recall"])
+def table(found: dict[str, list[dict[str, Any]]]) -> Table:
+    """A row for each mixer, that with the least state first."""
+    late = (f"after {earlier:,}" for earlier in EARLIER)
+    made = Table("mixer", "weights", "state, bytes", "seconds", *(f"{pairs} pairs" for pairs in PAIRS), *late)
+    for label, results in sorted(found.items(), key=lambda item: item[1][0]["state"]):
+        each = zip(*([*result["recall"].values(), *result["late"].values()] for result in results), strict=True)
+        seconds = mean([result["seconds"] for result in results])
+        sizes = f"{results[0]['weights']:,}", f"{results[0]['state']:,}", f"{seconds:.0f}"
+        made.add_row(label, *sizes, *(spread(list(values)) for values in each))
+    return made
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and of several values the lowest and the highest.
+
+    >>> spread([0.5]), spread([0.5, 0.6, 0.7])
+    ('0.50', '0.60 (0.50–0.70)')
+    """
+    around = f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{around}"
 
 
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="60 steps: shows that it runs")
-    parser.add_argument("--only", nargs="*", help="these mixers only")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="every mixer, at several sizes of its state")
+    which.add_argument("--only", nargs="*", default=COMPARED, help="these mixers only")
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=16, help="texts of a step of training")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="*", help="by default three, with --all one")
     parser.add_argument("--results", type=Path, default=Path("run/recall.jsonl"))
     parser.add_argument("--plot", type=Path, default=Path("run/recall.html"))
     arguments = parser.parse_args()
     steps = 60 if arguments.quick else arguments.steps
-    names = [catalogue.mixer_named(name).__name__ for name in arguments.only or catalogue.mixers()]
-    lines = lines_of(names)
+    seeds = arguments.seeds or (SEEDS[:1] if arguments.all else SEEDS)
+    names = list(catalogue.mixers()) if arguments.all else arguments.only
+    lines = lines_of([catalogue.mixer_named(name).__name__ for name in names], arguments.all)
     runs = {label_of(mixer, size): (mixer, size) for mixer, sizes in lines.values() for size in sizes}
-    keys = {label: f"{label}, {steps} steps at {RATE}, seed {arguments.seed}" for label in runs}
+    training = arguments.layers, arguments.batch, steps
+    told = "{} layers, batches of {}, {} steps".format(*training)
+    keys = {(label, seed): f"{label}, {told} at {RATE}, seed {seed}" for seed, label in product(seeds, runs)}
     results = Results(arguments.results).of(
-        {keys[label]: partial(recall, name, size, steps, arguments.seed) for label, (name, size) in runs.items()}
+        {key: partial(recall, *runs[label], *training, seed) for (label, seed), key in keys.items()}
     )
-    found = {label: results[key] for label, key in keys.items()}
-    late = (f"after {earlier:,}" for earlier in EARLIER)
-    table = Table("mixer", "weights", "state, bytes", *(f"{pairs} pairs" for pairs in PAIRS), *late)
-    for label, result in sorted(found.items(), key=lambda item: item[1]["state"]):
-        cells = [f"{right:.2f}" for right in (*result["recall"].values(), *result["late"].values())]
-        table.add_row(label, f"{result['weights']:,}", f"{result['state']:,}", *cells)
-    with Report("recall", arguments.save, width=130) as report:
-        report.show(table)
+    found = {label: [results[keys[label, seed]] for seed in seeds] for label in runs}
+    with Report("recall", arguments.save, width=190) as report:
+        report.show(table(found))
     arguments.plot.parent.mkdir(parents=True, exist_ok=True)
     plot(found, lines).write_html(arguments.plot)
 

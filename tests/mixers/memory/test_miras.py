@@ -15,6 +15,7 @@ from regard.mixers import (
     Moneta,
     Yaad,
 )
+from regard.mixers.memory.network import recall
 from tests.mixers.contract import check_mixer
 from tests.mixers.learning import recall_losses
 
@@ -44,6 +45,34 @@ def test_learns(kind: type[Mixer]) -> None:
     torch.manual_seed(0)
     before, after = recall_losses(kind(16, heads=2, chunk=8))
     assert after < before - 0.5
+
+
+@pytest.mark.parametrize("earlier", [0, 512])
+@pytest.mark.parametrize("kind", [LongTermMemory, Moneta, Yaad])
+def test_a_fresh_memory_gives_for_keys_what_resembles_their_values(kind: type[Miras], earlier: int) -> None:
+    """And not −k, which is what a network that adds its input learns of values much shorter than keys."""
+    torch.manual_seed(0)
+    mixer, x = kind(64, heads=4), torch.randn(4, earlier + 16, 64)
+    projected = mixer.project(x)
+    _, state = mixer.combine(projected)
+    weights = [mixer.design.retention.weights(state[f"held{layer}"], state[f"start{layer}"]) for layer in range(2)]
+    assert mixer.gain is not None
+    given = recall(projected["key"][:, :, -16:], weights, mixer.gain[:, None])
+    likeness = torch.cosine_similarity(given, projected.value[:, :, -16:], dim=-1).mean()
+    assert likeness > (0.26 if earlier else 0.4)
+
+
+@pytest.mark.parametrize("kind", [LongTermMemory, Yaad])
+def test_a_network_is_not_linear_after_many_tokens(kind: type[Miras]) -> None:
+    """What GELU adds to a linear map is even: its share stays, as the first matrix does not decay to where it is linear."""
+    torch.manual_seed(0)
+    mixer = kind(64, heads=4)
+    projected = mixer.project(torch.randn(1, 2048, 64))
+    _, state = mixer.combine(projected)
+    given, opposite = (
+        torch.nn.functional.gelu(sign * projected["query"] @ state["held0"].mT) @ state["held1"].mT for sign in (1, -1)
+    )
+    assert (given + opposite).norm() > 0.4 * (given - opposite).norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -65,7 +65,8 @@ def test_forms_agree(case: str, length: int, chunk: int, cut: int) -> None:
             real[1, 1:4], real[0, 5:] = False, part.start == 0
             output, state = neural_memory(
                 *one[:4], weights, state or None, log_decay=one[4], log_momentum=one[5] if momentum else None,
-                threshold=one[6], gain=gain, bias=bias, retention=retention, mask=real, form=form, chunk=chunk,
+                threshold=one[6], gain=gain, bias=bias, retention=retention, hidden_decay=0.3, mask=real, form=form,
+                chunk=chunk,
             )  # fmt: skip
             outputs.append(output)
         return torch.cat(outputs, 2), state

@@ -38,6 +38,7 @@ def neural_memory(
     gain: Tensor | None = None,
     bias: Bias = Lp(2.0),  # noqa: B008 - frozen
     retention: Retention = Decay(),  # noqa: B008 - frozen
+    hidden_decay: float = 1.0,
     mask: Tensor | None = None,
     form: Form = "chunked",
     chunk: int = CHUNK,
@@ -67,6 +68,8 @@ def neural_memory(
         gain: γ, (H, Dv), of a network; ones by default.
         bias: the loss.
         retention: how weights follow from what is held.
+        hidden_decay: what multiplies log (1 − α) for all matrices but the last. As far as they decay to where GELU is linear,
+            a network has no more room than one matrix.
         mask: (B, N), true for real tokens: others are neither written nor counted, and their outputs are zeros.
         form: "parallel" the reference, a loop over tokens whose gradients are autograd's; "chunked" products of matrices;
             "recurrent" token by token.
@@ -102,7 +105,7 @@ def neural_memory(
         return torch.zeros_like(step, dtype=dtype) if tensor is None else tensor.to(dtype)
 
     learner = _Learner(
-        bias, retention, log_momentum is not None, chunk,
+        bias, retention, hidden_decay, log_momentum is not None, chunk,
         query.new_ones(1, dtype=dtype) if gain is None else gain.to(dtype)[:, None],
     )  # fmt: skip
     tokens = _Tokens(
@@ -180,6 +183,7 @@ class _Learner:
 
     bias: Bias
     retention: Retention
+    hidden_decay: float
     momentum: bool
     chunk: int
     gain: Tensor
@@ -214,11 +218,13 @@ def _token_by_token(
     outputs = []
     for i in range(tokens.query.shape[2]):
         token = tokens.part(i, i + 1)
-        step, decay, momentum = (gate[..., None] for gate in (token.step, token.decay.exp(), token.momentum.exp()))
+        step, momentum = token.step[..., None], token.momentum.exp()[..., None]
+        hidden, last = (decay.exp()[..., None] for decay in (learner.hidden_decay * token.decay, token.decay))
+        decays = [hidden] * (len(now.held) - 1) + [last]
         writes = [-step * slope for slope in gradients(learner, now, token)]
         if learner.momentum:
             writes = [momentum * old + write for old, write in zip(now.surprise, writes, strict=True)]
-        held = [decay * old + write for old, write in zip(now.held, writes, strict=True)]
+        held = [decay * old + write for decay, old, write in zip(decays, now.held, writes, strict=True)]
         now = _where(token.real, replace(now, held=held, surprise=writes if learner.momentum else []), now)
         weights = [learner.retention.weights(*pair) for pair in zip(now.held, now.start, strict=True)]
         outputs.append(recall(token.query, weights, learner.gain))
@@ -243,14 +249,19 @@ def _chunked(
     aligned = Aligned(tokens.query, None if begins else now.position, mask, learner.chunk)
     if not aligned.slots:  # padding alone
         return torch.zeros_like(tokens.value), now
-    chunks = _chunks(learner, tokens.apply(aligned.place))
+    tokens = tokens.apply(aligned.place)
+    hidden = chunks = _chunks(learner, tokens)
+    if learner.hidden_decay != 1 and len(now.held) > 1:
+        hidden = _chunks(learner, replace(tokens, decay=learner.hidden_decay * tokens.decay))
     filled = [aligned.filled(slot + learner.chunk) for slot in range(0, aligned.slots, learner.chunk)]
 
-    def step(part: tuple[_Chunk, Tensor | bool], now: _Now) -> tuple[Tensor, _Now]:
-        output, now = _read(learner, part[0], now)
-        return output, replace(now, start=now.renewed(part[1]))
+    def step(part: tuple[_Chunk, _Chunk, Tensor | bool], now: _Now) -> tuple[Tensor, _Now]:
+        output, now = _read(learner, *part[:2], now)
+        return output, replace(now, start=now.renewed(part[2]))
 
-    outputs, now = in_turn(step, list(zip(chunks, filled, strict=True)), now, now.numbers, math.isqrt(len(chunks)))
+    outputs, now = in_turn(
+        step, list(zip(hidden, chunks, filled, strict=True)), now, now.numbers, math.isqrt(len(chunks))
+    )
     return aligned.take(torch.cat(outputs, dim=2)), replace(now, position=aligned.ends % learner.chunk)
 
 
@@ -298,10 +309,10 @@ def _chunks(learner: _Learner, tokens: _Tokens) -> list[_Chunk]:
     return [_Chunk(*row) for row in zip(*columns, strict=True)]
 
 
-def _read(learner: _Learner, chunk: _Chunk, now: _Now) -> tuple[Tensor, _Now]:
-    """The outputs of a chunk's tokens, and the memory after them."""
+def _read(learner: _Learner, hidden: _Chunk, chunk: _Chunk, now: _Now) -> tuple[Tensor, _Now]:
+    """The outputs of a chunk's tokens, and the memory after them; all matrices but the last keep as ``hidden`` says."""
     written = learner.slopes(now, chunk)
-    products = _Products(learner.retention, now, written, chunk)
+    products = _Products(learner.retention, now, written, [hidden] * (len(written) - 1) + [chunk])
     output = network(products, len(written), chunk.query, learner.gain).output
     surprise = []
     if chunk.stay is not None and chunk.last is not None:
@@ -326,36 +337,37 @@ class _Products:
     retention: Retention
     now: _Now
     written: list[tuple[Tensor, Tensor]]
-    chunk: _Chunk
+    chunks: list[_Chunk]
+    """Of each matrix, which differ in how much is kept."""
 
     def __call__(self, layer: int, a: Tensor) -> Tensor:
         if not self.retention.linear:
             weights = self.retention.weights(self._held(layer, slice(None)), self.now.start[layer])
             return (weights @ a[..., None]).squeeze(-1)
-        delta, z = self.written[layer]
-        product = self.chunk.keep * (a @ self.now.held[layer].mT) - (self.chunk.write * (a @ z.mT)) @ delta
-        if self.chunk.carry is not None:
-            product = product + self.chunk.carry * (a @ self.now.surprise[layer].mT)
+        (delta, z), chunk = self.written[layer], self.chunks[layer]
+        product = chunk.keep * (a @ self.now.held[layer].mT) - (chunk.write * (a @ z.mT)) @ delta
+        if chunk.carry is not None:
+            product = product + chunk.carry * (a @ self.now.surprise[layer].mT)
         scale = self.retention.scale(self.now.start[layer])
         return product if scale is None else product * scale
 
     def after(self) -> list[Tensor]:
         """What is held after the last token."""
         after = []
-        for (delta, z), held, number in zip(self.written, self.now.held, range(len(self.written)), strict=True):
-            kept = self.chunk.keep[:, :, -1:] * held
-            if self.chunk.carry is not None:
-                kept = kept + self.chunk.carry[:, :, -1:] * self.now.surprise[number]
-            after.append(kept - (self.chunk.write[:, :, -1, :, None] * delta).mT @ z)
+        for number, ((delta, z), chunk, held) in enumerate(zip(self.written, self.chunks, self.now.held, strict=True)):
+            kept = chunk.keep[:, :, -1:] * held
+            if chunk.carry is not None:
+                kept = kept + chunk.carry[:, :, -1:] * self.now.surprise[number]
+            after.append(kept - (chunk.write[:, :, -1, :, None] * delta).mT @ z)
         return after
 
     def _held(self, layer: int, which: slice) -> Tensor:
         """What is held after each of these tokens, (B, H, tokens, out, in)."""
-        delta, z = self.written[layer]
-        held = self.chunk.keep[:, :, which, :, None] * self.now.held[layer][:, :, None]
-        if self.chunk.carry is not None:
-            held = held + self.chunk.carry[:, :, which, :, None] * self.now.surprise[layer][:, :, None]
-        return held - (self.chunk.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
+        (delta, z), chunk = self.written[layer], self.chunks[layer]
+        held = chunk.keep[:, :, which, :, None] * self.now.held[layer][:, :, None]
+        if chunk.carry is not None:
+            held = held + chunk.carry[:, :, which, :, None] * self.now.surprise[layer][:, :, None]
+        return held - (chunk.write[:, :, which, :, None] * delta[:, :, None]).mT @ z[:, :, None]
 
 
 def _begin(weights: list[Tensor], state: Mapping[str, Tensor] | None, tokens: _Tokens, momentum: bool) -> _Now:

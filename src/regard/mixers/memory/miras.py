@@ -26,8 +26,10 @@ _PAPER = (
     "Retention, and Online Optimization"
 )
 _KEEP = 7.0  # 1 − α begins at sigmoid(7), 0.999: what is written lasts for about 1,000 tokens
+_HIDDEN_DECAY = 0.1
 _RANK = 32
 _THRESHOLD = 1.8545  # softplus of it is 2
+_VALUES = 6.0  # the deviation of what projection, convolution and SiLU give is about 1/6 at first
 
 
 class Miras(ValueMixer):
@@ -38,6 +40,10 @@ class Miras(ValueMixer):
     those of a network such that what each gives is about of variance 1 (of a last matrix of zeros, the layer norm would make
     as much of the first token as of all that follow).
 
+    Values are six times what their convolution gives, by which they begin about of variance 1, as what a network gives: it
+    adds its input to its output, and thus has to learn ``v − k``, of which values much shorter than keys would be the least
+    part. Where the retention is KL, they are not, for there each step multiplies weights by the exponential of an error.
+
     The paper makes step, decay and threshold of each channel from the token and leaves their activations open. Here step and
     decay are one for each head, so that a chunk is products of matrices, and sigmoids: ``1 − α`` begins at 0.999, η at 0.5,
     and ``θ = (1 − η) · largest_step · sigmoid(·)``: a long momentum takes no longer steps, and a matrix does not write keys
@@ -45,12 +51,16 @@ class Miras(ValueMixer):
     each channel, by a projection of low rank and softplus, and begins at 2, beyond the errors of most: a network's output has
     variance 1, and errors that were all cut would pull it to the corners of a cube, from wherever it is.
 
+    Where weights decay, ``1 − α`` of all matrices but the last is its tenth root: the layer norm makes up for a last matrix
+    that has shrunk, but before a first one that has, GELU is linear, and the network no more than a matrix.
+
     Args:
         dim: of the tokens.
         heads: that divide it.
         design: the four choices.
         chunk: tokens whose gradients are taken at the same weights; fewer are nearer to a step for each token, and slower.
-        largest_step: of the gradient; by default 1 / chunk for a matrix, twice that for a network, whose decay bounds it.
+        largest_step: of the gradient; by default 1 / chunk for a matrix, twice that for a network, whose decay bounds it
+            (in `Yaad` eight times, as its errors are cut).
         convolution: tokens that the short convolutions see.
 
     A. Behrouz et al. (2025), It's All Connected: A Journey Through Test-Time Memorization, Attentional Bias, Retention, and
@@ -71,6 +81,9 @@ class Miras(ValueMixer):
         state="2 E D²/H",
     )
 
+    network_step: ClassVar[float] = 2.0
+    """Of a network, the default of ``largest_step · chunk``."""
+
     def __init__(
         self,
         dim: int,
@@ -89,7 +102,8 @@ class Miras(ValueMixer):
                 f"largest_step={largest_step}"
             )
         self.heads, self.chunk, self.design = heads, chunk, design or Design()
-        self.largest_step = largest_step or (1 if self.design.memory.depth == 1 else 2) / chunk
+        self.largest_step = largest_step or (1.0 if self.design.memory.depth == 1 else self.network_step) / chunk
+        self.value_scale = _VALUES if self.design.retention.linear else 1.0
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, bias=False) for _ in range(3))
         self.conv1d = ShortConvolution(3 * dim, convolution)
         self.step, self.keep = Linear(dim, heads), Linear(dim, heads)
@@ -122,7 +136,7 @@ class Miras(ValueMixer):
         parts = {"query": functional.normalize(query, dim=-1), "key": functional.normalize(key, dim=-1), "x": x}
         if self.threshold is not None:
             parts["threshold"] = split_heads(functional.softplus(self.threshold(x)), self.heads)
-        return Projected(value, parts | self._gates(x), {"tail": tail})
+        return Projected(self.value_scale * value, parts | self._gates(x), {"tail": tail})
 
     def combine(
         self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
@@ -206,7 +220,8 @@ class Miras(ValueMixer):
             None if state is None else {name: tensor for name, tensor in state.items() if name != "tail"},
             log_decay=projected["log_decay"], log_momentum=projected.get("log_momentum"),
             threshold=projected.get("threshold"),
-            gain=self.gain, bias=self.design.bias, retention=self.design.retention, mask=mask,
+            gain=self.gain, bias=self.design.bias, retention=self.design.retention,
+            hidden_decay=_HIDDEN_DECAY if self.design.retention == Decay() else 1.0, mask=mask,
             form="recurrent" if query.shape[2] == 1 else "chunked", chunk=self.chunk,
         )  # fmt: skip
 
@@ -316,6 +331,7 @@ class Yaad(OfDesign):
     )
 
     choices = Design(Memory(), Huber())
+    network_step = 8.0
 
 
 class Memora(OfDesign):

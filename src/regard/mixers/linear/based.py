@@ -254,7 +254,8 @@ class Based(ValueMixer):
         self, projected: Projected, state: Mapping[str, Tensor] | None = None, layout: Layout = PLAIN
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Both; the names in their states differ."""
-        halves, after = [], dict[str, Tensor]()
+        halves = []
+        after: dict[str, Tensor] = {}
         for part, value in zip(("linear", "window"), projected.value.chunk(2, dim=1), strict=True):
             mixer: TaylorAttention | SlidingWindow = getattr(self, part)
             mixed, held = mixer.combine(_half(projected, part, value), state, layout)

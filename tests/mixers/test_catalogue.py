@@ -107,7 +107,8 @@ def test_the_command_lists_all() -> None:
     shown = {name: next(n for n, line in enumerate(lines) if line.split()[:1] == [name]) for name in NAMES}
     first, second = (lines[shown["DeltaRule"] + more] for more in (0, 1))
     assert first.split(maxsplit=2) == ["DeltaRule", "causal", "Yang et al. (2024)"]
-    assert second.split() == ["O(N", "D²/H)", f"N^{catalogue.exponents()['DeltaRule']:.2f}", "D²/H"]
+    facts, exponent = catalogue.mixers()["DeltaRule"].facts, catalogue.exponents()["DeltaRule"]
+    assert " ".join(second.split()) == f"{facts.time} N^{exponent:.2f} {facts.state}"
     assert "causal, bidirectional, cross exact Vaswani et al. (2017)" in " ".join(
         lines[shown["SoftmaxAttention"]].split()
     )

@@ -1,6 +1,7 @@
 """What the facts of a mixer claim, its layer can do."""
 
 import inspect
+import re
 from unittest.mock import patch
 
 import pytest
@@ -68,6 +69,30 @@ def test_bidirectional_beside_padding(name: str, left: bool) -> None:
     torch.testing.assert_close(found[1:, mask[1]], alone, atol=1e-5, rtol=1e-4)
     assert not found[1, ~mask[1]].any()
     torch.testing.assert_close(found[0], mixer(x[:1])[0][0], atol=1e-5, rtol=1e-4)
+
+
+def numbers_of(formula: str, letters: dict[str, int]) -> float:
+    """A formula of `Facts.state`, as far as its first comma or word."""
+    text = re.match(r"[\dA-Z²³()/+− ]+", formula)
+    assert text is not None
+    plain = text[0].replace("−", "-").replace("²", "**2").replace("³", "**3").strip()
+    plain = re.sub(r"(?<=[\dA-Z)])\s*(?=[(A-Z])", "*", plain)  # what stands side by side is multiplied
+    return float(eval(plain, {}, letters))
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_the_state_is_as_large_as_claimed(name: str) -> None:
+    mixer, width, tokens = KINDS[name](512).eval(), 512, 130
+    letters = {"N": tokens, "D": width, "H": 4, "K": 4, "W": 64, "C": 64, "F": 16, "S": 16, "M": 8, "E": 8}
+    if name == "LongVQ":
+        letters |= {"S": 64, "W": 32}
+    if "F = D/H" in mixer.facts.state:
+        letters["F"] = width // letters["H"]
+    with torch.no_grad():
+        _, state = mixer(torch.randn(1, tokens, width))
+    counted = sum(tensor[0].numel() for name, tensor in state.tensors.items() if tensor.dtype != torch.bool)
+    claimed = numbers_of(mixer.facts.state, letters)
+    assert counted == pytest.approx(claimed, abs=4), (counted, claimed)  # positions are counted in a few numbers
 
 
 @pytest.mark.parametrize("name", CROSS)

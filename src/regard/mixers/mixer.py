@@ -30,7 +30,11 @@ _SMALLEST_PIECE = 256  # below, the pieces' number costs more than their size sa
 
 @dataclass(frozen=True)
 class Facts:
-    """What one wants to know of a mechanism before choosing it; N tokens, width D, state in numbers for each text."""
+    """What one wants to know of a mechanism before choosing it: its state is counted in numbers for each text.
+
+    N are its tokens, D its width, H its heads, K the tokens of a short convolution, W those of a window and C of a segment, P
+    persistent ones, F the features of a head, S states or codes, M exponentials, E the numbers of a memory in D²/H².
+    """
 
     paper: str
     formula: str

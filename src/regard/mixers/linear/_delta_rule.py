@@ -184,7 +184,7 @@ class DeltaRule(ValueMixer):
         paper="S. Yang et al. (2024), Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
         formula="S_i = (I − β_i k_i k_iᵀ) S_{i−1} + β_i k_i v_iᵀ,  o_i = S_iᵀ q_i / √D,  β = σ(W x)",
         time="O(N D²/H)",
-        state="D²/H",
+        state="D²/H + 3 (K − 1) D",
     )
 
     def __init__(

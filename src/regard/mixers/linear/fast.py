@@ -202,7 +202,7 @@ class FAST(ValueMixer):
         paper="A. Gerami et al. (2024), FAST: Factorizable Attention for Speeding up Transformers",
         formula="o_i = Σ_j f(q_i·k_j) v_j / Σ_j f(q_i·k_j),  f(s) = 1 + s + s²/2",
         time="O(N D³/H²)",
-        state="D³/(2 H²)",
+        state="(1 + F + F(F+1)/2)(D + H), F = D/H",
         bidirectional=True,
         cross=True,
     )

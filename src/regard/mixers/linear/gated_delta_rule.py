@@ -38,7 +38,7 @@ class GatedDeltaRule(DeltaRule):
         paper="S. Yang, J. Kautz and A. Hatamizadeh (2025), Gated Delta Networks: Improving Mamba2 with Delta Rule",
         formula="S_i = α_i (I − β_i k_i k_iᵀ) S_{i−1} + β_i k_i v_iᵀ,  o_i = S_iᵀ q_i / √D,  β = σ(W x)",
         time="O(N D²/H)",
-        state="D²/H",
+        state="D²/H + 3 (K − 1) D",
     )
 
     def __init__(

@@ -52,7 +52,7 @@ class GatedLinearAttention(ValueMixer):
         paper="S. Yang et al. (2023), Gated Linear Attention Transformers with Hardware-Efficient Training",
         formula="S_i = diag(α_i) S_{i−1} + k_i v_iᵀ,  o_i = S_iᵀ q_i / √D,  α = σ(W₂ W₁ x + b)^{1/16}",
         time="O(N D²/H)",
-        state="D²/2H",
+        state="D²/(2 H)",
     )
 
     def __init__(

@@ -157,7 +157,7 @@ class LightningAttention(ValueMixer):
         paper="Z. Qin et al. (2024), Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention",
         formula="S_i = λ S_{i−1} + k_i v_iᵀ,  o_i = S_iᵀ q_i",
         time="O(N D²/H)",
-        state="D²/H, 2 D²/H in the first layer",
+        state="2 D²/H in layer 0, else D²/H",
     )
     rates: Tensor
 

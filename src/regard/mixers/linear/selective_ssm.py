@@ -215,7 +215,7 @@ class SelectiveSSM(ValueMixer):
         paper="A. Gu and T. Dao (2023), Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
         formula="h_i = exp(−Δ_i a) ∘ h_{i−1} + Δ_i x_i b_iᵀ,  y_i = h_i c_i + D ∘ x_i",
         time="O(N D S)",
-        state="2 D S",
+        state="2 (S + K − 1) D",
     )
 
     def __init__(

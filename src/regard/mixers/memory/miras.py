@@ -78,7 +78,7 @@ class Miras(ValueMixer):
         paper=_PAPER,
         formula="W_t = argmin_W ℓ(W; k_t, v_t) + Ret(W, W_{t−1}),  o_t = M(W_t, q_t)",
         time="O(E N D²/H)",
-        state="2 E D²/H",
+        state="2 E D²/H + 3 (K − 1) D",
     )
 
     network_step: ClassVar[float] = 2.0
@@ -279,7 +279,7 @@ class Moneta(Miras):
         formula="A_t = (1 − α_t) A_{t−1} − θ_t ∇‖M(k_t) − v_t‖_p^p,  W_t = A_t / (mean |A|^q + 1)^{(q−2)/q},  "
         "o_t = M(W_t, q_t)",
         time="O(8 N D²/H)",
-        state="16 D²/H",
+        state="16 D²/H + 3 (K − 1) D",
     )
 
     def __init__(
@@ -327,7 +327,7 @@ class Yaad(OfDesign):
         paper=_PAPER,
         formula="W_t = (1 − α_t) W_{t−1} − θ_t ∇Huber_δ(M(k_t) − v_t),  o_t = M(W_t, q_t)",
         time="O(8 N D²/H)",
-        state="16 D²/H",
+        state="16 D²/H + 3 (K − 1) D",
     )
 
     choices = Design(Memory(), Huber())
@@ -359,7 +359,7 @@ class Memora(OfDesign):
         paper=_PAPER,
         formula="W_t = c softmax((1 − α_t) log W_{t−1} − θ_t ∇‖M(k_t) − v_t‖²),  o_t = M(W_t, q_t)",
         time="O(8 N D²/H)",
-        state="16 D²/H",
+        state="16 D²/H + 3 (K − 1) D",
     )
 
     choices = Design(Memory(), Lp(2), KL())

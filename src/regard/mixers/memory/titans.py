@@ -48,7 +48,7 @@ class LongTermMemory(OfDesign):
         paper=_PAPER,
         formula="S_t = η_t S_{t−1} − θ_t ∇ℓ(M_{t−1}; k_t, v_t),  M_t = (1 − α_t) M_{t−1} + S_t,  o_t = M_t(q_t)",
         time="O(8 N D²/H)",
-        state="24 D²/H",
+        state="24 D²/H + 3 (K − 1) D",
     )
 
     choices = Design(momentum=True)
@@ -128,7 +128,7 @@ class MemoryAsGate(_Titan):
         paper=_PAPER,
         formula="o = (norm(SWA([P ‖ x])) ∘ σ(norm(M([P ‖ x])))) W",
         time="O(N (W + P) D + 8 N D²/H)",
-        state="24 D²/H + 2 (W − 1) D",
+        state="24 D²/H + (2 W + 3 K − 5) D",
     )
 
     def __init__(
@@ -174,7 +174,7 @@ class MemoryAsLayer(_Titan):
         paper=_PAPER,
         formula="y = x̃ + M(x̃),  o = SWA(y),  x̃ = [P ‖ x]",
         time="O(N (W + P) D + 8 N D²/H)",
-        state="24 D²/H + 2 (W − 1) D",
+        state="24 D²/H + (2 W + 3 K − 5) D",
     )
 
     def mix(self, x: Tensor, state: Mapping[str, Tensor] | None, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
@@ -220,7 +220,7 @@ class MemoryAsContext(_Titan):
         paper=_PAPER,
         formula="h = M(q(x)),  y = Attn([P ‖ h ‖ x]),  o_i = (norm(y_i) ∘ σ(norm(M_i(y_i)))) W, segment by segment",
         time="O(N (2C + P) D + 8 N D²/H)",
-        state="32 D²/H + 4 C D",
+        state="32 D²/H + (4 C + 3 K − 3) D",
     )
 
     def __init__(

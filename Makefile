@@ -1,5 +1,6 @@
 # `make demo` shows what regard does, `make test` checks it; both make .venv and install what they need. The others: `make fuzz`
-# draws new cases, FUZZ_MINUTES of each kind; `make coverage`; `make test-oldest` runs the tests with the lowest versions claimed.
+# draws new cases, FUZZ_MINUTES of each kind; `make coverage`; `make test-oldest` runs the tests with the lowest versions
+# claimed; `make real` fetches a pretrained model once and runs what is tested on it.
 PYTHON ?= python3.11
 WORKERS ?= 2
 FUZZ_MINUTES ?= 1
@@ -11,7 +12,7 @@ INSTALL := $(BIN)/python $(PIP) -c constraints.txt -e
 # Each worker has one thread, and takes tests from another when it has none left.
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint types fuzz coverage test-oldest clean
+.PHONY: demo test lint types fuzz coverage test-oldest real clean
 
 demo: $(VENV)/.demo
 	$(BIN)/regard look --out report.html
@@ -37,6 +38,10 @@ coverage: $(VENV)/.dev
 
 test-oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python $(PYTEST)
+
+real: $(VENV)/.dev
+	$(BIN)/python -m bench.real_model
+	$(BIN)/python -m pytest -m real tests/real
 
 clean:
 	rm -rf $(VENV) $(OLDEST) report.html htmlcov .coverage*

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.nn import Module
@@ -17,13 +17,25 @@ from regard.runtime import visible
 from regard.tokens import Layers, Selection
 
 
-class MixerAttention(Module):
-    """What stands where a layer's attention stood: it is called as that was, and has the model's cache keep the state."""
+class _InPlace(Module):
+    """A mixer where a layer of a model stood, whose state the model's cache keeps."""
 
     def __init__(self, mixer: Mixer, layer_idx: int) -> None:
         super().__init__()
         self.mixer = mixer
         self.layer_idx = layer_idx
+
+    def mixed(self, hidden_states: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
+        """The mixed tokens, (batch, tokens, dim)."""
+        held = StateLayer() if cache is None else layer_of(cache, self.layer_idx)
+        return held.mix(self.mixer, hidden_states, _real(mask, hidden_states))
+
+
+_Put = TypeVar("_Put", bound=_InPlace)
+
+
+class MixerAttention(_InPlace):
+    """What stands where a layer's attention stood: it is called as that was, and has the model's cache keep the state."""
 
     def forward(
         self,
@@ -34,8 +46,7 @@ class MixerAttention(Module):
         **__: Any,
     ) -> tuple[Tensor, None]:
         """The mixed tokens, (batch, tokens, dim), and no weights."""
-        held = StateLayer() if past_key_values is None else layer_of(past_key_values, self.layer_idx)
-        return held.mix(self.mixer, hidden_states, _real(attention_mask, hidden_states)), None
+        return self.mixed(hidden_states, past_key_values, attention_mask), None
 
 
 def replace_attention(
@@ -87,19 +98,11 @@ def replace_attention(
             raise ValueError(f"{path} is of width {width}, and the mixer made for it of width {mixer.dim}")
         put[path] = MixerAttention(mixer, module.layer_idx).to(weight.device, weight.dtype)
     selection.check(dict(enumerate(path for path, _ in found)))
-    for path, new in put.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, new.train(model.training))
-    return put
+    return _put(model, put)
 
 
-class MixerLayer(Module):
+class MixerLayer(_InPlace):
     """What stands where a model's own linear layer stood: called as that was, and the model's cache keeps its state."""
-
-    def __init__(self, mixer: Mixer, layer_idx: int) -> None:
-        super().__init__()
-        self.mixer = mixer
-        self.layer_idx = layer_idx
 
     def forward(
         self,
@@ -111,8 +114,7 @@ class MixerLayer(Module):
         """The mixed tokens, (batch, tokens, dim)."""
         if others.get("cu_seq_lens_q") is not None:
             raise ValueError("a mixer in the place of a linear layer takes padded texts, and was given packed ones")
-        held = StateLayer() if cache_params is None else layer_of(cache_params, self.layer_idx)
-        return held.mix(self.mixer, hidden_states, _real(attention_mask, hidden_states))
+        return self.mixed(hidden_states, cache_params, attention_mask)
 
 
 def replace_linear_layers(model: PreTrainedModel, layers: Layers | None = None) -> dict[str, MixerLayer]:
@@ -150,6 +152,11 @@ def replace_linear_layers(model: PreTrainedModel, layers: Layers | None = None) 
             mixer = load_layer(module, model.config.get_text_config(), next(module.parameters()).dtype)
             put[path] = MixerLayer(mixer, vars(module)["layer_idx"])
     selection.check(dict(enumerate(found)))
+    return _put(model, put)
+
+
+def _put(model: Module, put: dict[str, _Put]) -> dict[str, _Put]:
+    """Set what is to stand at these paths, all of it once nothing can fail any more."""
     for path, new in put.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new.train(model.training))

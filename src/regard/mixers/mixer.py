@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module, Parameter, functional
 from torch.utils.checkpoint import checkpoint
 
 from regard.maps import AttentionMap
@@ -174,20 +174,20 @@ class Mixer(Module, ABC):
 
     def _run(self, x: Tensor, state: State | None, layout: Layout) -> tuple[Tensor, State]:
         """Mix the tokens, real ones brought to where `mix` wants them, whether anyone watches or not."""
-        arranged, order = self._arranged(x, layout)
-        own = layout if order is None else replace(layout, mask=_first(layout.mask, order))
+        arranged, own, order = self._arranged(x, layout)
         y, after = self._read(arranged, None if state is None else state.tensors, own)
         return self._finished(y, after, x, state, layout, order)
 
-    def _arranged(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        """The tokens with zeros for padding, which comes first where `mix` must have it so; and then their order."""
+    def _arranged(self, x: Tensor, layout: Layout) -> tuple[Tensor, Layout, Tensor | None]:
+        """Tokens with zeros for padding, first where `mix` must have it so; how they lie; and their order if it is new."""
         if layout.mask is None:
-            return x, None
+            return x, layout, None
         if not self.padding_first or layout.cross:
-            return x.masked_fill(~layout.mask[..., None], 0.0), None
+            return x.masked_fill(~layout.mask[..., None], 0.0), layout, None
         order = layout.mask.long().argsort(dim=1, stable=True)
         real = layout.mask.gather(1, order)
-        return x.gather(1, order[..., None].expand_as(x)).masked_fill(~real[..., None], 0.0), order
+        moved = x.gather(1, order[..., None].expand_as(x)).masked_fill(~real[..., None], 0.0)
+        return moved, replace(layout, mask=real), order
 
     def _finished(
         self,
@@ -337,10 +337,6 @@ def without_weight_decay(parameter: Parameter) -> Parameter:
     return parameter
 
 
-def _first(mask: Tensor | None, order: Tensor) -> Tensor | None:
-    return None if mask is None else mask.gather(1, order)
-
-
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, N, H·D) as (B, H, N, D)."""
     return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
@@ -359,6 +355,12 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 def join_heads(x: Tensor) -> Tensor:
     """(B, H, N, D) as (B, N, H·D)."""
     return x.transpose(1, 2).flatten(2)
+
+
+def gated(heads: Tensor, x: Tensor, gate: Module | None) -> Tensor:
+    """(B, H, N, D) as (B, N, H·D), times the SiLU of what a projection, if there is one, makes of the tokens (B, N, dim)."""
+    joined = join_heads(heads)
+    return joined if gate is None else joined * functional.silu(gate(x))
 
 
 def check_divides(name: str, dim: int, heads: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 
 import torch
@@ -123,9 +122,7 @@ class _WatchedCall:
     def __init__(self, mixer: ValueMixer, x: Tensor, state: State | None, layout: Layout) -> None:
         self.mixer, self.x, self.state, self.given = mixer, x, state, layout
         self.tensors = None if state is None else state.tensors
-        self.arranged, self.order = mixer._arranged(x, layout)
-        order, mask = self.order, layout.mask
-        self.layout = layout if order is None or mask is None else replace(layout, mask=mask.gather(1, order))
+        self.arranged, self.layout, self.order = mixer._arranged(x, layout)
         self.projected: Projected | None = None
         self.gradients, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.map = cache(self._map)

@@ -19,7 +19,7 @@ from regard.mixers.mixer import (
     check_divides,
     check_groups,
     expanded,
-    join_heads,
+    gated,
     repeat_heads,
     split_heads,
 )
@@ -256,10 +256,7 @@ class DeltaRule(ValueMixer):
 
     def out(self, mixed: Tensor, projected: Projected) -> Tensor:
         """Each head's norm, gated where there is a gate, and the output's projection."""
-        joined = join_heads(self.norm(mixed))
-        if self.g_proj is not None:
-            joined = joined * functional.silu(self.g_proj(projected["x"]))
-        y: Tensor = self.o_proj(joined)
+        y: Tensor = self.o_proj(gated(self.norm(mixed), projected["x"], self.g_proj))
         return y
 
     def system(self, x: Tensor) -> DynamicalSystem:

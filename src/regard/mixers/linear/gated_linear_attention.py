@@ -13,7 +13,7 @@ from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear.short_convolution import ShortConvolution, convolved_parts
-from regard.mixers.mixer import Facts, check_groups, expanded, join_heads, repeat_heads, split_heads
+from regard.mixers.mixer import Facts, check_groups, expanded, gated, repeat_heads, split_heads
 from regard.mixers.projected import Projected
 from regard.mixers.value_mixer import ValueMixer
 
@@ -121,10 +121,7 @@ class GatedLinearAttention(ValueMixer):
 
     def out(self, mixed: Tensor, projected: Projected) -> Tensor:
         """Each head's norm, gated where there is a gate, and the output's projection."""
-        joined = join_heads(self.norm(mixed))
-        if self.g_proj is not None:
-            joined = joined * functional.silu(self.g_proj(projected["x"]))
-        y: Tensor = self.o_proj(joined)
+        y: Tensor = self.o_proj(gated(self.norm(mixed), projected["x"], self.g_proj))
         return y
 
     def system(self, x: Tensor) -> DynamicalSystem:

@@ -17,7 +17,7 @@ from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear.short_convolution import ShortConvolution, convolved_heads
 from regard.mixers.memory._neural_memory import CHUNK, neural_memory
 from regard.mixers.memory.choices import KL, Decay, Design, DotProduct, Huber, Lp, Lq, Memory
-from regard.mixers.mixer import Facts, check_divides, join_heads, split_heads
+from regard.mixers.mixer import Facts, check_divides, gated, split_heads
 from regard.mixers.projected import Projected
 from regard.mixers.value_mixer import ValueMixer
 
@@ -146,7 +146,7 @@ class Miras(ValueMixer):
 
     def out(self, mixed: Tensor, projected: Projected) -> Tensor:
         """Each head's norm, gated, and the output's projection."""
-        y: Tensor = self.o_proj(join_heads(self.norm(mixed)) * functional.silu(self.g_proj(projected["x"])))
+        y: Tensor = self.o_proj(gated(self.norm(mixed), projected["x"], self.g_proj))
         return y
 
     def hidden_map(self, projected: Projected, state: Mapping[str, Tensor] | None, layout: Layout) -> HiddenMap:

@@ -12,6 +12,7 @@ from torch.nn import Module
 
 from regard.cache.budget import check_budget, number_of
 from regard.cache.policy import Entries, Policy
+from regard.cache.ranks import ranks
 from regard.cache.rest import Drop, Rest
 from regard.tokens import Where, image_tokens, resolve
 
@@ -66,8 +67,7 @@ class _ImagePolicy(Policy):
 
 def best(scores: Tensor, among: Tensor, numbers: Tensor) -> Tensor:
     """(rows, tokens) boolean: the highest scores among some tokens, so many of each row; of equals the first."""
-    order = scores.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return among & (order.argsort(dim=1) < numbers[:, None])
+    return among & (ranks(scores.masked_fill(~among, -torch.inf), dim=1) < numbers[:, None])
 
 
 def at_entries(stay: Tensor, entries: Entries) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.cache.budget import Budget, budget_of, ceil
+from regard.cache.ranks import ranks
 
 if TYPE_CHECKING:
     from regard.cache.policy import Entries
@@ -64,23 +65,18 @@ class Adaptive(Budget):
 
     def of_heads(self, shares: Tensor, scores: Tensor) -> Tensor:
         """(batch, key heads): entries by score; heads whose share is 0 take no part."""
-        total, ranks = shares.sum(dim=1, keepdim=True), _ranks(scores)
+        total, places = shares.sum(dim=1, keepdim=True), ranks(scores)
         lonely = (self.floor * shares < 1).long()  # heads that the floor leaves without an entry
         sure = ceil(shares * self.safeguard).maximum(lonely).minimum(shares)[..., None]
-        competing = scores.masked_fill(ranks < sure, torch.inf).masked_fill(shares[..., None] == 0, -torch.inf)
+        competing = scores.masked_fill(places < sure, torch.inf).masked_fill(shares[..., None] == 0, -torch.inf)
         best = _among_best(competing, total)
         mixed = ((1 - self.floor) * best.double() + self.floor * shares + 1e-9).long()
         mixed = mixed.minimum((scores > -torch.inf).sum(dim=-1))
-        further = competing.masked_fill(ranks < mixed[..., None], -torch.inf)
+        further = competing.masked_fill(places < mixed[..., None], -torch.inf)
         return mixed + _among_best(further, total - mixed.sum(dim=1, keepdim=True))
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """Of each score its place among those of the last dimension, from the highest."""
-    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
 def _among_best(scores: Tensor, number: Tensor) -> Tensor:
     """(batch, key heads): how many of the so many (batch, 1) best entries of a layer are each head's."""
-    order = _ranks(scores.flatten(1)).view_as(scores)
+    order = ranks(scores.flatten(1)).view_as(scores)
     return ((order < number[..., None]) & (scores > -torch.inf)).sum(dim=-1)

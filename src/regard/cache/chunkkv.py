@@ -10,6 +10,7 @@ from torch import Tensor
 from regard.cache._images import at_entries
 from regard.cache.around import Around
 from regard.cache.policy import Entries
+from regard.cache.ranks import ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,7 @@ class ChunkKV(Around):
         nothing = ~sure.flatten(1).any(dim=1)
         stay = torch.where(nothing, stay.clamp(min=1), stay)
         everything = (room >= free.sum(dim=2).double().mean(dim=1) - 1e-9)[:, None]
-        order = (
-            of_chunk.masked_fill(number == 0, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        )
+        order = ranks(of_chunk.masked_fill(number == 0, -torch.inf), dim=1)
         kept = (order < stay[:, None]) | everything
         index = chunk.flatten(1)
         stays = kept.gather(1, index).view_as(chunk) & free

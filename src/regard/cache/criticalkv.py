@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regard.cache.around import Around
 from regard.cache.policy import Entries
+from regard.cache.ranks import ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,7 @@ class CriticalKV(Around):
         scores = self.inner(entries)
         number = (self.policy.counts(entries, scores) * self.first + 1e-9).long()
         number = number.clamp(min=1) if self.first else number
-        ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        sure = (ranks < number[..., None]) | (scores == torch.inf)
+        sure = (ranks(scores) < number[..., None]) | (scores == torch.inf)
         weighed = (scores.masked_fill(sure | ~entries.real, 0.0) + self.epsilon) * self._norms(entries)
         return weighed.masked_fill(sure, torch.inf)
 

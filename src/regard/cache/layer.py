@@ -209,7 +209,7 @@ class KeptLayer(CacheLayerMixin):
             return
         best = scores.argsort(dim=-1, descending=True, stable=True)
         numbers = sorted({(longest[head], group.packed_length) for group in rest for head in group.heads})
-        self.before = (self.before or self.groups) if self.is_shared else []
+        self._remember()
         self.groups = done + [
             _best([group for group in rest if group.packed_length == packed], best, counts, longest, number)
             for number, packed in numbers
@@ -218,7 +218,7 @@ class KeptLayer(CacheLayerMixin):
 
     def choose(self, scores: Tensor, counts: Tensor) -> None:
         """Have calls read the entries of the highest scores (B, Hk, L) only, as many of each head as counts (B, Hk) say."""
-        self.before = (self.before or self.groups) if self.is_shared else []
+        self._remember()
         best = scores.argsort(dim=-1, descending=True, stable=True)
         self.groups = [
             group.choose(_first(best[:, group.heads], counts[:, group.heads], int(counts[:, group.heads].amax())))
@@ -226,24 +226,25 @@ class KeptLayer(CacheLayerMixin):
         ]
         self.dropped = True
 
+    def _remember(self) -> None:
+        """Hold on to what layers that share these entries are still to read in this pass."""
+        self.before = (self.before or self.groups) if self.is_shared else []
+
     def narrow(self, channels: Tensor, window: int) -> None:
         """Hold these channels (B, Hk, C) alone of all keys but the last ``window`` of each head."""
-        before = self.groups
-        self.groups = [NarrowGroup.of(group, channels[:, group.heads], window) for group in before]
-        if self.is_shared and not self.before:
-            self.before = before
+        self._remember()
+        self.groups = [NarrowGroup.of(group, channels[:, group.heads], window) for group in self.groups]
         self.dropped, self.dropped_at = True, self.seen
 
     def pack(self, real: Tensor, going: Tensor, pack: Callable[[HeadGroup], PackedEntries]) -> None:
         """Keep the ``going`` entries (B, Hk, L) as ``pack`` makes them of a group, and of the others the ``real`` ones."""
         if not bool(going.any()):
             return
-        self.before = (self.before or self.groups) if self.is_shared else []
+        self._remember()
         staying = real & ~going
         numbers = [mask.sum(dim=2).amax(dim=0).tolist() for mask in (staying, going)]
-        alike: dict[
-            tuple[int, int, int], list[HeadGroup]
-        ] = {}  # heads by how many of their entries stay and are packed
+        # Heads by how many of their entries stay, go to be packed, and are packed.
+        alike: dict[tuple[int, int, int], list[HeadGroup]] = {}
         for group in self.groups:
             of_group = [(numbers[0][head], numbers[1][head], group.packed_length) for head in group.heads]
             for number in set(of_group):

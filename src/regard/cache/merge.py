@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from regard.cache.ranks import ranks
 from regard.cache.rest import Rest
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ class Merge(Rest):
         if layer.is_latent:
             raise NotImplementedError("Merge adds to values, which a model that caches latents of them does not keep")
         if self.prompt or entries.new == 1:
-            ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            layer.change_values(self.merged(entries, (ranks < counts[..., None]) & entries.real))
+            layer.change_values(self.merged(entries, (ranks(scores) < counts[..., None]) & entries.real))
         layer.keep(scores, counts, in_order=True)
 
     def merged(self, entries: Entries, stays: Tensor) -> Tensor:

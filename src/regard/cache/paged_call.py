@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.cache.kept_call import KeptCall
+from regard.cache.partial_call import PartialCall, with_hidden
 from regard.runtime import AttentionCall, run
 
 if TYPE_CHECKING:
-    from regard.cache.layer import KeptLayer
     from regard.cache.quest import Quest
 
 
-class PagedCall(KeptCall):
+class PagedCall(PartialCall):
     """A call of one new token on keys in pages of ``policy.page`` real tokens, of which so many are read as the policy says.
 
     Shapes are of query heads by the key head that they share. What is known of a page are the least and the largest of its
@@ -26,19 +25,6 @@ class PagedCall(KeptCall):
     """
 
     policy: Quest
-
-    def __init__(self, policy: Quest, layer: KeptLayer, call: AttentionCall, tokens: int, due: bool = False) -> None:
-        super().__init__(policy, layer, call, tokens, due)
-        if layer.dropped:
-            raise ValueError(
-                f"{type(policy).__name__} chooses among all entries, but another policy dropped some of this cache; "
-                "begin a new cache"
-            )
-
-    @property
-    def is_whole(self) -> bool:
-        """Never: heads read parts of it."""
-        return False
 
     def attend(self) -> Tensor:
         """The output, (B, Hq, 1, D), over the pages that are read."""
@@ -62,10 +48,7 @@ class PagedCall(KeptCall):
         index, seen = self._positions.flatten(1, 2), self.layer.seen
         read = torch.zeros(*index.shape[:2], seen + 1, dtype=torch.bool, device=index.device)
         read = read.scatter(2, torch.where(index < 0, seen, index), True)[:, :, None, :seen]
-        mask = restored.attn_mask
-        if mask is None or mask.dtype == torch.bool:
-            return replace(restored, attn_mask=read if mask is None else mask & read)
-        return replace(restored, attn_mask=mask.masked_fill(~read, -math.inf))
+        return with_hidden(restored, ~read)
 
     @functools.cached_property
     def _ranks(self) -> Tensor:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from regard.cache.policy import Entries, Policy, Step
+from regard.cache.controls import KeepAll
+from regard.cache.policy import Step
 from regard.cache.rest import Rest
 from regard.cache.unread import Unread
-from regard.cache.when import Never, When
 
 if TYPE_CHECKING:
     from regard.cache.kept_call import KeptCall
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QAdA(Policy):
+class QAdA(KeepAll):
     """In each decoding step each query head reads all entries, or its local ones only: ``sinks`` first and ``recent`` last.
 
     A head is local for a query whose attention stays in its local entries for the most part, so far as can be told without
@@ -77,22 +77,9 @@ class QAdA(Policy):
         return RestrictedCall if layer.seen > self.sinks + self.recent else KeptCall
 
     @property
-    def when(self) -> When:
-        """Never: nothing is dropped."""
-        return Never()
-
-    @property
     def rest(self) -> Rest:
         """Entries that a head does not read stay in memory."""
         return Unread()
-
-    def score(self, entries: Entries) -> Tensor:
-        """0 for every entry: all are alike, as nothing is dropped."""
-        return torch.zeros_like(entries.received)
-
-    def counts(self, entries: Entries, scores: Tensor) -> Tensor:
-        """(batch, key heads): every entry of a text."""
-        return entries.real.sum(dim=-1)
 
     def is_local(self, step: Step) -> Tensor:
         """(batch, key heads, shared): whether local entries have the threshold's share, by the moments of the far keys."""

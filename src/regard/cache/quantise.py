@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from regard.cache.packed import Packed, PackedEntries
+from regard.cache.ranks import ranks
 from regard.cache.rest import Rest
 
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ class Quantise(Rest):
 
     def apply(self, layer: KeptLayer, entries: Entries, scores: Tensor, counts: Tensor, in_order: bool) -> None:
         """Have the layer pack full groups of the entries that are not kept, from the first on."""
-        ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        goes = entries.real & (ranks >= counts[..., None])
+        goes = entries.real & (ranks(scores) >= counts[..., None])
         number = goes.sum(dim=-1, keepdim=True) // self.group * self.group
         layer.pack(entries.real, goes & (goes.cumsum(dim=-1) <= number), self.pack)
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from regard.cache.budget import check_budget, number_of
-from regard.cache.policy import Entries, Policy
+from regard.cache.controls import KeepAll
 from regard.cache.rest import Rest
 from regard.cache.unread import Unread
-from regard.cache.when import Never, When
 
 if TYPE_CHECKING:
     from regard.cache.kept_call import KeptCall
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quest(Policy):
+class Quest(KeepAll):
     """In each decoding step each query head reads the pages of the text in which a key may have the largest logit:
 
     ``bound_p = Σ_d max(q_d · min_{j in p} k_jd, q_d · max_{j in p} k_jd)``, of ``budget // page`` pages, and of 3 at least.
@@ -57,11 +55,6 @@ class Quest(Policy):
             )
 
     @property
-    def when(self) -> When:
-        """Never: nothing is dropped."""
-        return Never()
-
-    @property
     def rest(self) -> Rest:
         """Pages that a head does not read stay in memory."""
         return Unread()
@@ -76,11 +69,3 @@ class Quest(Policy):
     def pages(self, tokens: Tensor) -> Tensor:
         """(batch,): how many pages of texts of so many tokens a head reads."""
         return (number_of(self.budget, tokens).minimum(tokens) // self.page).clamp(min=3)
-
-    def score(self, entries: Entries) -> Tensor:
-        """0 for every entry: all are alike, as nothing is dropped."""
-        return torch.zeros_like(entries.received)
-
-    def counts(self, entries: Entries, scores: Tensor) -> Tensor:
-        """(batch, key heads): every entry of a text."""
-        return entries.real.sum(dim=-1)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regard.cache.kept_call import KeptCall
+from regard.cache.partial_call import PartialCall, with_hidden
 from regard.cache.policy import Step
 from regard.runtime import AttentionCall
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 Place = tuple[slice, slice]  # of texts and key heads
 
 
-class RestrictedCall(KeptCall):
+class RestrictedCall(PartialCall):
     """A call of one new token, where the policy says of each query head whether the local entries will do for it.
 
     Shapes are of query heads by the key head that they share, (B, Hk, shared, …), as if those were tokens: a key head's
@@ -34,11 +33,6 @@ class RestrictedCall(KeptCall):
 
     def __init__(self, policy: QAdA, layer: KeptLayer, call: AttentionCall, tokens: int, due: bool = False) -> None:
         super().__init__(policy, layer, call, tokens, due)
-        if layer.dropped:
-            raise ValueError(
-                f"{type(policy).__name__} chooses among all entries, but another policy dropped some of this cache; "
-                "begin a new cache"
-            )
         if call.softcap is not None or call.sinks is not None:
             raise ValueError(
                 f"{type(policy).__name__} chooses entries by their logits, and knows no soft cap or sinks, as "
@@ -46,11 +40,6 @@ class RestrictedCall(KeptCall):
             )
         self.keys, self.values = self._tensors(layer.groups[0])
         self.query = call.query.view(*self.keys.shape[:2], -1, call.query.shape[3])
-
-    @property
-    def is_whole(self) -> bool:
-        """Never: heads read parts of it."""
-        return False
 
     def attend(self) -> Tensor:
         """The output, (B, Hq, 1, D): of the local entries, and of all where a head wants them."""
@@ -67,12 +56,7 @@ class RestrictedCall(KeptCall):
         positions = torch.where(self._positions < 0, seen, self._positions)
         far = self.keys.new_ones(len(positions), seen + 1, dtype=torch.bool).scatter(1, positions, False)
         hidden = self._is_local.flatten(1, 2)[:, :, None, None] & far[:, None, None, :seen]
-        mask = restored.attn_mask
-        if mask is None or mask.dtype == torch.bool:
-            mask = ~hidden if mask is None else mask & ~hidden
-        else:
-            mask = mask.masked_fill(hidden, -math.inf)
-        return replace(restored, attn_mask=mask)
+        return with_hidden(restored, hidden)
 
     @functools.cached_property
     def _is_local(self) -> Tensor:

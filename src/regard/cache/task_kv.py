@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from regard.cache.budget_policy import BudgetPolicy
 from regard.cache.policy import Entries, Reads
+from regard.cache.ranks import ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ class TaskKV(BudgetPolicy):
         vectors = self._vectors(entries)
         offsets = (vectors[:, :, None] - vectors[:, None]).mean(dim=2)  # from the mean; of two heads exactly opposite
         distance: Tensor = torch.linalg.vector_norm(offsets, dim=-1)
-        rank = distance.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        rank = ranks(distance, dim=1)
         number = number[:, None]
         farthest = torch.where(number > 1, number - 1, number)
         return (rank < farthest) | ((rank == rank.shape[1] - 1) & (number > 1))

@@ -250,9 +250,10 @@ def _chunked(
     if not aligned.slots:  # padding alone
         return torch.zeros_like(tokens.value), now
     tokens = tokens.apply(aligned.place)
-    hidden = chunks = _chunks(learner, tokens)
-    if learner.hidden_decay != 1 and len(now.held) > 1:
-        hidden = _chunks(learner, replace(tokens, decay=learner.hidden_decay * tokens.decay))
+    alike = learner.hidden_decay == 1 or len(now.held) == 1
+    decays = [tokens.decay] if alike else [learner.hidden_decay * tokens.decay, tokens.decay]
+    of_decays = _chunks(learner, tokens, decays)
+    hidden, chunks = of_decays[0], of_decays[-1]
     filled = [aligned.filled(slot + learner.chunk) for slot in range(0, aligned.slots, learner.chunk)]
 
     def step(part: tuple[_Chunk, _Chunk, Tensor | bool], now: _Now) -> tuple[Tensor, _Now]:
@@ -284,29 +285,34 @@ class _Chunk(NamedTuple):
     threshold: Tensor | None
 
 
-def _chunks(learner: _Learner, tokens: _Tokens) -> list[_Chunk]:
-    """What does not depend on the memory, of all chunks at once."""
+def _chunks(learner: _Learner, tokens: _Tokens, decays: list[Tensor]) -> list[list[_Chunk]]:
+    """What does not depend on the memory, of all chunks at once, for each of the decays of the tokens."""
 
     def cut(tensor: Tensor) -> Tensor:
         parts: Tensor = tensor.unflatten(2, (-1, learner.chunk))
         return parts
 
     step, real = cut(tokens.step)[..., None, :], cut(tokens.real[:, None])[..., None, :]
-    keep, arrive = _between(cut(tokens.decay))
-    arrive = arrive * real  # what is no token moves nothing from the surprise to the memory
-    carry = stay = last = None
-    write = arrive * step
+    stay = last = between = None
     if learner.momentum:
         stay, between = _between(cut(tokens.momentum))
-        carry, write = arrive @ stay, arrive @ between * step
-        stay, last = stay[..., -1:, :], (between[..., -1:, :] * step).mT
-    each = (cut(tokens.query), cut(tokens.key), cut(tokens.value), keep, write, carry, stay, last)
-    number = keep.shape[2]
-    columns = [
-        [None] * number if tensor is None else tensor.unbind(2)
-        for tensor in (*each, None if tokens.threshold is None else cut(tokens.threshold))
-    ]
-    return [_Chunk(*row) for row in zip(*columns, strict=True)]
+        last = (between[..., -1:, :] * step).mT
+    each = (cut(tokens.query), cut(tokens.key), cut(tokens.value))
+    threshold = None if tokens.threshold is None else cut(tokens.threshold)
+    found = []
+    for decay in decays:
+        keep, arrive = _between(cut(decay))
+        arrive = arrive * real  # what is no token moves nothing from the surprise to the memory
+        carry, write = None, arrive * step
+        if stay is not None and between is not None:
+            carry, write = arrive @ stay, arrive @ between * step
+        end = None if stay is None else stay[..., -1:, :]
+        columns = [
+            [None] * keep.shape[2] if tensor is None else tensor.unbind(2)
+            for tensor in (*each, keep, write, carry, end, last, threshold)
+        ]
+        found.append([_Chunk(*row) for row in zip(*columns, strict=True)])
+    return found
 
 
 def _read(learner: _Learner, hidden: _Chunk, chunk: _Chunk, now: _Now) -> tuple[Tensor, _Now]:

@@ -67,6 +67,9 @@ def check_answers(A: TokenMap, matrix: Tensor, tolerance: float = 1e-9) -> None:
     distance = (torch.arange(queries)[:, None] + 3 - torch.arange(keys) - 1).abs()
     close(A.mean_distance(query_start=3, key_start=1), (matrix * distance).sum(-1))
 
+    close(A.diagonals([0, -2, 1])[..., 0], _padded(matrix.diagonal(0, 2, 3), queries))
+    close(A.diagonals([0, -1])[:, :, 1:, 1], _padded(matrix.diagonal(-1, 2, 3), queries - 1))
+
     if A.has_probability_rows:
         assert bool((matrix >= 0).all())
         assert bool((matrix.sum(-1) <= 1 + 1e-5).all())
@@ -98,8 +101,16 @@ def check_products(A: TokenMap, matrix: Tensor, close: Callable[[Tensor, Tensor]
     close(mass[..., 2], (matrix * mask[:, None, None]).sum(-1))
     close(A.pool(1, keys), matrix.sum(2, keepdim=True))
     first, last = queries // 3, keys - keys // 3
+    of_queries, of_keys = torch.arange(queries) // 3, torch.arange(keys) // 2
+    rows, columns = (torch.nn.functional.one_hot(blocks).double() for blocks in (of_queries, of_keys))
+    close(A.block_sums(of_queries, of_keys, weights), rows.mT @ (matrix * weights[..., None]) @ columns)
     part = A.pool(queries - first, 1, rows=slice(first, queries), columns=slice(0, last))
     close(part, matrix[:, :, first:, :last].sum(-1, keepdim=True))
+
+
+def _padded(diagonal: Tensor, queries: int) -> Tensor:
+    """With zeros for the queries that have no such key."""
+    return torch.nn.functional.pad(diagonal, (0, queries - diagonal.shape[-1]))
 
 
 def check_gradients(compose: Callable[..., TokenMap], *inputs: Tensor) -> None:
@@ -111,6 +122,7 @@ def check_gradients(compose: Callable[..., TokenMap], *inputs: Tensor) -> None:
         return (
             A @ normal(1, 1, keys, 2), A.T @ normal(1, 1, queries, 2), A.received(), A.received(normal(1, 1, queries)),
             A.mass({"first": [0]}), A.pool(2, 1), A.pool(1, 1, rows=slice(1, 3), columns=slice(0, 2)),
+            A.block_sums(torch.arange(queries) // 2, torch.arange(keys) // 2),
             A.at(torch.arange(queries) % keys), A.rows([1, 0]), A.tile(slice(0, 3), [1]),
         )  # fmt: skip
 

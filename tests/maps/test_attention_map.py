@@ -26,6 +26,10 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
+def one_hot(blocks: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(blocks).double()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @FEW
 @given(call=calls())
@@ -62,15 +66,25 @@ def test_statistics(kernel: Any, together: bool, call: Call) -> None:
     columns[:, 0, 0] = columns[:, : max(1, keys // 2), 1] = columns[:, [0, keys - 1], 2] = 1
     columns[:, :, 3] = segments["mask"]
     weights = normal(1, 1, queries)
+    of_queries, of_keys = torch.arange(3, queries + 3) // 4, torch.arange(keys) * 5 // keys
     if together:
         A.expect("entropy")
         A.expect("mass", segments)
         A.expect("received")
         A.expect("received", weights)
+        A.expect("mean_distance", 5)
+        A.expect("block_sums", of_queries, of_keys)
     close(A.entropy(), call.entropy(), 2e-5)
     close(A.mass(segments), matrix @ columns[:, None])
     close(A.received(), matrix.sum(2), 1e-5)
     close(A.received(weights), (matrix * weights[..., None]).sum(2), 2e-5)
+    for start in (5, -2):
+        distance = (torch.arange(queries)[:, None] + start - torch.arange(keys)).abs()
+        close(A.mean_distance(start), (matrix * distance).sum(-1), 1e-4)
+    for row_weights, weighted in ((None, matrix), (weights, matrix * weights[..., None])):
+        sums = A.block_sums(of_queries, of_keys, row_weights)
+        expected = one_hot(of_queries).mT @ weighted @ one_hot(of_keys)
+        close(sums, expected, 2e-5)
     assert torch.equal(A.logsumexp().isneginf(), call.logsumexp().isneginf())
     seen = ~call.logsumexp().isneginf()
     close(A.logsumexp()[seen], call.logsumexp()[seen])
@@ -87,6 +101,12 @@ def test_entries_and_pictures(call: Call, data: st.DataObject) -> None:
     index = targets.clamp(min=0)[:, None, :, None].expand(batch, heads, queries, 1)
     close(A.at(targets), matrix.gather(3, index)[..., 0] * (targets >= 0)[:, None])
     close(A.at(targets[0]), AttentionMap(**call.arguments()).at(targets[:1].expand(batch, -1)))
+    offsets = data.draw(st.lists(st.integers(-80, 80), max_size=5, unique=True))
+    diagonals = torch.zeros(batch, heads, queries, len(offsets), dtype=torch.float64)
+    for number, offset in enumerate(offsets):
+        entries = matrix.diagonal(offset, 2, 3) if -queries < offset < keys else matrix[:, :, 0, :0]
+        diagonals[:, :, max(0, -offset) :][:, :, : entries.shape[-1], number] = entries
+    close(A.diagonals(offsets), diagonals)
     rows = data.draw(st.lists(st.integers(-queries, queries - 1), min_size=1, max_size=4))
     close(A.rows(rows), matrix[:, :, rows])
     columns = slice(0, data.draw(st.integers(1, keys)))
@@ -269,6 +289,39 @@ def test_long_context_keeps_its_accuracy() -> None:
     assert bool(((received[..., columns] - exact).abs() <= 1e-5 * exact).all())
 
 
+@pytest.mark.parametrize("form", ["causal", "all", "boolean", "later queries"])
+def test_pictures_distances_and_diagonals_over_many_strips(form: str) -> None:
+    """Strips end within blocks, and what is before, in and after their own columns is added up apart."""
+    queries = 300 if form == "later queries" else 700
+    q, k = 2 * normal(2, 6, queries, 8), normal(2, 2, 700, 8)
+    mask = (
+        torch.rand(2, 1, queries, 700, generator=torch.Generator().manual_seed(3)) > 0.5 if form == "boolean" else None
+    )
+    sinks = normal(6) if form == "all" else None
+    start = 400 if form == "later queries" else 0
+    call: dict[str, Any] = {"attn_mask": mask, "is_causal": form == "causal", "sinks": sinks, "enable_gqa": True}
+    A, matrix = AttentionMap(q, k, **call), AttentionMap(q.double(), k.double(), **call, kernel="dense").dense()
+    of_queries, of_keys = torch.arange(queries) // 11, torch.arange(700) // 90
+    A.expect("entropy")
+    A.expect("block_sums", of_queries, of_keys)
+    A.expect("mean_distance", start)
+    close(A.block_sums(of_queries, of_keys), one_hot(of_queries).mT @ matrix @ one_hot(of_keys))
+    distance = (torch.arange(queries)[:, None] + start - torch.arange(700)).abs()
+    close(A.mean_distance(start), (matrix * distance).sum(-1), 2e-5)
+    close(A.diagonals([-3, 200])[:, :, 3:, 0], matrix.diagonal(-3, 2, 3))
+    assert form == "causal" or bool(A.diagonals([-3, 200])[:, :, :100, 1].any())
+    close(A.diagonals([200])[:, :, : min(queries, 500), 0], matrix.diagonal(200, 2, 3))
+
+
+def test_a_short_distance_late_in_a_text_keeps_its_accuracy() -> None:
+    """Of positions near 20,000 a mean in float32 would be off by thousandths."""
+    tokens = 20_000
+    query, key = normal(1, 1, 64, 8), normal(1, 1, tokens, 8)
+    distance = (torch.arange(tokens - 64, tokens)[:, None] - torch.arange(tokens)).abs()
+    A, exact = AttentionMap(query, key, distance <= 9), AttentionMap(query, key, distance <= 9, kernel="dense")
+    close(A.mean_distance(tokens - 64), (exact.dense() * distance).sum(-1), 2e-6)
+
+
 def test_rows_that_see_nothing() -> None:
     mask = torch.ones(6, 6, dtype=torch.bool)
     mask[2] = False
@@ -307,16 +360,25 @@ def test_one_pass_answers_all_that_was_announced(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_pass, "evaluate", lambda *a: passes.append(a) or _select.evaluate(*a))
     q, k, v = normal(3, 1, 2, 9, 8).unbind()
     A, segments = AttentionMap(q, k), {"a": [0]}
-    for question in (("entropy",), ("received",), ("mass", segments), ("product", v)):
+    blocks = torch.arange(9) // 2
+    for question in (
+        ("entropy",), ("received",), ("mass", segments), ("product", v), ("mean_distance",),
+        ("block_sums", blocks, blocks),
+    ):  # fmt: skip
         A.expect(*question)
-    answers = A.entropy(), A.received(), A.mass(segments), A @ v
+    answers = A.entropy(), A.received(), A.mass(segments), A @ v, A.mean_distance(), A.block_sums(blocks, blocks)
     assert len(passes) == 1
     alone = AttentionMap(q, k)
     for answer, again in zip(
-        answers, (alone.entropy(), alone.received(), alone.mass(segments), alone @ v), strict=True
-    ):
+        answers,
+        (
+            alone.entropy(), alone.received(), alone.mass(segments), alone @ v, alone.mean_distance(),
+            alone.block_sums(blocks, blocks),
+        ),
+        strict=True,
+    ):  # fmt: skip
         close(answer, again)
-    assert len(passes) == 5
+    assert len(passes) == 7
 
 
 def test_heads_are_chosen() -> None:
@@ -381,8 +443,14 @@ def test_questions_that_are_refused() -> None:
         (IndexError, "rows names position 5, but there are 5 queries", lambda: A.rows([5])),
         (ValueError, r"topk\(8\) of 7 keys", lambda: A.topk(8)),
         (ValueError, r"pool\(6, 2\) of a 5×7 matrix", lambda: A.pool(6, 2)),
+        (ValueError, r"block of each of 7 keys, got .* \(5,\)", lambda: A.block_sums(torch.arange(5), torch.arange(5))),
+        (ValueError, "blocks of queries in order", lambda: A.block_sums(torch.arange(5).flip(0), torch.arange(7))),
         (IndexError, "heads names position 4, but there are 4 heads", lambda: A.heads([4])),
-        (ValueError, "expect.* knows entropy, received, mass, product; got 'mean'", lambda: A.expect("mean")),
+        (
+            ValueError,
+            "expect.* knows entropy, received, mass, product, block_sums, mean_distance; got 'mean'",
+            lambda: A.expect("mean"),
+        ),
     ):
         with pytest.raises(error, match=message):
             ask()

@@ -35,7 +35,11 @@ def everything(rule: masks.Mask | None) -> list[Tensor]:
         )
         A.expect("mass", segments)
         A.expect("entropy")
-        return [*answers, A.received(), A.mass(segments), A.entropy()]
+        blocks = torch.arange(300) // 7
+        A.expect("block_sums", blocks, blocks)
+        A.expect("mean_distance")
+        sums = A.block_sums(blocks, blocks)
+        return [*answers, A.received(), A.mass(segments), A.entropy(), sums, A.mean_distance()]
 
 
 @pytest.mark.parametrize("rule", [None, masks.window(70, 5) | masks.prefix(9)])

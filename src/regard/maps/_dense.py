@@ -7,13 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-from regard.maps._request import Answer, Request, segments_as_values, segments_from_values
+from regard.maps._request import (
+    Answer,
+    Request,
+    blocks_as_values,
+    blocks_from_values,
+    segments_as_values,
+    segments_from_values,
+)
 from regard.maps._scores import Scores
 
 
 def evaluate(scores: Scores, request: Request) -> Answer:
     """Answer the request from the stored N×M matrix."""
-    asked, request = request, segments_as_values(scores, request)
+    asked, request = request, segments_as_values(scores, blocks_as_values(scores, request))
     *_, queries, keys = scores.shape
     device = scores.query.device
     logits = scores.logits(torch.arange(queries, device=device), torch.arange(keys, device=device), torch.float64)
@@ -23,7 +30,7 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     hidden, blind = logits.isneginf(), every.isneginf().all(dim=-1)
     logsumexp = every.masked_fill(blind[..., None], 0.0).logsumexp(dim=-1)
     matrix = probabilities(logits, sinks)
-    forward = transposed = received = entropy = None
+    forward = transposed = received = entropy = distance = None
     if request.values is not None:
         values = request.values.double()
         forward = (matrix @ values.repeat_interleave(matrix.shape[1] // values.shape[1], dim=1)).to(request.dtype)
@@ -34,8 +41,12 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     if request.entropy:
         surprise = (logsumexp[..., None] - logits).masked_fill(hidden, 0.0)
         entropy = (matrix * surprise).sum(dim=-1).to(request.dtype)
+    if request.distance is not None:
+        rows, columns = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
+        distance = (matrix * (rows + request.distance - columns).abs()).sum(dim=-1).to(request.dtype)
     logsumexp = logsumexp.masked_fill(blind, -math.inf)
-    return segments_from_values(asked, Answer(logsumexp.to(request.dtype), forward, transposed, received, entropy))
+    answer = Answer(logsumexp.to(request.dtype), forward, transposed, received, entropy, distance=distance)
+    return blocks_from_values(asked, segments_from_values(blocks_as_values(scores, asked), answer))
 
 
 def with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:

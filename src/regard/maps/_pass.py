@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from regard.maps._request import ALIGNMENT, Request
+from regard.maps._request import ALIGNMENT, Blocks, Request
 from regard.maps._scores import Scores
 from regard.maps._select import KernelName, evaluate
 
@@ -16,11 +16,13 @@ from regard.maps._select import KernelName, evaluate
 class Question(NamedTuple):
     """A product asked of the matrix; ``side`` names the field of the request that its columns become a part of."""
 
-    side: Literal["values", "weights", "received", "entropy", "segments"]
+    side: Literal["values", "weights", "received", "entropy", "segments", "blocks", "distance"]
     columns: Tensor | None = None
     segments: tuple[tuple[slice, ...], ...] = ()
     argument: object = None  # what the key identifies, kept alive so that no other object takes its identity
     native: bool = False  # good enough in the inputs' own half precision, as plain attention is
+    blocks: Blocks | None = None
+    distance: int = 0
 
 
 class Pass:
@@ -61,7 +63,15 @@ class Pass:
         return self._answers[key] if keep else self._answers.pop(key)
 
     def _run(self) -> None:
-        questions, self._questions = self._questions, {}
+        questions = self._questions
+        blocks, distance = (_first(questions, side) for side in ("blocks", "distance"))
+        self._questions = {  # one picture and one distance a pass: others wait for the next
+            key: question
+            for key, question in questions.items()
+            if question.side in ("blocks", "distance") and key not in (blocks, distance)
+        }
+        for key in self._questions:
+            del questions[key]
         native = bool(questions) and all(question.native for question in questions.values())
         half_is_fast = native and self.kernel in ("auto", "fused") and self.scores.query.is_cuda
         request = Request(
@@ -71,6 +81,8 @@ class Pass:
             received=next((q.columns for q in questions.values() if q.side == "received"), None),
             entropy="entropy" in questions,
             segments=tuple(runs for question in questions.values() for runs in question.segments),
+            blocks=None if blocks is None else questions[blocks].blocks,
+            distance=None if distance is None else questions[distance].distance,
         )
         answer = evaluate(self.scores, request, self.kernel)
         self._answers["logsumexp"] = answer.logsumexp
@@ -78,9 +90,18 @@ class Pass:
             self._answers["entropy"] = answer.entropy
         if answer.received is not None:
             self._answers["received"] = answer.received
+        if blocks is not None and answer.blocks is not None:
+            self._answers[blocks] = answer.blocks
+        if distance is not None and answer.distance is not None:
+            self._answers[distance] = answer.distance
         self._answers |= _parts(answer.forward, questions, "values")
         self._answers |= _parts(answer.transposed, questions, "weights")
         self._answers |= _parts(answer.mass, questions, "segments")
+
+
+def _first(questions: dict[Hashable, Question], side: str) -> Hashable | None:
+    """The key of the first question of its kind."""
+    return next((key for key, question in questions.items() if question.side == side), None)
 
 
 def _join(columns: list[Tensor | None], scores: Scores) -> Tensor | None:

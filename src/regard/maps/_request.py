@@ -14,12 +14,27 @@ ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """A picture of the matrix: ``Σ_i,j w_i P_ij C_jc`` over the queries of each block, (B, Hq, blocks, W).
+
+    ``weights`` (B, Hq, N) are w; ``of_queries`` (N,) the block of each query, never less than that of the query before;
+    ``number`` how many blocks there are; ``columns`` (M, W) are C, 1 where key j is of block c.
+    """
+
+    weights: Tensor
+    of_queries: Tensor
+    number: int
+    columns: Tensor
+
+
+@dataclass(frozen=True)
 class Request:
     """The products wanted of one attention matrix P.
 
     ``values`` (B, Hk or Hq, M, W) asks for ``P @ values``; ``weights`` (B, Hq, N, W) for ``Pᵀ @ weights``; ``received``
-    (B, Hq, N), none negative, for ``Pᵀ @ received``; ``entropy`` for the entropy of each row. The log-sum-exp of each row
-    always comes along. ``dtype`` is the precision to work in.
+    (B, Hq, N), none negative, for ``Pᵀ @ received``; ``entropy`` for the entropy of each row; ``blocks`` for a picture;
+    ``distance`` for ``Σ_j P_ij |i + distance − j|`` of each row. The log-sum-exp of each row always comes along. ``dtype`` is
+    the precision to work in.
     """
 
     dtype: torch.dtype
@@ -28,6 +43,8 @@ class Request:
     received: Tensor | None = None
     entropy: bool = False
     segments: tuple[tuple[slice, ...], ...] = ()
+    blocks: Blocks | None = None
+    distance: int | None = None
 
     @property
     def requires_grad(self) -> bool:
@@ -37,8 +54,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """``logsumexp`` and ``entropy`` are (B, Hq, N), ``forward`` (B, Hq, N, W), ``mass`` (B, Hq, N, segments), ``transposed``
-    (B, Hq, M, W), ``received`` (B, Hq, M).
+    """``logsumexp``, ``entropy`` and ``distance`` are (B, Hq, N), ``forward`` (B, Hq, N, W), ``mass`` (B, Hq, N, segments),
+    ``transposed`` (B, Hq, M, W), ``received`` (B, Hq, M), ``blocks`` (B, Hq, blocks, W).
     """
 
     logsumexp: Tensor
@@ -47,6 +64,8 @@ class Answer:
     received: Tensor | None = None
     entropy: Tensor | None = None
     mass: Tensor | None = None
+    blocks: Tensor | None = None
+    distance: Tensor | None = None
 
 
 def segments_as_values(scores: Scores, request: Request) -> Request:
@@ -71,6 +90,29 @@ def segments_from_values(request: Request, answer: Answer) -> Answer:
     width = answer.forward.shape[-1] - len(request.segments)
     forward = None if request.values is None else answer.forward[..., :width]
     return replace(answer, forward=forward, mass=answer.forward[..., width:])
+
+
+def blocks_as_values(scores: Scores, request: Request) -> Request:
+    """The request with the columns of its picture as further columns of values."""
+    if request.blocks is None:
+        return request
+    batch, _, _, keys = scores.shape
+    heads = scores.key.shape[1] if request.values is None else request.values.shape[1]
+    columns = request.blocks.columns.to(request.dtype).expand(batch, heads, keys, -1)
+    values = columns if request.values is None else torch.cat([request.values.to(request.dtype), columns], dim=-1)
+    return replace(request, values=values, blocks=None)
+
+
+def blocks_from_values(request: Request, answer: Answer) -> Answer:
+    """The answer to a request that was evaluated with its picture as values."""
+    blocks = request.blocks
+    if blocks is None or answer.forward is None:
+        return answer
+    width = answer.forward.shape[-1] - blocks.columns.shape[-1]
+    forward = None if request.values is None else answer.forward[..., :width]
+    weighted = answer.forward[..., width:] * blocks.weights.unsqueeze(-1)
+    sums = weighted.new_zeros(*weighted.shape[:2], blocks.number, weighted.shape[-1])
+    return replace(answer, forward=forward, blocks=sums.index_add_(2, blocks.of_queries, weighted))
 
 
 def received_as_weights(request: Request) -> Request:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from regard.masks import Mask, causal
 
@@ -16,6 +18,8 @@ from regard.masks import Mask, causal
 # call is evaluated one precision higher.
 _FLOAT32_LIMIT = 64.0
 _HALF_LIMIT = 4096.0
+# Queries in a block of a band of diagonals, and numbers that are made at once for such blocks.
+_BAND, _NUMBERS_AT_ONCE = 64, 2**22
 _SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -121,8 +125,9 @@ class Scores:
         batch, heads, queries, _ = self.shape
         index = targets.clamp(min=0)
         key_index = index[:, None, :, None].expand(batch, self.key.shape[1], queries, self.key.shape[3])
-        key = self.key.gather(2, key_index).to(self.dtype).repeat_interleave(self.groups, dim=1)
-        scores = self.capped(self.scale * torch.linalg.vecdot(self.query.to(self.dtype), key))
+        key = self.key.gather(2, key_index).to(self.dtype)
+        query = self.query.to(self.dtype).unflatten(1, (-1, self.groups))
+        scores = self.capped(self.scale * torch.linalg.vecdot(query, key.unsqueeze(2)).flatten(1, 2))
         if self.mask is not None:
             mask = self.mask.expand(self.shape)
             entry = mask.gather(3, index[:, None, :, None].expand(batch, heads, queries, 1)).squeeze(-1)
@@ -136,11 +141,68 @@ class Scores:
             scores = scores.masked_fill(unseen.squeeze(-1), -math.inf)
         return scores.masked_fill(hidden[:, None], -math.inf)
 
+    def diagonals(self, offsets: list[int]) -> Tensor:
+        """The logits ``s[i, i + offset]``, (B, Hq, N, len(offsets)); −inf where hidden or where there is no such key."""
+        *_, queries, keys = self.shape
+        scores = self.query.new_zeros((*self.shape[:3], len(offsets)), dtype=self.dtype)
+        for chosen in _neighbours({n: offset for n, offset in enumerate(offsets) if -queries < offset < keys}):
+            scores[..., chosen] = self._band([offsets[number] for number in chosen])
+        rows = torch.arange(queries, device=self.query.device)[:, None]
+        columns = rows + torch.tensor(offsets, dtype=torch.long, device=rows.device)
+        hidden = (columns < 0) | (columns >= keys)
+        scores = self.capped(scores)
+        columns = columns.masked_fill(hidden, 0)
+        if self.mask is not None:
+            scores = apply_mask_(scores, self.mask.expand(self.shape)[:, :, rows, columns])
+        if self.is_causal:
+            hidden = hidden | (columns > rows)
+        if self.rule is not None:
+            hidden = hidden | self._hidden(self.rule, rows, columns)
+        return scores.masked_fill(hidden, -math.inf)
+
+    def _band(self, offsets: list[int]) -> Tensor:
+        """``scale · q_i k_{i + offset}`` of neighbouring offsets, (B, Hq, N, len(offsets)), from products of small blocks."""
+        batch, heads, queries, width = self.query.shape
+        first, span = min(offsets), max(offsets) - min(offsets)
+        number = -(-queries // _BAND)
+        query = functional.pad(self.query.to(self.dtype) * self.scale, (0, 0, 0, number * _BAND - queries))
+        query = query.view(batch, -1, self.groups, number, _BAND, width).transpose(2, 3)
+        # Block r of keys holds those from its first query's first on; those that do not exist are of zeros.
+        key = functional.pad(self.key.to(self.dtype), (0, 0, -first, number * _BAND + first + span - self.shape[3]))
+        keys = key.unfold(2, _BAND + span, _BAND)
+        band = query.new_empty(*query.shape[:-1], len(offsets))
+        chosen = torch.tensor(offsets, device=query.device) - first
+        at_once = max(1, _NUMBERS_AT_ONCE // (batch * heads * _BAND * (_BAND + span)))
+        for some in range(0, number, at_once):
+            blocks = slice(some, some + at_once)
+            products = query[:, :, blocks].flatten(3, 4) @ keys[:, :, blocks]
+            *outer, inner = query[:, :, blocks].shape[:-1]
+            products = products.view(*outer, inner, _BAND + span)
+            # Entry (r, r + offset − first) of every block: one step along the row more for each row.
+            strides = products.stride()
+            of_rows = products.as_strided(
+                (*outer, inner, span + 1), (*strides[:-2], strides[-2] + 1, 1), products.storage_offset()
+            )
+            band[:, :, blocks] = of_rows[..., chosen]
+        return band.transpose(2, 3).reshape(batch, heads, -1, len(offsets))[:, :, :queries]
+
     def _hidden(self, rule: Mask, rows: Tensor, columns: Tensor) -> Tensor:
         """Which pairs the rule hides, of rows (…, n, 1) and columns that broadcast to (B, 1, n, m)."""
         batch, heads, *_ = self.shape
         b, h = torch.arange(batch, device=rows.device), torch.arange(heads, device=rows.device)
         return ~rule.visible(b[:, None, None, None], h[:, None, None], rows, columns)
+
+
+def _neighbours(offsets: dict[int, int]) -> Iterator[list[int]]:
+    """The numbers of offsets that lie within a block's width of each other, in turn."""
+    some: list[int] = []
+    for number in sorted(offsets, key=lambda number: offsets[number]):
+        if some and offsets[number] - offsets[some[0]] > _BAND:
+            yield some
+            some = []
+        some.append(number)
+    if some:
+        yield some
 
 
 def apply_mask_(scores: Tensor, mask: Tensor) -> Tensor:

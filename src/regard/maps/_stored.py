@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regard.maps._request import Answer, Request
 from regard.maps._scores import Scores
-from regard.maps._strip import add_sinks, capped, divisor_of, finish, hide, shift
+from regard.maps._strip import add_distances, add_sinks, capped, divisor_of, finish, hide, shift
 from regard.maps._strip_pass import Units
 
 # Queries of all heads that share a key head, and numbers in the matrix: of more a strip at a time is faster.
@@ -40,7 +40,7 @@ def answer(scores: Scores, request: Request) -> Answer:
     total = exps.sum(dim=-1)
     if sinks is not None:
         add_sinks(total, sinks, highest, units.to_log2)
-    expected = mass = forward = transposed = received = None
+    expected = mass = forward = transposed = received = blocks = distance = None
     if request.entropy:
         if units.to_log2 != 1:  # a hidden key's −inf · 0 counts as nothing
             logits.clamp_(min=-1e30)
@@ -54,8 +54,16 @@ def answer(scores: Scores, request: Request) -> Answer:
         transposed = _transposed(exps, total, request.weights.to(dtype))
     if request.received is not None:
         received = _transposed(exps, total, request.received.to(dtype).unsqueeze(-1)).squeeze(-1)
+    if request.blocks is not None:
+        of_queries = torch.nn.functional.one_hot(request.blocks.of_queries, request.blocks.number)
+        weights = (of_queries * request.blocks.weights.unsqueeze(-1)).to(dtype)
+        blocks = _transposed(exps, total, weights).mT @ request.blocks.columns.to(dtype)
+    if request.distance is not None:
+        distance = torch.empty_like(total)
+        add_distances(exps, request.distance, distance)
+        distance.div_(divisor_of(total))
     logsumexp, entropy = finish(total, highest, expected, mass, forward, sinks, units.unit, units.to_log2)
-    return Answer(logsumexp, forward, transposed, received, entropy, mass)
+    return Answer(logsumexp, forward, transposed, received, entropy, mass, blocks, distance)
 
 
 def _transposed(exps: Tensor, total: Tensor, weights: Tensor) -> Tensor:

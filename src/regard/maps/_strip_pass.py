@@ -21,7 +21,7 @@ from regard.maps._request import (
     segments_from_values,
 )
 from regard.maps._scores import Scores
-from regard.maps._strip import add_sinks, finish, shift, unlocked
+from regard.maps._strip import add_sinks, divisor_of, finish, shift, unlocked
 
 # Up to this magnitude of the logits their exponentials need no shift by the row's maximum: far from float32's ends.
 _UNSHIFTED = 20.0
@@ -106,8 +106,9 @@ class Rows:
         self.expected = zeros() if request.entropy else None
         self.mass = zeros(len(request.segments)) if request.segments else None
         self.forward = None if request.values is None else zeros(request.values.shape[-1])
+        self.distance = None if request.distance is None else zeros()
 
-    def answer(self, transposed: Tensor | None) -> Answer:
+    def answer(self, transposed: Tensor | None, blocks: Tensor | None = None) -> Answer:
         """The answer, once every strip was visited."""
         logsumexp, entropy = finish(
             self.total,
@@ -119,7 +120,11 @@ class Rows:
             self.units.unit,
             self.units.to_log2,
         )
-        return Answer(logsumexp, self.forward, transposed, entropy=entropy, mass=self.mass)
+        if self.distance is not None:
+            self.distance.div_(divisor_of(self.total))
+        return Answer(
+            logsumexp, self.forward, transposed, entropy=entropy, mass=self.mass, blocks=blocks, distance=self.distance
+        )
 
 
 class Gradients:

@@ -11,6 +11,7 @@ that share a key head, those of keys (heads, M, …), and a strip is (heads, gro
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,7 @@ from torch import Tensor
 from regard.maps import _strip_pass, _workers
 from regard.maps._request import Answer, Request
 from regard.maps._scores import Scores
-from regard.maps._strip import answer, backward, capped, hide
+from regard.maps._strip import add_blocks, add_distances, answer, backward, capped, hide
 from regard.maps._strip_pass import Gradients, Rows, softmax
 
 # Numbers in one strip: of lower ones a CPU's products are slower than they gain by the cache; or they keep a GPU busy.
@@ -253,21 +254,29 @@ class _Forward:
         if self.weights is not None:
             self.transposed = work.sums_over_queries(self.pieces, batch * heads, keys, self.weights.shape[-1])
         self.segments = [[[*run.indices(keys)] for run in runs] for runs in request.segments]
+        self.blocks = self.columns = self.block_weights = None
+        if request.blocks is not None:
+            self.columns = request.blocks.columns.to(request.dtype)
+            self.block_weights = request.blocks.weights.to(request.dtype).contiguous()
+            self.blocks = work.sums_over_queries(
+                self.pieces, batch, heads, request.blocks.number, self.columns.shape[-1]
+            )
+            self.edges = _edges(request.blocks.of_queries)
 
     def run(self) -> Answer:
         """Add up every strip, then finish."""
         answer_strips = self.work.compiled(_answer_strips)
         _do(lambda piece: self._add(piece, answer_strips), self.pieces, together=not _on_gpu(self.scores))
-        if self.transposed is None:
-            return self.rows.answer(None)
         batch, heads, _, keys = self.scores.shape
-        return self.rows.answer(total_of_parts(self.transposed).view(batch, heads, keys, -1))
+        transposed = None if self.transposed is None else total_of_parts(self.transposed).view(batch, heads, keys, -1)
+        return self.rows.answer(transposed, None if self.blocks is None else total_of_parts(self.blocks))
 
     def _add(self, piece: Piece, answer_strips: Callable[..., None]) -> None:
         work, units, rows, of_piece = self.work, self.work.units, self.rows, list(strips(self.scores, piece))
         buffer, another = (work.buffers(of_piece, 1 if rows.expected is None else 2) * 2)[:2]
         transposed = None if self.transposed is None else self.transposed[piece.number]
-        of_rows = (rows.highest, rows.total, rows.expected, rows.mass, rows.forward)
+        blocks = None if self.blocks is None else self.blocks[piece.number]
+        of_rows = (rows.highest, rows.total, rows.expected, rows.mass, rows.forward, rows.distance)
         answer_strips(
             [strip.bounds for strip in of_piece],
             work.of_queries(work.query, piece),
@@ -278,6 +287,10 @@ class _Forward:
             work.of_key_heads(self.values, piece),
             work.of_queries(self.weights, piece),
             self.segments,
+            work.of_queries(self.block_weights, piece),
+            [] if self.blocks is None else [_blocks_of(strip, self.edges) for strip in of_piece],
+            self.columns,
+            self.request.distance or 0,
             buffer,
             another,
             units.scale,
@@ -286,7 +299,23 @@ class _Forward:
             units.to_log2,
             *(work.of_queries(tensor, piece) for tensor in of_rows),
             work.of_key_heads(transposed, piece),
+            work.of_queries(blocks, piece),
         )
+
+
+def _edges(of_queries: Tensor) -> list[list[int]]:
+    """Each block of neighbouring queries as (block, first, the one that follows its last)."""
+    blocks, counts = torch.unique_consecutive(of_queries, return_counts=True)
+    stops = counts.cumsum(0)
+    return torch.stack([blocks, stops - counts, stops], dim=1).tolist()
+
+
+def _blocks_of(strip: Strip, edges: list[list[int]]) -> list[list[int]]:
+    """The blocks that hold rows of the strip, with the rows counted from its first."""
+    start, stop, _ = strip.bounds
+    first = bisect_right(edges, start, key=lambda edge: edge[2])
+    last = bisect_left(edges, stop, key=lambda edge: edge[1])
+    return [[block, max(a, start) - start, min(b, stop) - start] for block, a, b in edges[first:last]]
 
 
 def _answer_strips(
@@ -299,6 +328,10 @@ def _answer_strips(
     values: Tensor | None,
     weights: Tensor | None,
     segments: list[list[list[int]]],
+    block_weights: Tensor | None,
+    blocks: list[list[list[int]]],
+    columns_of_blocks: Tensor | None,
+    distance: int,
     buffer: Tensor,
     another: Tensor,
     scale: float,
@@ -310,14 +343,17 @@ def _answer_strips(
     expected: Tensor | None,
     mass: Tensor | None,
     forward: Tensor | None,
+    distances: Tensor | None,
     transposed: Tensor | None,
+    sums_of_blocks: Tensor | None,
 ) -> None:
     """The answers of all strips of a piece, given the piece's part of every tensor."""
-    for start, stop, columns in strips:
+    for number, (start, stop, columns) in enumerate(strips):
         starts, biases = _hiding(triangle, start, stop, columns)
+        exps = _room_for(another, query, stop - start, columns)
         answer(
             _room_for(buffer, query, stop - start, columns),
-            _room_for(another, query, stop - start, columns),
+            exps,
             query[:, :, start:stop],
             key[:, :columns],
             _part_of_mask(mask, start, stop, columns),
@@ -338,6 +374,17 @@ def _answer_strips(
             _rows(forward, start, stop),
             _keys(transposed, columns),
         )
+        if distances is not None:
+            add_distances(exps, start + distance, distances[:, :, start:stop])
+        if block_weights is not None and columns_of_blocks is not None and sums_of_blocks is not None:
+            add_blocks(
+                exps,
+                block_weights[:, :, start:stop],
+                total[:, :, start:stop],
+                blocks[number],
+                columns_of_blocks[:columns],
+                sums_of_blocks,
+            )
 
 
 class _Backward:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
@@ -12,10 +12,11 @@ from regard.maps import _blocked, _columns, _dense, _tiled
 from regard.maps._columns import Segments
 from regard.maps._pass import Pass, Question
 from regard.maps._precision import in_own_precision, refuse_forward_mode
+from regard.maps._request import Blocks
 from regard.maps._scores import Scores, make_scores
 from regard.maps._select import KernelName, check_kernel
 from regard.maps.restricted import Restricted
-from regard.maps.token_map import TokenMap, TopK
+from regard.maps.token_map import TokenMap, TopK, distances, one_hot
 from regard.masks import Mask, causal
 
 _ENTRIES_AT_ONCE = 2**24
@@ -275,6 +276,13 @@ class AttentionMap(TokenMap):
         shares = torch.exp(self._scores.entries(targets) - logsumexp.masked_fill(logsumexp.isneginf(), 0.0))
         return shares.to(self.dtype)
 
+    def _diagonals(self, offsets: list[int]) -> Tensor:
+        if 0 in self.shape:
+            return self._new(*self.shape[:3], len(offsets))
+        logsumexp = self._pass.take("logsumexp").to(self._scores.dtype)
+        shares = self._scores.diagonals(offsets) - logsumexp.masked_fill(logsumexp.isneginf(), 0.0)[..., None]
+        return shares.exp().to(self.dtype)
+
     def _some_rows(self, index: Tensor) -> Tensor:
         every = torch.arange(self.shape[3], device=self.device)
         scores = self._scores
@@ -300,24 +308,51 @@ class AttentionMap(TokenMap):
             strip.of_queries(index)[..., : strip.columns].copy_(best.indices.masked_fill(best.values == 0, -1))
         return TopK(shares, index)
 
-    def _mean_distance(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _mean_distance(self, start: int) -> Tensor:
+        if self._scores.rule is None:
+            self._ask_distance(start)
+            return self._pass.take(("distance", start)).to(self.dtype)
         result = self._new(*self.shape[:3])
-        if self._scores.rule is not None:
-            result.zero_()
-            for visible, matrix in _blocked.softmax_strips(self._scores):
-                keys_seen = key_positions[visible.positions(self.device)]
-                distance = (query_positions[visible.rows, None] - keys_seen).abs()
-                visible.of_queries(result).copy_(matrix.mul_(distance).sum(dim=-1))
-            return result
-        for strip, matrix in _tiled.softmax_strips(self._scores):
-            distance = (query_positions[strip.rows, None] - key_positions[: strip.columns]).abs()
-            strip.of_queries(result).copy_(matrix.mul_(distance).sum(dim=-1))
+        for visible, matrix in _blocked.softmax_strips(self._scores):
+            distance = distances(visible.rows, visible.positions(self.device), start).to(matrix.dtype)
+            visible.of_queries(result).copy_(matrix.mul_(distance).sum(dim=-1))
         return result
 
     # --- the pass -----------------------------------------------------------------------------------------------------
 
     def _ask_entropy(self) -> None:
         self._pass.ask("entropy", Question("entropy"))
+
+    def _ask_mean_distance(self, query_start: int = 0, key_start: int = 0) -> None:
+        if self._scores.rule is None and 0 not in self.shape:
+            self._ask_distance(query_start - key_start)
+
+    def _ask_distance(self, start: int) -> None:
+        self._pass.ask(("distance", start), Question("distance", distance=start))
+
+    def _ask_block_sums(self, of_queries: Tensor, of_keys: Tensor, weights: Tensor | None = None) -> None:
+        if self._scores.requires_grad or 0 in self.shape:
+            return
+        self._check_blocks(of_queries, of_keys)
+        key = _of_blocks(of_queries, of_keys, weights)
+        if self._pass.knows(key):
+            return
+        column = torch.ones((), dtype=self.dtype, device=self.device).expand(self.shape[:3])
+        columns = one_hot(of_keys.to(self.device), int(of_keys[-1]) + 1, self.dtype)[0, 0]
+        blocks = Blocks(
+            weights=column if weights is None else self._weight_column(weights),
+            of_queries=of_queries.to(self.device),
+            number=int(of_queries[-1]) + 1,
+            columns=columns,
+        )
+        self._pass.ask(key, Question("blocks", blocks=blocks, argument=(of_queries, of_keys, weights)))
+
+    def _block_sums(self, of_queries: Tensor, of_keys: Tensor, weights: Tensor | None) -> Tensor:
+        if self._scores.requires_grad or (weights is not None and weights.requires_grad) or 0 in self.shape:
+            return super()._block_sums(of_queries, of_keys, weights)
+        self._ask_block_sums(of_queries, of_keys, weights)
+        return self._pass.take(_of_blocks(of_queries, of_keys, weights)).to(self.dtype)
 
     def _ask_product(self, values: Tensor) -> None:
         refuse_forward_mode(values)
@@ -356,3 +391,7 @@ class AttentionMap(TokenMap):
         key = ("transposed", id(weights))
         self._pass.ask(key, Question("weights", weights))
         return self._pass.take(key)
+
+
+def _of_blocks(of_queries: Tensor, of_keys: Tensor, weights: Tensor | None) -> Hashable:
+    return "block sums", id(of_queries), id(of_keys), id(weights)

@@ -71,7 +71,7 @@ class Sum(Composed):
         return self._sum(lambda part: part.mass(segments))
 
     def _expect(self, question: str, *arguments: object) -> None:
-        if question != "entropy":  # that is read from rows, not from its parts' entropies
+        if question in ("received", "mass", "product"):  # others are read from its own products and rows
             for part in self.parts:
                 part._expect(question, *arguments)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, overload
 
 import torch
@@ -19,7 +19,7 @@ from regard.maps._precision import in_own_precision
 
 _DENSE_LIMIT = 2**28
 _NUMBERS_AT_ONCE = 2**22
-_QUESTIONS = ("entropy", "received", "mass", "product")
+_QUESTIONS = ("entropy", "received", "mass", "product", "block_sums", "mean_distance")
 _ROUNDING = 1e-5  # by which rows of probabilities may miss a sum of 1, since factors are rounded too
 
 
@@ -284,11 +284,49 @@ class TokenMap(ABC):
         sums.index_put_((keys, _blocks(len(keys), m, self.device)), one, accumulate=True)
         return sum_rows(part @ sums[None, None], _blocks(queries, n, self.device), n)
 
+    @in_own_precision
+    def block_sums(self, of_queries: Tensor, of_keys: Tensor, weights: Tensor | None = None) -> Tensor:
+        """``Σ_i,j w_i P_ij`` over the queries and the keys of each pair of blocks: (B, H, rows, columns) of blocks.
+
+        Args:
+            of_queries: (N,) the block of each query, never less than that of the query before.
+            of_keys: (M,) the block of each key.
+            weights: (B|1, H|1, N) over queries, ones by default.
+
+        >>> import torch, regard
+        >>> q, k = torch.randn(2, 1, 2, 50, 16)
+        >>> A = regard.AttentionMap(q, k, is_causal=True)
+        >>> of_ten = torch.arange(50) // 10
+        >>> A.block_sums(of_ten, of_ten).shape
+        torch.Size([1, 2, 5, 5])
+        """
+        self._check_blocks(of_queries, of_keys)
+        return self._block_sums(of_queries.to(self.device), of_keys.to(self.device), weights)
+
+    def _block_sums(self, of_queries: Tensor, of_keys: Tensor, weights: Tensor | None) -> Tensor:
+        product = self @ one_hot(of_keys, int(of_keys[-1]) + 1, self.dtype)
+        if weights is not None:
+            product = product * self._weight_column(weights)[..., None]
+        return sum_rows(product, of_queries, int(of_queries[-1]) + 1)
+
+    def _check_blocks(self, of_queries: Tensor, of_keys: Tensor) -> None:
+        for blocks, length, what in ((of_queries, self.shape[2], "queries"), (of_keys, self.shape[3], "keys")):
+            sizes = tuple(blocks.shape)
+            if blocks.is_floating_point() or sizes != (length,):
+                raise ValueError(
+                    f"block_sums() needs a block of each of {length} {what}, got {blocks.dtype} of shape {sizes}"
+                )
+            if length and (bool((blocks.diff() < 0).any()) or int(blocks[0]) < 0):
+                raise ValueError(
+                    f"block_sums() needs the blocks of {what} in order, from 0 on: each as the one before or more"
+                )
+
     def expect(self, question: str, *arguments: object) -> None:
         """Announce a question, so that one pass over the matrix answers all that were announced before the first answer.
 
-        ``question`` is "entropy", "received", "mass" or "product"; the arguments are those of the method asked later (for
-        "product" the right-hand side of ``A @ V``), the same objects. Where no pass can be shared, nothing comes of it.
+        ``question`` is "entropy", "received", "mass", "product", "block_sums" or "mean_distance"; the arguments are those of
+        the method asked later (for "product" the right-hand side of ``A @ V``), the same objects. Where no pass can be
+        shared, nothing comes of it.
 
         >>> import torch, regard
         >>> q, k = torch.randn(2, 1, 2, 50, 16)
@@ -348,6 +386,24 @@ class TokenMap(ABC):
             differentiable = picked.requires_grad
             found[:, :, strip[0]] += picked
         return found
+
+    @in_own_precision
+    def diagonals(self, offsets: Sequence[int]) -> Tensor:
+        """The entries ``P[i, i + offset]``: (B, H, N, len(offsets)); 0 where there is no such key.
+
+        >>> import torch, regard
+        >>> q, k = torch.randn(2, 1, 2, 50, 16)
+        >>> A = regard.AttentionMap(q, k, is_causal=True)
+        >>> A.diagonals([-2, -1, 0]).shape
+        torch.Size([1, 2, 50, 3])
+        """
+        return self._diagonals([int(offset) for offset in offsets])
+
+    def _diagonals(self, offsets: list[int]) -> Tensor:
+        *_, queries, keys = self.shape
+        every = torch.arange(queries, device=self.device)
+        found = [self.at(_within(every + offset, keys)) for offset in offsets]
+        return torch.stack(found, dim=-1) if found else self._new(*self.shape[:3], 0)
 
     def rows(self, index: Segment) -> Tensor:
         """Whole rows of P: (B, H, len(index), M)."""
@@ -457,19 +513,16 @@ class TokenMap(ABC):
         ``query_start`` and ``key_start`` are the positions of the first query and the first key in their text, for calls
         that see a part of it (a decode step has one query, at its end).
         """
-        *_, queries, keys = self.shape
         if 0 in self.shape:
             return self._new(*self.shape[:3])
-        return self._mean_distance(
-            torch.arange(queries, device=self.device) + query_start, torch.arange(keys, device=self.device) + key_start
-        )
+        return self._mean_distance(query_start - key_start)
 
     @torch.no_grad()
-    def _mean_distance(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """How far each row looks, ``Σ_j P_ij |i − j|``, from positions in the text, (N,) and (M,)."""
+    def _mean_distance(self, start: int) -> Tensor:
+        """``Σ_j P_ij |start + i − j|``, where the first query stands so many tokens after the first key."""
         total = self._new(*self.shape[:3])
         for rows, columns in self._strips():
-            distance = (query_positions[rows, None] - key_positions[columns]).abs()
+            distance = distances(rows, torch.arange(columns.start, columns.stop, device=self.device), start)
             total[:, :, rows] += (self._read(rows, columns) * distance).sum(dim=3)
         return total
 
@@ -521,6 +574,17 @@ def sum_rows(product: Tensor, blocks: Tensor, number: int) -> Tensor:
     """The rows (B, H, N, W) of a product summed by block of query: (B, H, number, W)."""
     batch, heads, _, width = product.shape
     return product.new_zeros(batch, heads, number, width).index_add(2, blocks, product)
+
+
+def distances(rows: slice, keys: Tensor, start: int) -> Tensor:
+    """``|start + i − j|`` of some queries and the positions of some keys, (queries, keys)."""
+    queries = torch.arange(rows.start, rows.stop, device=keys.device) + start
+    return (queries[:, None] - keys).abs()
+
+
+def _within(targets: Tensor, keys: int) -> Tensor:
+    """The targets, −1 for those that are no key."""
+    return targets.masked_fill((targets < 0) | (targets >= keys), -1)
 
 
 def _unless_all(index: Tensor, length: int) -> Tensor | None:

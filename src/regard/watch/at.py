@@ -67,30 +67,43 @@ class At(Statistic):
 
     def measure(self, attention: TokenMap, call: Call) -> Tensor:
         """(B, H, N, targets)."""
-        shares = []
-        for target in self.targets.values():
-            keys = self._keys(target, attention, call) - call.place.key_start
-            keys = keys.masked_fill((keys < 0) | (keys >= attention.shape[3]), -1)
-            share = attention.at(keys)
-            shares.append(share.masked_fill((keys < 0).reshape(-1, 1, keys.shape[-1]), torch.nan))
-        return torch.stack(shares, dim=-1)
+        *sizes, keys = attention.shape
+        found = torch.full((*sizes, len(self.targets)), torch.nan, dtype=attention.dtype, device=attention.device)
+        offsets = {
+            n: offset for n, target in enumerate(self.targets.values()) if (offset := _offset(target)) is not None
+        }
+        if offsets:
+            found[..., list(offsets)] = self._at_offsets(list(offsets.values()), attention, call)
+        for number, target in enumerate(self.targets.values()):
+            if isinstance(target, int) or number in offsets:
+                continue
+            place = self._keys(target, attention, call) - call.place.key_start
+            place = place.masked_fill((place < 0) | (place >= keys), -1)
+            nothing = (place < 0).reshape(-1, 1, place.shape[-1])
+            found[..., number] = attention.at(place).masked_fill(nothing, torch.nan)
+        return found
+
+    def _at_offsets(self, offsets: list[int], attention: TokenMap, call: Call) -> Tensor:
+        """(B, H, N, offsets); the query at i of the call stands at ``i + start`` among its keys."""
+        start = call.place.query_start - call.place.key_start
+        every = torch.arange(start, start + attention.shape[2], device=attention.device)
+        keys = every[:, None] + torch.tensor(offsets, device=attention.device)
+        shares = attention.diagonals([start + offset for offset in offsets])
+        return shares.masked_fill((keys < 0) | (keys >= attention.shape[3]), torch.nan)
 
     def coordinates(self) -> Mapping[str, Sequence[object]]:
         """The targets' names."""
         return {"target": list(self.targets)}
 
-    def _keys(self, target: Target, attention: TokenMap, call: Call) -> Tensor:
+    def _keys(self, target: str | Tensor, attention: TokenMap, call: Call) -> Tensor:
         """The key position that each query of the call has for its target, (N,) or (B, N); before the text for none."""
         start, queries = call.place.query_start, attention.shape[2]
-        if isinstance(target, str) and target in _BY_TOKENS:
+        if isinstance(target, str):
             ids = self._ids(attention, call, target)
             target = torch.full((start + queries,), -1) if ids is None else _BY_TOKENS[target](ids)
-        if isinstance(target, Tensor):
-            keys = target[..., start : start + queries].to(attention.device)
-            keys = functional.pad(keys, (0, queries - keys.shape[-1]), value=-1)
-            return keys.masked_fill(keys < 0, call.place.key_start - 1)
-        offset = _OFFSETS[target] if isinstance(target, str) else target
-        return torch.arange(start, start + queries, device=attention.device) + offset
+        keys = target[..., start : start + queries].to(attention.device)
+        keys = functional.pad(keys, (0, queries - keys.shape[-1]), value=-1)
+        return keys.masked_fill(keys < 0, call.place.key_start - 1)
 
     def _ids(self, attention: TokenMap, call: Call, target: str) -> Tensor | None:
         """Ids of the tokens up to the call's last query; None where its queries are not the tokens (image patches, say)."""
@@ -104,6 +117,11 @@ class At(Statistic):
                 f'At("{target}") needs token ids, and the model was given no input_ids; pass At(..., token_ids=ids)'
             )
         return ids if ids.shape[1] == end and ids.shape[0] in (1, batch) else None
+
+
+def _offset(target: Target) -> int | None:
+    """How far from its query a target is, where that is the same for all."""
+    return _OFFSETS.get(target) if isinstance(target, str) else None if isinstance(target, Tensor) else target
 
 
 def induction_targets(ids: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """How far each query looks."""
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 from regard.maps import TokenMap
@@ -23,6 +26,8 @@ class MeanDistance(Statistic):
     dims = ("query",)
     units = "tokens"
 
-    def measure(self, attention: TokenMap, call: Call) -> Tensor:
-        """(B, H, N)."""
-        return attention.mean_distance(call.place.query_start, call.place.key_start)
+    def ask(self, attention: TokenMap, call: Call) -> Callable[[], Tensor]:
+        """Have it computed in the shared pass: (B, H, N)."""
+        starts = call.place.query_start, call.place.key_start
+        attention.expect("mean_distance", *starts)
+        return partial(attention.mean_distance, *starts)

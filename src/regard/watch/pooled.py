@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from regard.maps import TokenMap, one_hot, sum_rows
+from regard.maps import TokenMap
 from regard.runtime import Call
 from regard.watch.statistic import Statistic
 
@@ -39,18 +40,14 @@ class Pooled(Statistic):
         self.size = size
 
     def ask(self, attention: TokenMap, call: Call) -> Callable[[], Tensor]:
-        """Have the columns' sums computed in the shared pass."""
-        blocks = self._blocks(call.place.key_start, attention.shape[3], attention)
-        columns = one_hot(blocks, int(blocks[-1]) + 1, attention.dtype)
-        attention.expect("product", columns)
-        return lambda: self._sum_rows(attention @ columns, attention, call)
-
-    def _sum_rows(self, product: Tensor, attention: TokenMap, call: Call) -> Tensor:
-        """(B, H, rows, columns), from the blocks of the text's first token on."""
-        if call.place.token_mask is not None:
-            product = product * call.place.token_mask.to(product.device)[:, None, :, None]
-        blocks = self._blocks(call.place.query_start, attention.shape[2], attention)
-        return sum_rows(product, blocks, int(blocks[-1]) + 1)
+        """Have it computed in the shared pass: (B, H, rows, columns), from the blocks of the text's first token on."""
+        place = call.place
+        of_queries = self._blocks(place.query_start, attention.shape[2], attention)
+        of_keys = self._blocks(place.key_start, attention.shape[3], attention)
+        mask = place.token_mask
+        weights = None if mask is None else mask.to(attention.device)[:, None].to(attention.dtype)
+        attention.expect("block_sums", of_queries, of_keys, weights)
+        return partial(attention.block_sums, of_queries, of_keys, weights)
 
     def attributes(self) -> Mapping[str, object]:
         """The units, and the side of a block."""

@@ -26,6 +26,13 @@ class Blocks:
     number: int
     columns: Tensor
 
+    def edges(self) -> list[list[int]]:
+        """Each block of neighbouring queries as (block, first, the one that follows its last)."""
+        blocks, counts = torch.unique_consecutive(self.of_queries, return_counts=True)
+        stops = counts.cumsum(0)
+        edges: list[list[int]] = torch.stack([blocks, stops - counts, stops], dim=1).tolist()
+        return edges
+
 
 @dataclass(frozen=True)
 class Request:

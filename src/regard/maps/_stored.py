@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regard.maps._request import Answer, Request
 from regard.maps._scores import Scores
-from regard.maps._strip import add_distances, add_sinks, capped, divisor_of, finish, hide, shift
+from regard.maps._strip import add_sinks, capped, divisor_of, finish, hide, shift
 from regard.maps._strip_pass import Units
 
 # Queries of all heads that share a key head, and numbers in the matrix: of more a strip at a time is faster.
@@ -59,9 +59,12 @@ def answer(scores: Scores, request: Request) -> Answer:
         weights = (of_queries * request.blocks.weights.unsqueeze(-1)).to(dtype)
         blocks = _transposed(exps, total, weights).mT @ request.blocks.columns.to(dtype)
     if request.distance is not None:
-        distance = torch.empty_like(total)
-        add_distances(exps, request.distance, distance)
-        distance.div_(divisor_of(total))
+        apart = (
+            torch.arange(queries, device=exps.device)[:, None]
+            + request.distance
+            - torch.arange(keys, device=exps.device)
+        )
+        distance = (exps * apart.abs()).sum(dim=-1).div_(divisor_of(total))
     logsumexp, entropy = finish(total, highest, expected, mass, forward, sinks, units.unit, units.to_log2)
     return Answer(logsumexp, forward, transposed, received, entropy, mass, blocks, distance)
 

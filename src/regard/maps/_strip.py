@@ -153,41 +153,34 @@ def answer(
         multiply_transposed(exps, weights / divisor_of(total).unsqueeze(-1), transposed)
 
 
-def add_blocks(
-    exps: Tensor, weights: Tensor, total: Tensor, blocks: list[list[int]], columns: Tensor, sums: Tensor
-) -> None:
-    """Add the strip's part of a picture to (heads, groups, blocks, W), given each block's rows as (block, start, stop).
-
-    Rows are added up first: that is one reading of the strip, whatever the number of columns.
-    """
+def add_blocks(exps: Tensor, weights: Tensor, total: Tensor, blocks: list[list[int]], sums: Tensor) -> None:
+    """Add up the strip's rows by block, (heads, groups, blocks, columns), given each block as (number, first row, stop)."""
     shares = weights / divisor_of(total)
-    of_blocks = torch.zeros(
-        [exps.size(0), exps.size(1), len(blocks), exps.size(2)], dtype=exps.dtype, device=exps.device
-    )
+    first, number = blocks[0][0], len(blocks)
+    of_blocks = torch.zeros([exps.size(0), exps.size(1), number, exps.size(2)], dtype=exps.dtype, device=exps.device)
     for index, block in enumerate(blocks):
         of_blocks[:, :, index, block[1] : block[2]] = shares[:, :, block[1] : block[2]]
-    received = torch.bmm(of_blocks.flatten(0, 1), exps.flatten(0, 1))
-    product = torch.matmul(received, columns).view(exps.size(0), exps.size(1), len(blocks), columns.size(1))
-    for index, block in enumerate(blocks):
-        sums[:, :, block[0]] += product[:, :, index]
+    part = sums[:, :, first : first + number].flatten(0, 1)
+    part.baddbmm_(of_blocks.flatten(0, 1), exps.flatten(0, 1))
 
 
-def add_distances(exps: Tensor, first: int, out: Tensor) -> None:
+def add_distances(exps: Tensor, first: int, zero: int, ramp: Tensor, out: Tensor) -> None:
     """Write ``Σ_j e_ij |first + i − j|`` for each row i of the strip, to be divided by its total in the end.
 
-    The distance from the strip's first row is the same for all rows, and so a product with one vector; what it is off by is
-    known wherever keys are before all rows or after them, and is taken entry by entry between.
+    ``ramp`` holds distances from its ``zero``-th place. That from the strip's first row is the same for all rows, and so a
+    product with one vector; what it is off by is known wherever keys are before all rows or after them, and is taken entry
+    by entry between.
     """
     rows, columns = exps.size(2), exps.size(3)
-    keys = torch.arange(columns, device=exps.device)
-    from_first = (keys - first).abs().to(exps.dtype)
+    from_first = ramp[zero - first : zero - first + columns]
     out.copy_(torch.mv(exps.view(-1, columns), from_first).view(out.shape))
-    down = torch.arange(rows, device=exps.device)
     low, high = min(max(first, 0), columns), min(max(first + rows, 0), columns)
     before, after = exps[:, :, :, :low].sum([-1]), exps[:, :, :, high:].sum([-1])
+    down = torch.arange(rows, device=exps.device)
     out.add_((before - after) * down)
     if low < high:
-        off = (first + down.unsqueeze(1) - keys[low:high]).abs() - (keys[low:high] - first).abs()
+        keys = torch.arange(low - first, high - first, device=exps.device)
+        off = (down.unsqueeze(1) - keys).abs() - keys.abs()
         out.add_((exps[:, :, :, low:high] * off).sum([-1]))
 
 

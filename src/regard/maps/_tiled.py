@@ -254,14 +254,16 @@ class _Forward:
         if self.weights is not None:
             self.transposed = work.sums_over_queries(self.pieces, batch * heads, keys, self.weights.shape[-1])
         self.segments = [[[*run.indices(keys)] for run in runs] for runs in request.segments]
-        self.blocks = self.columns = self.block_weights = None
+        self.blocks = self.block_weights = None
         if request.blocks is not None:
-            self.columns = request.blocks.columns.to(request.dtype)
             self.block_weights = request.blocks.weights.to(request.dtype).contiguous()
-            self.blocks = work.sums_over_queries(
-                self.pieces, batch, heads, request.blocks.number, self.columns.shape[-1]
-            )
-            self.edges = _edges(request.blocks.of_queries)
+            self.edges = request.blocks.edges()
+            self.blocks = work.sums_over_queries(self.pieces, batch, heads, len(self.edges), keys)
+        self.zero, self.ramp = 0, None
+        if request.distance is not None:  # from the first key to the farthest query, and back
+            self.zero = max(0, scores.shape[2] + request.distance)
+            self.ramp = torch.arange(-self.zero, keys + max(0, -request.distance), device=work.query.device)
+            self.ramp = self.ramp.abs().to(request.dtype)
 
     def run(self) -> Answer:
         """Add up every strip, then finish."""
@@ -269,7 +271,16 @@ class _Forward:
         _do(lambda piece: self._add(piece, answer_strips), self.pieces, together=not _on_gpu(self.scores))
         batch, heads, _, keys = self.scores.shape
         transposed = None if self.transposed is None else total_of_parts(self.transposed).view(batch, heads, keys, -1)
-        return self.rows.answer(transposed, None if self.blocks is None else total_of_parts(self.blocks))
+        return self.rows.answer(transposed, self._picture())
+
+    def _picture(self) -> Tensor | None:
+        """The sums of rows by block, summed by block of keys too, (B, Hq, blocks, W)."""
+        asked = self.request.blocks
+        if asked is None or self.blocks is None:
+            return None
+        sums = total_of_parts(self.blocks) @ asked.columns.to(self.request.dtype)
+        numbers = torch.tensor([number for number, *_ in self.edges], device=sums.device)
+        return sums.new_zeros(*sums.shape[:2], asked.number, sums.shape[3]).index_copy_(2, numbers, sums)
 
     def _add(self, piece: Piece, answer_strips: Callable[..., None]) -> None:
         work, units, rows, of_piece = self.work, self.work.units, self.rows, list(strips(self.scores, piece))
@@ -289,8 +300,9 @@ class _Forward:
             self.segments,
             work.of_queries(self.block_weights, piece),
             [] if self.blocks is None else [_blocks_of(strip, self.edges) for strip in of_piece],
-            self.columns,
             self.request.distance or 0,
+            self.zero,
+            self.ramp,
             buffer,
             another,
             units.scale,
@@ -303,19 +315,15 @@ class _Forward:
         )
 
 
-def _edges(of_queries: Tensor) -> list[list[int]]:
-    """Each block of neighbouring queries as (block, first, the one that follows its last)."""
-    blocks, counts = torch.unique_consecutive(of_queries, return_counts=True)
-    stops = counts.cumsum(0)
-    return torch.stack([blocks, stops - counts, stops], dim=1).tolist()
-
-
 def _blocks_of(strip: Strip, edges: list[list[int]]) -> list[list[int]]:
-    """The blocks that hold rows of the strip, with the rows counted from its first."""
+    """The blocks, by their place among all, that hold rows of the strip, with the rows counted from its first."""
     start, stop, _ = strip.bounds
     first = bisect_right(edges, start, key=lambda edge: edge[2])
     last = bisect_left(edges, stop, key=lambda edge: edge[1])
-    return [[block, max(a, start) - start, min(b, stop) - start] for block, a, b in edges[first:last]]
+    return [
+        [place, max(a, start) - start, min(b, stop) - start]
+        for place, (_, a, b) in enumerate(edges[first:last], start=first)
+    ]
 
 
 def _answer_strips(
@@ -330,8 +338,9 @@ def _answer_strips(
     segments: list[list[list[int]]],
     block_weights: Tensor | None,
     blocks: list[list[list[int]]],
-    columns_of_blocks: Tensor | None,
     distance: int,
+    zero: int,
+    ramp: Tensor | None,
     buffer: Tensor,
     another: Tensor,
     scale: float,
@@ -374,17 +383,11 @@ def _answer_strips(
             _rows(forward, start, stop),
             _keys(transposed, columns),
         )
-        if distances is not None:
-            add_distances(exps, start + distance, distances[:, :, start:stop])
-        if block_weights is not None and columns_of_blocks is not None and sums_of_blocks is not None:
-            add_blocks(
-                exps,
-                block_weights[:, :, start:stop],
-                total[:, :, start:stop],
-                blocks[number],
-                columns_of_blocks[:columns],
-                sums_of_blocks,
-            )
+        if distances is not None and ramp is not None:
+            add_distances(exps, start + distance, zero, ramp, distances[:, :, start:stop])
+        if block_weights is not None and sums_of_blocks is not None:
+            of_rows, sums = block_weights[:, :, start:stop], sums_of_blocks[:, :, :, :columns]
+            add_blocks(exps, of_rows, total[:, :, start:stop], blocks[number], sums)
 
 
 class _Backward:

@@ -35,7 +35,7 @@ def evaluate(scores: Scores, request: Request) -> Answer:
         raise RefusedError(
             "the fused operators hide keys before they scale, and a shift of the logits is divided by it"
         )
-    if request.entropy and _biased(scores):
+    if request.entropy and scores.is_biased:
         raise RefusedError("with an additive mask the entropy needs the expected bias, which no column can carry")
     with torch.no_grad():
         return segments_from_values(request, _evaluate(scores, segments_as_values(scores, request)))
@@ -64,13 +64,9 @@ def _evaluate(scores: Scores, request: Request) -> Answer:
     if request.received is not None:
         # The answer is a log-sum-exp, which the operators keep in float32 even where their inputs are bfloat16. (A bias
         # would be rounded, though, and float16 has no room for the extra columns.)
-        native = scores.query.dtype == torch.bfloat16 and not _biased(scores)
+        native = scores.query.dtype == torch.bfloat16 and not scores.is_biased
         _, received = _swapped(scores, torch.bfloat16 if native else dtype, logsumexp - request.received.log(), None)
     return Answer(logsumexp, forward, transposed, received, entropy)
-
-
-def _biased(scores: Scores) -> bool:
-    return scores.mask is not None and scores.mask.is_floating_point()
 
 
 def _per_query_head(values: Tensor, groups: int, heads: int) -> Tensor:

@@ -72,7 +72,7 @@ class Scores:
             limit = min(limit, self.softcap)
         if self.sinks is not None:
             limit = max(limit, _largest_sink(self.sinks))
-        if self.mask is not None and self.mask.is_floating_point():
+        if self.mask is not None and self.is_biased:
             limit += _largest_row_bias(self.mask)
         return limit
 
@@ -83,6 +83,11 @@ class Scores:
             return torch.float64
         most = _FLOAT32_LIMIT if self.query.dtype == torch.float32 else _HALF_LIMIT
         return torch.float32 if self.limit <= most else torch.float64
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether the mask is additive."""
+        return self.mask is not None and self.mask.is_floating_point()
 
     def heads(self, index: list[int]) -> Scores:
         """The call with these query heads alone."""

@@ -17,6 +17,15 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_weights_that_are_cut_off(tmp_path: Path, mini: tuple[Any, Any]) -> None:
+    for part in mini:
+        part.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=f"cannot load a model and its tokenizer from '{tmp_path}'"):
+        load(tmp_path)
+
+
 def test_of_a_translator_the_encoder(tmp_path: Path, minilm: tuple[Any, Any]) -> None:
     config = hf.T5Config(vocab_size=60, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
     hf.T5ForConditionalGeneration(config).save_pretrained(tmp_path)

@@ -28,12 +28,25 @@ if TYPE_CHECKING:
 console = Console(stderr=True)
 TextFile = Annotated[str | None, typer.Option(metavar="FILE", help="A text file, or - for the standard input.")]
 Prompt = Annotated[str | None, typer.Option(help="The text itself, in place of a file.")]
+Open = Annotated[bool, typer.Option("--open", help="Open the report in a browser.")]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from regard import __version__
+
+        typer.echo(f"regard {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def regard() -> None:
+def regard(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and end.")
+    ] = False,
+) -> None:
     """Run attention, see it, steer it."""
 
 
@@ -49,6 +62,7 @@ def look(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Read the first tokens only.")] = None,
     window: Annotated[bool, typer.Option(help="Read a text longer than the model in windows.")] = False,
+    open_it: Open = False,
 ) -> None:
     """Report where a model looks when it reads a text: by default a chapter of a novel."""
     with _errors():
@@ -60,7 +74,7 @@ def look(
 
         _quiet()
         content, text_name = _read(text, prompt)
-        with console.status(f"loading {model or mini.name}"):
+        with console.status(Text(f"loading {model or mini.name}")):
             loaded, tokenizer = load(model or mini.path(), device, dtype)
         with _bar() as advance:
             seen = look(
@@ -77,10 +91,10 @@ def look(
         out.write_text(seen.html(), encoding="utf-8")
         if save:
             save_dataset(seen.dataset, save)
-            console.print(f"statistics: {save.resolve()}", soft_wrap=True, highlight=False)
+            console.print(Text(f"statistics: {save.resolve()}"), soft_wrap=True)
         facts = seen.facts
         console.print(f"{facts.tokens:,} tokens, {facts.layers} layers of {facts.heads} heads, {facts.seconds:.1f} s")
-        console.print(f"report: {out.resolve().as_uri()}", soft_wrap=True, highlight=False)
+        _show_report(out, open_it)
 
 
 @app.command()
@@ -110,7 +124,7 @@ def steer(
         if not edits:
             raise ValueError("nothing to do: give an --edit, or a --recipe")
         content, _ = _read(text, prompt)
-        with console.status(f"loading {model or mini.name}"):
+        with console.status(Text(f"loading {model or mini.name}")):
             loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
         with console.status("reading"):
             found = compare(loaded, tokenizer, content, edits, likeliest=likeliest, complete=complete)
@@ -136,6 +150,7 @@ def sweep(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Read the first tokens only.")] = None,
+    open_it: Open = False,
 ) -> None:
     """Find the heads that matter for what a model says of a text, by changing one after the other."""
     with _errors():
@@ -146,7 +161,7 @@ def sweep(
 
         _quiet()
         content, text_name = _read(text, prompt)
-        with console.status(f"loading {model or mini.name}"):
+        with console.status(Text(f"loading {model or mini.name}")):
             loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
         with _bar() as advance:
             found = sweep_text(
@@ -165,9 +180,9 @@ def sweep(
         out.write_text(found.html(Path(model).name if model else mini.name, text_name), encoding="utf-8")
         if save:
             found.save(save)
-            console.print(f"numbers: {save.resolve()}", soft_wrap=True, highlight=False)
+            console.print(Text(f"numbers: {save.resolve()}"), soft_wrap=True)
         _show_sweep(found, strongest)
-        console.print(f"report: {out.resolve().as_uri()}", soft_wrap=True, highlight=False)
+        _show_report(out, open_it)
 
 
 def _show_sweep(found: SweepResult, strongest: int) -> None:
@@ -229,7 +244,7 @@ def cache(
         _quiet()
         chosen = read_policy(policy, None if budget is None else _budget(budget))
         content, _ = _read(text, prompt)
-        with console.status(f"loading {model or mini.name}"):
+        with console.status(Text(f"loading {model or mini.name}")):
             loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
         with console.status("reading"):
             found = trial(loaded, tokenizer, content, chosen, complete)
@@ -350,6 +365,12 @@ def _show(found: Comparison) -> None:
             out.print(f"both begin with {found.shared!r}: later tokens differ", highlight=False, markup=False)
 
 
+def _show_report(file: Path, open_it: bool) -> None:
+    console.print(Text(f"report: {file.resolve().as_uri()}"), soft_wrap=True)
+    if open_it:
+        typer.launch(file.resolve().as_uri())
+
+
 def _quiet() -> None:
     """One progress bar is enough: ours."""
     from transformers.utils import logging
@@ -383,7 +404,7 @@ def _read(file: str | None, prompt: str | None) -> tuple[str, str]:
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int | None], None]]:
     """A bar that one call for each layer moves on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("reading", total=None)
         yield lambda path, total: progress.update(task, description=path, total=total, advance=1)
@@ -395,10 +416,5 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (ImportError, IndexError, OSError, RuntimeError, TypeError, ValueError) as error:
-        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from error
-
-
-def main() -> None:
-    """The ``regard`` command."""
-    app()

@@ -27,7 +27,7 @@ def load(
 
     Raises:
         ImportError: transformers is not installed, or for a .gguf file what reads it.
-        ValueError: a dtype of another name; a model that is not there or cannot be loaded.
+        ValueError: a dtype of another name; a device that is not here; a model that is not there or cannot be loaded.
 
     >>> import regard
     >>> model, tokenizer = load(regard.mini.path(), language=True)
@@ -35,22 +35,34 @@ def load(
     'LlamaForCausalLM'
     """
     try:
+        from safetensors import SafetensorError
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError('loading models needs transformers: pip install "regard[hf]"') from error
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    _check_device(device)
     numbers = _DTYPES["float32"] if dtype is None and device == "cpu" else _DTYPES.get(dtype or "", "auto")
     place, file = _place(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **file)
         kind = AutoModelForCausalLM if language else AutoModel
         loaded = kind.from_pretrained(place, attn_implementation="sdpa", dtype=numbers, **file)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"cannot load a model and its tokenizer from {str(model)!r}: {error}") from error
     if loaded.config.is_encoder_decoder and not language:
         loaded = loaded.get_encoder()
     return loaded.eval().to(device), tokenizer
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that is not here before anything is loaded."""
+    accelerator = torch.accelerator.current_accelerator()
+    here = ["cpu"]
+    if accelerator is not None:
+        here += [accelerator.type, *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()))]
+    if device not in here:
+        raise ValueError(f"there is no device {device!r} for PyTorch {torch.__version__} here, only {', '.join(here)}")
 
 
 def _place(model: str | Path) -> tuple[str | Path, dict[str, str]]:

@@ -17,7 +17,7 @@ from regard.view.lengths import lengths
 from regard.view.shares import block_side, edges, shares
 from regard.view.statistics import STATISTICS
 from regard.view.windows import windows
-from regard.view.words import join
+from regard.view.words import pieces
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -122,7 +122,7 @@ class Plot:
         values = chosen.mean(("layer", "head")).values
         present = np.isfinite(values)
         position = np.arange(len(values))[present]
-        token = [escape(piece.strip() or repr(piece), quote=False) for piece in self._pieces(batch)]
+        token = [escape(piece.strip() or repr(piece), quote=False) for piece in pieces(self._windows, batch)]
         token = [token[at] for at in position] if token else [f"token {at}" for at in position]
         bars = graph.Bar(
             x=position,
@@ -189,11 +189,6 @@ class Plot:
     def _batch(self, array: xr.DataArray, given: int) -> xr.DataArray:
         entries = [str(number) for number in range(array.sizes["batch"])]
         return array.isel(batch=choose.index(given, entries, "batch entry"))
-
-    def _pieces(self, batch: int) -> list[str]:
-        if "key_token" not in self._windows.coords:
-            return []
-        return join([str(token) for token in self._windows["key_token"].isel(batch=batch).values])
 
 
 def graph_objects() -> ModuleType:

@@ -17,6 +17,7 @@ import numpy
 from torch import Tensor
 
 from regard.maps import TokenMap
+from regard.tokens import Spelling
 from regard.watch._sequence import Sequence
 from regard.watch.statistic import Statistic
 
@@ -252,8 +253,10 @@ def _rows(sequence: Sequence, name: str, beam_indices: Tensor | None, slots: int
     return rows
 
 
-def with_tokens(dataset: xarray.Dataset, tokens: Items[str] | Items[Items[str]]) -> xarray.Dataset:
-    """The dataset with the text's tokens, or one list for each batch row, as coordinates."""
+def with_tokens(
+    dataset: xarray.Dataset, tokens: Items[str] | Items[Items[str]], spelling: Spelling | None = None
+) -> xarray.Dataset:
+    """The dataset with the text's tokens, or one list for each batch row, as coordinates; they say how they are spelled."""
     rows = [cast("list[str]", list(tokens))] if isinstance(tokens[0], str) else [list(row) for row in tokens]
     batch = dataset.sizes["batch"]
     if len(rows) not in (1, batch):
@@ -266,5 +269,7 @@ def with_tokens(dataset: xarray.Dataset, tokens: Items[str] | Items[Items[str]])
         if longest > size:
             raise ValueError(f"tokens has {longest} tokens, the dataset {size} positions along {dim!r}")
         padded = [[*row, *[""] * (size - len(row))] for row in rows] * (batch if len(rows) == 1 else 1)
-        dataset = dataset.assign_coords({f"{dim}_token": (("batch", dim), numpy.array(padded, dtype=object))})
+        attributes = {"spelling": spelling} if spelling else {}
+        labels = (("batch", dim), numpy.array(padded, dtype=object), attributes)
+        dataset = dataset.assign_coords({f"{dim}_token": labels})
     return dataset

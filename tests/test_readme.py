@@ -15,8 +15,8 @@ def test_examples_run_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 12
-    names: dict[str, object] = {}
+    assert len(blocks) == 13
+    names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     printed = capsys.readouterr().out
@@ -28,6 +28,7 @@ def test_examples_run_in_order(
     assert "8193 tokens in 65536 bytes" in printed.splitlines()
     assert "(1, 4, 512, 512)" in printed.splitlines()
     assert Path("seen.nc").exists()
+    assert names["regard"].mini.name in Path("report.html").read_text(encoding="utf-8")
 
 
 def test_contributing_example_is_a_statistic() -> None:

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from regard.tokens import spelling
+from regard.tokens import spelling_of
 
 
 @pytest.mark.parametrize(
@@ -25,4 +25,4 @@ def test_of_every_decoder(decoder: Any, found: str | None) -> None:
     written = Tokenizer(models.BPE())
     if decoder is not None:
         written.decoder = decoder
-    assert spelling(PreTrainedTokenizerFast(tokenizer_object=written)) == found
+    assert spelling_of(PreTrainedTokenizerFast(tokenizer_object=written)) == found

@@ -7,7 +7,7 @@ from regard.tokens.images import AfterImage, ImageTokens, image_tokens
 from regard.tokens.passages import locate
 from regard.tokens.positions import Positions, Where, among, check, check_form, indices, plain, resolve
 from regard.tokens.selection import Heads, Layers, Passes, Selection, parse_layers
-from regard.tokens.spelling import Spelling, spelling
+from regard.tokens.spelling import Spelling, spelling_of
 
 __all__ = [
     "AfterImage",
@@ -34,5 +34,5 @@ __all__ = [
     "parse_layers",
     "plain",
     "resolve",
-    "spelling",
+    "spelling_of",
 ]

@@ -12,12 +12,12 @@ _PROBES: tuple[tuple[Spelling, str, str], ...] = (
 )
 
 
-def spelling(tokenizer: Any) -> Spelling | None:
+def spelling_of(tokenizer: Any) -> Spelling | None:
     """How a tokenizer of transformers writes tokens, by how it joins two of each kind; None if it is none of these.
 
     >>> import regard
     >>> model, tokenizer = regard.mini()
-    >>> spelling(tokenizer)
+    >>> spelling_of(tokenizer)
     'byte-level'
     """
     for name, token, joined in _PROBES:

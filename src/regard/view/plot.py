@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SCALE = ("#faf5ea", "#f2d59c", "#e39a49", "#bb582a", "#7a2a2b", "#36121f")
 """A sequential scale of falling lightness, which colour-blind eyes read as well as any."""
 FAINTEST = 1e-4
-"""Shares below this are drawn like this one."""
+"""Shares below this are drawn like this one, or not at all where they are bars."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,10 @@ class Plot:
         )
         figure = figure_of(bars, escape(title, quote=False))
         figure.update_layout(bargap=0.1)
-        figure.update_yaxes(type="log", title="attention received", exponentformat="none")
+        most = np.log10(max(values[present].max(initial=1.0), 10 * FAINTEST))
+        figure.update_yaxes(
+            type="log", range=[np.log10(FAINTEST), most], dtick=1, title="attention received", exponentformat="none"
+        )
         figure.update_xaxes(title="position")
         if len(token) <= 60:
             figure.update_xaxes(tickvals=position, ticktext=token, title=None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 
-from regard.models import complete, load
+from regard.models import Written, load, write
 from tests.gguf_file import write_gguf
 
 
@@ -38,7 +38,7 @@ def test_of_a_translator_the_encoder(tmp_path: Path, minilm: tuple[Any, Any]) ->
 
 def test_nothing_to_write(mini: tuple[Any, Any]) -> None:
     model, tokenizer = mini
-    assert complete(model, tokenizer, tokenizer("A word", return_tensors="pt"), 0) == ""
+    assert write(model, tokenizer, tokenizer("A word", return_tensors="pt"), 0) == Written([], [], "")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,15 @@ try:
     import typer
     from rich import box
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
@@ -74,20 +83,23 @@ def look(
         from regard.watch import save as save_dataset
 
         _quiet()
+        chosen = None if layers is None else parse_layers(layers)
+        _check_report(out, save)
         content, text_name = _read(text, prompt)
         with console.status(Text(f"loading {model or mini.name}")):
             loaded, tokenizer = load(model or mini.path(), device, dtype)
-        with _bar() as advance:
+        with _share_bar() as (announce, advance):
             seen = look(
                 loaded,
                 tokenizer,
                 content,
                 model_name=Path(model).name if model else mini.name,
                 text_name=text_name,
-                layers=None if layers is None else parse_layers(layers),
+                layers=chosen,
                 max_tokens=max_tokens,
                 window=window,
                 progress=advance,
+                announce=announce,
             )
         out.write_text(seen.html(), encoding="utf-8")
         if save:
@@ -177,6 +189,8 @@ def sweep(
         from regard.tokens import parse_layers
 
         _quiet()
+        chosen = None if layers is None else parse_layers(layers)
+        _check_report(out, save)
         content, text_name = _read(text, prompt)
         with console.status(Text(f"loading {model or mini.name}")):
             loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
@@ -190,7 +204,7 @@ def sweep(
                 kind=kind,  # type: ignore[arg-type]
                 by=by,
                 source=source,
-                layers=None if layers is None else parse_layers(layers),
+                layers=chosen,
                 max_tokens=max_tokens,
                 chat=chat,
                 progress=advance,
@@ -434,6 +448,44 @@ def _read(file: str | None, prompt: str | None) -> tuple[str, str]:
         return path.read_text(encoding="utf-8").rstrip("\n"), path.name
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not a text in UTF-8: {error}") from error
+
+
+def _check_report(out: Path, save: Path | None) -> None:
+    """Refuse what could not be written in the end, before hours of work: places, and what is not installed."""
+    from importlib.util import find_spec
+
+    for option, path in (("--out", out), ("--save", save)):
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if path.is_dir():
+            raise IsADirectoryError(f"{option} names a folder, {path}; give a file in it")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{option} {path}: there is no folder {folder}")
+        if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+            raise PermissionError(f"{option} {path} cannot be written: it is not permitted")
+    needed = ["jinja2", "plotly", "xarray", *(["h5netcdf"] if save else [])]
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise ImportError(f'a report needs {" and ".join(missing)}: pip install "regard[report]"')
+
+
+@contextmanager
+def _share_bar() -> Iterator[tuple[Callable[[object], None], Callable[[str, float], None]]]:
+    """What says what a run will take, and a bar that the share of it that is done moves on."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("looking ahead", total=1.0)
+        yield (
+            lambda expected: console.print(Text(str(expected)), soft_wrap=True),
+            lambda path, share: progress.update(task, description=path, completed=share),
+        )
 
 
 @contextmanager

@@ -15,15 +15,17 @@ from torch import Tensor
 from torch.nn import Module
 
 import regard
-from regard.runtime import AttentionCall, Proceed, Site, entered
-from regard.tokens import Encoded, Layers, Selection, encode, spelling_of
+from regard.estimate import Estimate, estimate
+from regard.maps import TokenMap
+from regard.runtime import AttentionCall, HiddenCall, Proceed, Reading, Site, entered
+from regard.tokens import Encoded, Layers, encode, spelling_of
 from regard.view import RunFacts, report
-from regard.watch import At, Entropy, Mass, MeanDistance, Pooled, Received, watch, with_tokens
+from regard.watch import At, Entropy, Mass, MeanDistance, Pooled, Received, Statistic, watch, with_tokens
 
 _NEAR = 8
 _PICTURE = 64
 
-Progress = Callable[[str, int | None], None]
+Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def look(
     layers: Layers | None = None,
     max_tokens: int | None = None,
     window: bool = False,
-    progress: Progress = lambda path, total: None,
+    progress: Progress = lambda path, share: None,
+    announce: Callable[[Estimate], None] = lambda estimate: None,
 ) -> Look:
     """Run a model on a text and record what a report shows.
 
@@ -61,19 +64,23 @@ def look(
         layers: which to watch, as for `regard.watch`; all by default.
         max_tokens: read so many tokens of the text, special ones included, and no more.
         window: cut a longer text into windows of the model's length, each read on its own.
-        progress: called for each layer when it has been measured, with its path and the number of calls to expect.
+        progress: called as layers and strips of them have been measured, with the layer's path and the share of all
+            layers that is done; from several threads.
+        announce: called before the run with what it will take.
 
     Raises:
-        ValueError: as `regard.tokens.encode`.
+        IndexError, ValueError: as `regard.tokens.encode`; layers that match no attention call, before the run.
     """
     started = time.perf_counter()
     windows = encode(model, tokenizer, text, max_tokens=max_tokens, window=window)
-    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    counter = _Progress(progress, len(windows) * depth if depth and layers is None else None, layers)
-    recorded = [_record(model, tokenizer, encoded, layers, counter) for encoded in windows]
-    tokens = [tokenizer.convert_ids_to_tokens(encoded.inputs["input_ids"][0].tolist()) for encoded in windows]
-    dataset = with_tokens(xarray.concat(recorded, "batch", join="outer"), tokens, spelling_of(tokenizer))
     device = next(model.parameters()).device
+    inputs = [encoded.inputs for encoded in windows]
+    expected = estimate(model, inputs, layers, _statistics, _peak_memory(device), **_no_cache(model))
+    announce(expected)
+    counter = _Progress(progress, expected, len(windows))
+    recorded = [_record(model, encoded, counter, layers) for encoded in windows]
+    tokens = [tokenizer.convert_ids_to_tokens(encoded.inputs["input_ids"][0].tolist()) for encoded in windows]
+    dataset = with_tokens(_joined(recorded), tokens, spelling_of(tokenizer))
     facts = RunFacts(
         model=model_name or type(model).__name__,
         text=text_name,
@@ -90,52 +97,68 @@ def look(
     return Look(dataset, facts)
 
 
+def _joined(recorded: list[xarray.Dataset]) -> xarray.Dataset:
+    """The windows along "batch"; one of them as it is, for it may be large."""
+    return recorded[0] if len(recorded) == 1 else xarray.concat(recorded, "batch", join="outer")
+
+
 class _Progress:
-    """Tells of each layer when it has run, and counts the entries that its stored matrix would have."""
+    """Tells how much was done as layers and their strips are, and counts the entries that stored matrices would have."""
 
     edits = outermost = False
 
-    def __init__(self, tell: Progress, total: int | None, layers: Layers | None) -> None:
+    def __init__(self, tell: Progress, expected: Estimate, windows: int) -> None:
         self.entries = 0
-        self._tell = tell
-        self._total = total
-        self._selection = Selection(layers)
+        self._tell, self._paths = tell, expected.calls
+        self._done, self._total = 0, len(expected.calls) * windows
 
     def wants(self, site: Site) -> bool:
         """Whether its layer is watched."""
-        return self._selection.wants(site.path, site.layer)
+        return site.path in self._paths
 
-    def intercept(self, call: AttentionCall, proceed: Proceed, alone: bool) -> Tensor:
-        """The call's output, and a word of it."""
-        output = proceed(call)
-        self.entries += call.query.shape[:3].numel() * call.key.shape[2]
-        self._tell(call.place.path, self._total)
+    def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
+        """The call's output, and words of it."""
+        path = call.place.path
+
+        def tell(share: float) -> None:
+            self._tell(path, min((self._done + share) / self._total, 1.0))
+
+        def listen(attention: TokenMap, last: object) -> Callable[[], None]:
+            self.entries += torch.Size(attention.shape).numel()
+            attention.tell_progress(tell)
+            return lambda: None
+
+        output = proceed(call.with_reading(Reading(listen)))
+        self._done += 1
+        tell(0.0)
         return output
 
 
-def _record(
-    model: Module, tokenizer: Any, encoded: Encoded, layers: Layers | None, counter: _Progress
-) -> xarray.Dataset:
-    special = encoded.special.clone()
-    special[0] = True  # models without special tokens make their first token the sink
+def _statistics(tokens: int, special: Tensor | None = None) -> list[Statistic]:
+    """What a report shows, of a text of so many tokens; without its special tokens, for measuring what that takes."""
+    sink = torch.zeros(tokens, dtype=torch.bool) if special is None else special.clone()
+    sink[0] = True  # models without special tokens make their first token the sink
     offsets = {f"{offset:+d}": offset for offset in range(-_NEAR, _NEAR + 1) if abs(offset) > 1}
-    no_cache = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
-    with (
-        torch.inference_mode(),
-        entered(counter, model),
-        watch(
-            model,
-            Entropy(),
-            Received(),
-            Mass({"sink": special}),
-            At("previous", "own", "next", "retrieval", targets={"induction": "repeated", **offsets}),
-            MeanDistance(),
-            Pooled(-(-len(special) // _PICTURE)),
-            layers=layers,
-        ) as seen,
-    ):
-        model(**encoded.inputs, **no_cache)
+    ids = torch.zeros(1, tokens, dtype=torch.long) if special is None else None
+    return [
+        Entropy(),
+        Received(),
+        Mass({"sink": sink}),
+        At("previous", "own", "next", "retrieval", targets={"induction": "repeated", **offsets}, token_ids=ids),
+        MeanDistance(),
+        Pooled(-(-tokens // _PICTURE)),
+    ]
+
+
+def _record(model: Module, encoded: Encoded, counter: _Progress, layers: Layers | None) -> xarray.Dataset:
+    statistics = _statistics(len(encoded.special), encoded.special)
+    with torch.inference_mode(), entered(counter, model), watch(model, *statistics, layers=layers) as seen:
+        model(**encoded.inputs, **_no_cache(model))
     return seen.dataset()
+
+
+def _no_cache(model: Module) -> dict[str, bool]:
+    return {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
 
 
 def _peak_memory(device: torch.device) -> int:

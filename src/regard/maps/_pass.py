@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ class Pass:
     def __init__(self, scores: Scores, kernel: KernelName) -> None:
         self.scores = scores
         self.kernel = kernel
+        self.progress: Callable[[float], None] | None = None
         self._questions: dict[Hashable, Question] = {}
         self._answers: dict[Hashable, Tensor] = {}
         self._arguments: dict[Hashable, object] = {}
@@ -83,6 +84,7 @@ class Pass:
             segments=tuple(runs for question in questions.values() for runs in question.segments),
             blocks=None if blocks is None else questions[blocks].blocks,
             distance=None if distance is None else questions[distance].distance,
+            progress=self.progress,
         )
         answer = evaluate(self.scores, request, self.kernel)
         self._answers["logsumexp"] = answer.logsumexp

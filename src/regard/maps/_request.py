@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,7 +42,7 @@ class Request:
     ``values`` (B, Hk or Hq, M, W) asks for ``P @ values``; ``weights`` (B, Hq, N, W) for ``Pᵀ @ weights``; ``received``
     (B, Hq, N), none negative, for ``Pᵀ @ received``; ``entropy`` for the entropy of each row; ``blocks`` for a picture;
     ``distance`` for ``Σ_j P_ij |i + distance − j|`` of each row. The log-sum-exp of each row always comes along. ``dtype`` is
-    the precision to work in.
+    the precision to work in; ``progress`` is told the share of the pass that is done, where it goes piece by piece.
     """
 
     dtype: torch.dtype
@@ -52,6 +53,7 @@ class Request:
     segments: tuple[tuple[slice, ...], ...] = ()
     blocks: Blocks | None = None
     distance: int | None = None
+    progress: Callable[[float], None] | None = None
 
     @property
     def requires_grad(self) -> bool:

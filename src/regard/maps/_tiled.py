@@ -288,7 +288,15 @@ class _Forward:
     def run(self) -> Answer:
         """Add up every strip, then finish."""
         answer_strips = self.work.compiled(_answer_strips)
-        _do(lambda piece: self._add(piece, answer_strips), self.pieces, together=not _on_gpu(self.scores))
+        done: list[Piece] = []
+
+        def add(piece: Piece) -> None:
+            self._add(piece, answer_strips)
+            done.append(piece)
+            if self.request.progress is not None:
+                self.request.progress(len(done) / len(self.pieces))
+
+        _do(add, self.pieces, together=not _on_gpu(self.scores))
         batch, heads, _, keys = self.scores.shape
         transposed = None if self.transposed is None else total_of_parts(self.transposed).view(batch, heads, keys, -1)
         return self.rows.answer(transposed, self._picture())

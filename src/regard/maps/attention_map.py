@@ -254,6 +254,10 @@ class AttentionMap(TokenMap):
             total = total + (some.unsqueeze(2) @ seen.to(self.dtype)).squeeze(2)
         return total.expand(*total.shape[:2], keys)
 
+    def tell_progress(self, tell: Callable[[float], None]) -> None:
+        """Have a long pass over the matrix tell which share of it is done, from 0 to 1; from several threads at once."""
+        self._pass.progress = tell
+
     def _expect(self, question: str, *arguments: object) -> None:
         ask: Callable[..., None] = getattr(self, f"_ask_{question}")
         ask(*arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, overload
 
 import torch
@@ -343,6 +343,9 @@ class TokenMap(ABC):
             if any(wide > 1 == own for wide, own in zip(arguments[0].shape[:2], self.shape[:2], strict=True)):
                 return  # these values are brought to another form when the product is asked
         self._expect(question, *arguments)
+
+    def tell_progress(self, tell: Callable[[float], None]) -> None:  # noqa: B027 - most have nothing to tell
+        """Have a long pass over the matrix tell which share of it is done, from 0 to 1, where it goes piece by piece."""
 
     def _expect(self, question: str, *arguments: object) -> None:
         """Announce a question that the map can answer; by default nothing is shared."""

@@ -1,6 +1,8 @@
 """The block itself: where calls are found, what is restored, and what is refused."""
 
 import functools
+import gc
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -429,3 +431,25 @@ def test_errors_say_what_was_seen() -> None:
         model.model.layers[0].self_attn.q_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"query holds NaN: 48 entries.*\(batch, head, token, dim\) = \(0, 0, 0, 0\)"):
         run(regard.Entropy())
+
+
+def test_a_watched_call_holds_nothing_once_it_is_over() -> None:
+    """What the model held at the call is freed at once, and not when garbage is collected some layers later."""
+    held = []
+
+    class Attention(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = 2 * x
+            held.append(weakref.ref(inner))
+            return torch.nn.functional.scaled_dot_product_attention(inner, inner, inner)
+
+    model = Attention()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad(), regard.watch(model, regard.Entropy()):
+            for _ in range(3):
+                model(torch.randn(1, 2, 5, 8))
+            assert [reference() for reference in held] == [None, None, None]
+    finally:
+        gc.enable()

@@ -31,10 +31,11 @@ class Frame:
 
 
 class Stack:
-    """The modules that run where it is made, the innermost first; ``inner`` is as if called by the one that runs."""
+    """The modules that run the function that makes it, the innermost first; ``inner`` is as if called by the one that runs."""
 
     def __init__(self, inner: Module | None = None) -> None:
-        self._start = sys._getframe(1)
+        # Its maker's own frame would hold it in turn, and with it all that the model holds here, until garbage is collected.
+        self._start = sys._getframe(1).f_back
         self._inner = [] if inner is None else [Frame(inner, (), {}, object())]
         self.frames = [*self._inner, *_called(self._start)]
         self._direct: list[Frame] | None = None

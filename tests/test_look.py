@@ -1,5 +1,6 @@
 """The main job on real trained weights, and the command line on it."""
 
+import importlib.util
 import io
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,99 @@ def test_layers_and_tokens_on_the_command_line(tmp_path: Path) -> None:
     data = regard.load(saved)
     assert data.layer.values.tolist() == [f"layers.{layer}.self_attn" for layer in (0, 1, 2)]
     assert data.key_token[0].values.tolist() == ["<s>", "It", "Ġr"]
+
+
+@pytest.mark.parametrize("command", ["look", "sweep"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "nowhere/report.html"], "--out nowhere/report.html: there is no folder"),
+        (["--save", "nowhere/seen.nc"], "--save nowhere/seen.nc: there is no folder"),
+        (["--out", "folder"], "--out names a folder, folder; give a file in it"),
+        (["--layers", "3-1"], "layers goes from 3 down to 1"),
+        (["--text", "empty.txt"], "the text is empty"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_a_model_is_loaded(
+    command: str, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("empty.txt").write_text(" \n")
+    monkeypatch.setattr("regard.models.load", _not_to_be_called)
+    result = runner.invoke(cli.app, [command, *arguments])
+    assert result.exit_code == 1
+    assert message in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", ["look", "sweep"])
+@pytest.mark.parametrize("missing", ["jinja2", "plotly", "h5netcdf"])
+def test_missing_extras_are_named_before_a_model_is_loaded(
+    command: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("regard.models.load", _not_to_be_called)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    result = runner.invoke(cli.app, [command, "--save", "seen.nc"])
+    assert result.exit_code == 1
+    assert f'a report needs {missing}: pip install "regard[report]"' in result.output.replace("\n", " ")
+
+
+def _not_to_be_called(*arguments: object, **named: object) -> None:
+    raise AssertionError("the model was loaded")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": "decoder.*"}, "matches no attention call"),
+        ({"layers": 7}, "layer 7 was chosen"),
+        ({}, "positions for"),
+    ],
+)
+def test_layers_and_lengths_are_refused_before_the_text_is_read(
+    options: dict[str, Any], message: str, mini: tuple[Any, Any]
+) -> None:
+    model, tokenizer = mini
+    lengths = []
+    with (
+        model.register_forward_pre_hook(
+            lambda module, args, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+        ),
+        pytest.raises((ValueError, IndexError), match=message),
+    ):
+        look(model, tokenizer, demo.text() if options else "word " * 1200, **options)
+    assert max(lengths, default=0) <= 256
+
+
+def test_what_a_run_will_take_is_said_before_it_and_how_far_it_is_while_it_runs(mini: tuple[Any, Any]) -> None:
+    model, tokenizer = mini
+    told: list[Any] = []
+    text = "It rained all day, and nobody came. " * 200
+    seen = look(
+        model, tokenizer, text, window=True, layers=[1, -1],
+        announce=told.append, progress=lambda path, share: told.append((path, share)),
+    )  # fmt: skip
+    expected, *steps = told
+    assert expected.tokens == seen.facts.tokens > 1024
+    assert expected.heads == 16
+    assert expected.seconds > 0
+    assert expected.memory > seen.dataset.nbytes
+    assert str(expected).startswith(f"{expected.tokens:,} tokens, 16 heads: about ")
+    shares = [share for _, share in steps]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert {path for path, _ in steps} == set(seen.dataset.layer.values) == set(expected.calls)
+    windows = seen.dataset.sizes["batch"]
+    assert len(set(shares)) > 2 * windows  # strips of a layer too
+
+
+def test_short_texts_are_not_probed_for_time(mini: tuple[Any, Any]) -> None:
+    told: list[Any] = []
+    look(*mini, "It rained all day.", announce=told.append)
+    assert told[0].seconds is None
+    assert str(told[0]) == "7 tokens, 32 heads"
 
 
 @pytest.mark.parametrize(

@@ -428,7 +428,15 @@ def _quiet() -> None:
 
 
 def _read(file: str | None, prompt: str | None) -> tuple[str, str]:
-    """The text and its name. The line breaks at the end of a file are the file's."""
+    """The text and its name, unless no model could read it. The line breaks at the end of a file are the file's."""
+    from regard.tokens import check_text
+
+    content, name = _content(file, prompt)
+    check_text(content)
+    return content, name
+
+
+def _content(file: str | None, prompt: str | None) -> tuple[str, str]:
     from regard import demo
 
     if file is not None and prompt is not None:

@@ -31,7 +31,7 @@ class Frame:
 
 
 class Stack:
-    """The modules that run the function that makes it, the innermost first; ``inner`` is as if called by the one that runs."""
+    """The modules that run the function that makes it, innermost first; ``inner`` is as if called by the one that runs."""
 
     def __init__(self, inner: Module | None = None) -> None:
         # Its maker's own frame would hold it in turn, and with it all that the model holds here, until garbage is collected.

@@ -2,7 +2,7 @@
 
 from regard.tokens.chat import chat_text
 from regard.tokens.decoder import decoder_layers, decoder_of
-from regard.tokens.encoding import Encoded, encode, max_positions
+from regard.tokens.encoding import Encoded, check_text, encode, max_positions
 from regard.tokens.grid import Grid
 from regard.tokens.images import AfterImage, ImageTokens, image_tokens
 from regard.tokens.passages import locate
@@ -26,6 +26,7 @@ __all__ = [
     "chat_text",
     "check",
     "check_form",
+    "check_text",
     "decoder_layers",
     "decoder_of",
     "encode",

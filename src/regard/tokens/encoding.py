@@ -53,7 +53,7 @@ def encode(
     >>> tokenizer.decode(encoded.inputs["input_ids"][0])
     '<s>It rained'
     """
-    _check_text(text)
+    check_text(text)
     whole = tokenizer(text, return_special_tokens_mask=True, add_special_tokens=add_special_tokens, verbose=False)
     ids, special = whole["input_ids"], whole["special_tokens_mask"]
     inner = [number for number, mark in enumerate(special) if not mark]
@@ -89,7 +89,16 @@ def max_positions(model: Module, tokenizer: Any) -> int:
     return int(min(of_model, tokenizer.model_max_length))
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """Refuse what no model can read.
+
+    Raises:
+        ValueError: an empty text, or half of a surrogate pair in it.
+
+    >>> check_text(" ")
+    Traceback (most recent call last):
+    ValueError: the text is empty
+    """
     if not text.strip():
         raise ValueError("the text is empty")
     if half := re.search(r"[\ud800-\udfff]", text):

@@ -24,6 +24,7 @@ from regard.watch import At, Entropy, Mass, MeanDistance, Pooled, Received, Stat
 
 _NEAR = 8
 _PICTURE = 64
+_BY_TOKENS = ("induction", "induction by chance", "retrieval", "retrieval by chance")
 
 Progress = Callable[[str, float], None]
 
@@ -144,7 +145,7 @@ def _statistics(tokens: int, special: Tensor | None = None) -> list[Statistic]:
         Entropy(),
         Received(),
         Mass({"sink": sink}),
-        At("previous", "own", "next", "retrieval", targets={"induction": "repeated", **offsets}, token_ids=ids),
+        At("previous", "own", "next", *_BY_TOKENS, targets=offsets, token_ids=ids),
         MeanDistance(),
         Pooled(-(-tokens // _PICTURE)),
     ]

@@ -1,9 +1,12 @@
 """What each head does: a few means over the text, and the kind of head that they make."""
 
+import math
 from collections.abc import Hashable
+from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from regard.view.lengths import lengths
 
@@ -11,41 +14,29 @@ NEAR = 8
 """Attention to a token at most this far away is local."""
 EVEN = 0.8
 """A head is broad when its entropy is at least this share of the largest possible one."""
-ONE_PLACE = 0.3
-"""A head is named after one place (a fixed offset, an induction target, the sink) that takes this share."""
-LOCAL = 0.5
-"""A head is local when this share of its attention stays within `NEAR` tokens."""
+LEAST = 0.05
+"""A head is named after a place that gets this share of its attention beyond chance, and more."""
+ALPHA = 0.01
+"""The chance that any head of the model is named after a place that it gives no more than chance."""
+BLOCKS = 32
+"""Parts of a text whose means are taken as independent: neighbouring queries are not."""
 SLACK = 0.05
 """Nats by which rounding may lift an entropy above the logarithm of the number of keys."""
 
-_ONE_PLACE_KINDS = {
-    "previous-token": "previous",
-    "own-token": "own",
-    "induction": "induction",
-    "retrieval": "retrieval",
-    "positional": "positional",
-}
-_NAMED = ("previous", "own", "induction", "retrieval")
-_RULES: tuple[tuple[float, dict[str, str]], ...] = (
-    (EVEN, {"broad": "broad"}),
-    (ONE_PLACE, _ONE_PLACE_KINDS),
-    (LOCAL, {"local": "local"}),
-    (ONE_PLACE, {"sink": "sink"}),
-)
-"""In the order in which they are tried: the share that is needed, and each kind with its statistic."""
+_PLACES = {"previous": "previous-token", "own": "own-token", "induction": "induction", "retrieval": "retrieval"}
 
 KINDS = {
-    "broad": f"looks at nearly everything: its entropy is at least {EVEN:.0%} of the largest possible",
-    "previous-token": f"gives at least {ONE_PLACE:.0%} of its attention to the token just before",
-    "own-token": f"gives at least {ONE_PLACE:.0%} of its attention to the token itself",
-    "induction": f"gives at least {ONE_PLACE:.0%} to what followed the same token last time, where it follows again",
-    "retrieval": f"gives at least {ONE_PLACE:.0%} to the token that is about to be copied, where induction would mislead",
-    "positional": f"gives at least {ONE_PLACE:.0%} of its attention to one other fixed distance",
-    "local": f"keeps at least {LOCAL:.0%} of its attention within {NEAR} tokens on either side",
-    "sink": f"parks at least {ONE_PLACE:.0%} of its attention on the first token and on special tokens",
-    "mixed": "does none of these clearly",
+    "previous-token": "gives the token just before more than its other neighbours",
+    "own-token": "gives the token itself more than its neighbours",
+    "induction": "gives what followed the same token last time more than other tokens as far away",
+    "retrieval": "gives the token about to be copied, where induction would mislead, more than others as far away",
+    "positional": "gives one other fixed distance more than its neighbours",
+    "local": f"keeps its attention within {NEAR} tokens on either side, and at no single distance",
+    "sink": "parks its attention on the first token and on special tokens",
+    "broad": f"does none of these beyond chance, with at least {EVEN:.0%} of the largest possible entropy",
+    "mixed": "does none of these beyond chance: it looks for something else",
 }
-"""Each kind of head in words, in the order in which the rule tries them."""
+"""Each kind of head in words."""
 
 
 def summarize(dataset: xr.Dataset) -> xr.Dataset:
@@ -55,7 +46,8 @@ def summarize(dataset: xr.Dataset) -> xr.Dataset:
 
     - `entropy` in nats and `mean_distance` in tokens.
     - `sink`, `previous`, `own`, `induction`, `retrieval`: the share of attention that goes there. A query that has no such
-      key, such as a token that occurs for the first time, does not count.
+      key, such as a token that occurs for the first time, does not count. Induction is that of `regard.At`: the token after
+      the last earlier occurrence of the query's own token.
     - `local`: the share within 8 tokens on either side. It needs the offsets -8 to 0; those after the query
       count where they were recorded.
     - `positional`: the share of the best single offset other than the previous and the own token, and
@@ -65,18 +57,30 @@ def summarize(dataset: xr.Dataset) -> xr.Dataset:
       query i sees i + 1 keys. In all other layers a query sees all keys of its text. A narrower mask, such
       as a sliding window, is not known here, so a head under one is broader than this says.
 
-    `kind` is the first of these that holds, and `score` the number that decided:
+    A head is named after the place to which it gives most *beyond chance*: `score` is the share that goes there less the share
+    that would by chance, so that scores of different kinds are shares of attention and compare. Chance is, for the same head and
+    the same queries,
 
-    1. "broad" if `broad` is at least 0.8. In a long text so even a head cannot hold much in one place; in a
-       short one, where everything is near, this keeps an even head from being named local.
-    2. "previous-token", "own-token", "induction", "retrieval" or "positional" if that share is at least 0.3, the
-       largest of them. They come before the sink since a head rests on the sink where it finds nothing to do.
-    3. "local" if `local` is at least 0.5.
-    4. "sink" if `sink` is at least 0.3.
-    5. "mixed" otherwise; the score is then how near the head comes to any of these, from 0 to 1.
+    - of an offset ("previous-token", "own-token", "positional"): the mean share of the other offsets within 8 tokens that
+      the query sees, so that a head that is merely local is not one of these;
+    - of "induction" and "retrieval": the share of other tokens at the same distances, those of the recorded targets "induction
+      by chance" and "retrieval by chance", whose distances are dealt anew among the queries; without them, an even share;
+    - of "local", which is `local` less the best single offset: what an even head gives to as many tokens;
+    - of "sink": what an even head gives to one token.
+
+    It is named so if the score is at least 0.05 and significantly above 0: by a one-sided t-test over the means of 32
+    consecutive parts of each text (neighbouring queries are not independent), at 0.01 divided by the number of heads times the
+    number of places that were tried (Bonferroni), so that at most one model in a hundred has a head named by chance. Otherwise
+    it is "broad" if `broad` is at least 0.8, and "mixed" if not; their score is `broad`, or 0. `beside` is the kind of the
+    largest significant score but for "sink": what a head does where it does not rest.
 
     A variable that was not recorded only takes its own entries away. Heads that a layer does not have are
     NaN, with the kind "".
+
+    Previous-token and induction heads: C. Olsson et al. (2022), In-context Learning and Induction Heads. Sinks: G. Xiao et al.
+    (2024), Efficient Streaming Language Models with Attention Sinks. Retrieval heads: W. Wu et al. (2024), Retrieval Head
+    Mechanistically Explains Long-Context Factuality. Heads at fixed distances: E. Voita et al. (2019), Analyzing Multi-Head
+    Self-Attention. Local and broad heads: K. Clark et al. (2019), What Does BERT Look At?
 
     Args:
         dataset: a recording, as `regard.watch` makes them.
@@ -89,11 +93,11 @@ def summarize(dataset: xr.Dataset) -> xr.Dataset:
 
     Example:
         >>> import numpy as np, xarray as xr
-        >>> at = np.array([np.nan, 0.9, 0.7]).reshape(1, 1, 1, 3, 1)
+        >>> at = np.array([np.nan, 0.9, 0.7, 0.8, 0.8]).reshape(1, 1, 1, 5, 1)
         >>> dims = ("layer", "batch", "head", "query", "target")
         >>> dataset = xr.Dataset({"at": (dims, at)}, coords={"target": ["previous"]})
         >>> summary = summarize(dataset)
-        >>> summary["kind"].item(), summary["score"].item()
+        >>> summary["kind"].item(), round(summary["previous"].item(), 2)
         ('previous-token', 0.8)
     """
     summary = statistics(dataset)
@@ -116,17 +120,30 @@ def statistics(dataset: xr.Dataset) -> xr.Dataset:
         0
     """
     found: dict[str, xr.DataArray] = {}
+    places: dict[str, _Place] = {}
     if "entropy" in dataset:
         found["entropy"] = _mean(dataset["entropy"])
         found["broad"] = _broad(dataset)
     if "mass" in dataset and "sink" in dataset["segment"].values:
-        found["sink"] = _mean(dataset["mass"].sel(segment="sink"))
+        sink = dataset["mass"].sel(segment="sink")
+        found["sink"] = _mean(sink)
+        places["sink"] = _place(sink, 1 / _visible(dataset, sink))
     if "at" in dataset and "target" in dataset["at"].coords:
-        found |= _targets(dataset["at"])
+        targets, tried = _targets(dataset)
+        found |= targets
+        places |= tried
     if "mean_distance" in dataset:
         found["mean_distance"] = _mean(dataset["mean_distance"])
     found = {name: array.transpose("layer", "head") for name, array in found.items()}
-    return xr.Dataset(found | _kinds(found))
+    return xr.Dataset(found | _kinds(found, places))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """For each (layer, head) the share beyond chance that goes to a place, and how likely so much is by chance."""
+
+    excess: NDArray[np.float64]
+    likelihood: NDArray[np.float64]
 
 
 def _mean(array: xr.DataArray) -> xr.DataArray:
@@ -136,16 +153,28 @@ def _mean(array: xr.DataArray) -> xr.DataArray:
 
 def _broad(dataset: xr.Dataset) -> xr.DataArray:
     entropy = dataset["entropy"]
+    visible = _visible(dataset, entropy)
+    return _mean((entropy / np.log(visible.where(visible > 1))).clip(max=1))
+
+
+def _visible(dataset: xr.Dataset, like: xr.DataArray) -> xr.DataArray:
+    """How many keys each query sees."""
+    upto = dataset["query"] + 1 if "query" in dataset.coords else _positions(like) + 1
+    return upto.where(_causal(dataset), lengths(dataset, "key"))
+
+
+def _causal(dataset: xr.Dataset) -> xr.DataArray:
+    """Which layers let no query look at a later key, as far as can be told."""
+    if "entropy" not in dataset:
+        return xr.DataArray(False)
+    entropy = dataset["entropy"]
     upto = dataset["query"] + 1 if "query" in dataset.coords else _positions(entropy) + 1
     others: list[Hashable] = [name for name in entropy.dims if name != "layer"]
-    causal = (entropy.isnull() | (entropy <= np.log(upto) + SLACK)).all(others)
-    visible = upto.where(causal, lengths(dataset, "key"))
-    share = entropy / np.log(visible.where(visible > 1))
-    return _mean(share.clip(max=1))
+    return (entropy.isnull() | (entropy <= np.log(upto) + SLACK)).all(others)
 
 
-def _positions(entropy: xr.DataArray) -> xr.DataArray:
-    return xr.DataArray(np.arange(entropy.sizes["query"]), dims="query")
+def _positions(array: xr.DataArray) -> xr.DataArray:
+    return xr.DataArray(np.arange(array.sizes["query"]), dims="query")
 
 
 def _offset(target: str) -> int | None:
@@ -156,50 +185,103 @@ def _offset(target: str) -> int | None:
     return int(target) if target.removeprefix("-").removeprefix("+").isdecimal() else None
 
 
-def _targets(at: xr.DataArray) -> dict[str, xr.DataArray]:
+def _targets(dataset: xr.Dataset) -> tuple[dict[str, xr.DataArray], dict[str, _Place]]:
+    at = dataset["at"]
     names = [str(name) for name in at["target"].values]
     # One target at a time: the whole array may be large, and a mean that skips NaN copies what it is given.
     means = {name: _mean(at.sel(target=name)) for name in names}
-    found: dict[str, xr.DataArray] = {name: means[name] for name in _NAMED if name in means}
+    found: dict[str, xr.DataArray] = {name: means[name] for name in _PLACES if name in means}
+    even = 1 / _visible(dataset, at)
+    places: dict[str, _Place] = {}
+    for name in ("induction", "retrieval"):
+        if name in means:
+            chance = at.sel(target=f"{name} by chance", drop=True) if f"{name} by chance" in means else even
+            places[_PLACES[name]] = _place(at.sel(target=name, drop=True), chance)
     offsets = {name: offset for name in names if (offset := _offset(name)) is not None}
-    if set(range(-NEAR, 1)) <= set(offsets.values()):
-        found["local"] = _local(at, [name for name, offset in offsets.items() if abs(offset) <= NEAR])
+    near = {name: offset for name, offset in offsets.items() if abs(offset) <= NEAR}
+    total, number = _near(at, near, _causal(dataset))
+    by_offset = {
+        offset: _place(share, ((total - share) / (number - 1)).where(number > 1, even) if name in near else even)
+        for name, offset in offsets.items()
+        for share in [at.sel(target=name, drop=True)]
+    }
+    places |= {_PLACES[name]: by_offset[offset] for name, offset in (("previous", -1), ("own", 0)) if offset in by_offset}
     others = {offset: means[name] for name, offset in offsets.items() if offset not in (-1, 0)}
     if others:
         arrays: list[xr.DataArray] = list(others.values())
         stacked = xr.concat(arrays, xr.DataArray(list(others), dims="offset", name="offset"))
         found["positional"] = stacked.max("offset")
         found["offset"] = stacked.idxmax("offset")
-    return found
+        places |= {f"positional {offset:+d}": by_offset[offset] for offset in others}
+    if set(range(-NEAR, 1)) <= set(offsets.values()):
+        found["local"] = _mean(total.where(number > 0))
+        best = xr.concat([means[name] for name in near], "offset").max("offset")
+        places["local"] = _place(total.where(number > 0) - best, (number - 1).clip(min=0) * even)
+    return found, places
 
 
-def _local(at: xr.DataArray, near: list[str]) -> xr.DataArray:
+def _near(at: xr.DataArray, near: dict[str, int], causal: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    """The share that stays near, and to how many tokens it goes, (layer, batch, head, query)."""
     total = xr.zeros_like(at.isel(target=0, drop=True))
-    known = xr.zeros_like(total, dtype=bool)
-    for name in near:
+    number = xr.zeros_like(total)
+    for name, offset in near.items():
         share = at.sel(target=name, drop=True)
         total += share.fillna(0)
-        known |= share.notnull()
-    return _mean(total.where(known))
+        number += share.notnull() & (~causal if offset > 0 else True)
+    return total, number
 
 
-def _kinds(found: dict[str, xr.DataArray]) -> dict[str, xr.DataArray]:
-    used = [found[name] for _, kinds in _RULES for name in kinds.values() if name in found]
+def _place(share: xr.DataArray, chance: xr.DataArray) -> _Place:
+    """Test whether a place gets more than chance, by the means of consecutive parts of each text."""
+    dims = ("layer", "head", "batch", "query")
+    share, chance = (array.transpose(*dims) for array in xr.broadcast(share, chance))
+    beyond = (share - chance).values.astype(np.float64)
+    *outer, batch, queries = beyond.shape
+    starts = np.unique(np.arange(BLOCKS) * queries // BLOCKS)
+    known = ~np.isnan(beyond)
+    sums = np.add.reduceat(np.where(known, beyond, 0), starts, axis=-1).reshape(*outer, -1)
+    counts = np.add.reduceat(known.astype(np.int64), starts, axis=-1).reshape(*outer, -1)
+    total = counts.sum(-1)
+    excess = np.where(total > 0, sums.sum(-1) / np.maximum(total, 1), np.nan)
+    parts = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    number = (counts > 0).sum(-1)
+    mean = np.nansum(parts, -1) / np.maximum(number, 1)
+    squares = np.nansum((parts - mean[..., None]) ** 2, -1)
+    error = np.sqrt(squares / np.maximum(number - 1, 1) / np.maximum(number, 1))
+    t = np.divide(mean, error, out=np.where(mean > 0, np.inf, 0.0), where=error > 1e-12)
+    return _Place(excess, np.where(number > 1, _tail(t, number - 1), 1.0))
+
+
+def _tail(t: NDArray[np.float64], freedom: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The chance of a larger t, by D. L. Wallace (1959), Bounds on Normal Approximations to Student's and the Chi-square."""
+    degrees = np.maximum(freedom, 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        z = (8 * degrees + 1) / (8 * degrees + 3) * np.sqrt(degrees * np.log1p(t**2 / degrees))
+    upper = np.vectorize(lambda value: 0.5 * math.erfc(value / math.sqrt(2)), otypes=[float])(np.where(np.isinf(t), 40, z))
+    tail: NDArray[np.float64] = np.where(t > 0, upper, 1 - upper)
+    return tail
+
+
+def _kinds(found: dict[str, xr.DataArray], places: dict[str, _Place]) -> dict[str, xr.DataArray]:
+    used = [found[name] for name in ("broad", "sink", *_PLACES, "local", "positional") if name in found]
     if not used:
         return {}
     like = xr.broadcast(*used)[0]
-    undecided = np.any([array.notnull() for array in used], axis=0)
-    kind = np.where(undecided, "mixed", "").astype("U14")
-    score = np.where(undecided, 0.0, np.nan)
-    for needed, kinds in _RULES:
-        candidates = {name: found[source].values for name, source in kinds.items() if source in found}
-        if not candidates:
-            continue
-        shares = np.nan_to_num(np.stack(list(candidates.values())))
-        best = shares.max(0)
-        holds = undecided & (best >= needed)
-        kind[holds] = np.array(list(candidates))[shares.argmax(0)][holds]
-        score[holds] = best[holds]
-        undecided &= ~holds
-        score[undecided] = np.maximum(score, best / needed)[undecided]
-    return {"kind": like.copy(data=kind), "score": like.copy(data=score)}
+    there = np.any([array.notnull() for array in used], axis=0)
+    broad = np.nan_to_num(found["broad"].values) if "broad" in found else np.zeros(like.shape)
+    kind = np.where(there, np.where(broad >= EVEN, "broad", "mixed"), "").astype("U14")
+    score = np.where(there, np.where(broad >= EVEN, broad, 0.0), np.nan)
+    beside = np.full(like.shape, "", dtype="U14")
+    if places:
+        threshold = ALPHA / (max(int(there.sum()), 1) * len(places))
+        beyond = np.stack([
+            np.where((place.likelihood < threshold) & (place.excess >= LEAST), place.excess, 0.0)
+            for place in places.values()
+        ])  # fmt: skip
+        names = np.array([name.partition(" ")[0] for name in places])
+        best = beyond.max(0)
+        kind = np.where(best > 0, names[beyond.argmax(0)], kind)
+        score = np.where(best > 0, best, score)
+        awake = np.where((names == "sink")[:, None, None], 0.0, beyond)
+        beside = np.where(awake.max(0) > 0, names[awake.argmax(0)], beside)
+    return {"kind": like.copy(data=kind), "score": like.copy(data=score), "beside": like.copy(data=beside)}

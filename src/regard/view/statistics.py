@@ -36,7 +36,7 @@ STATISTICS = {
     "induction": Statistic(
         "Induction",
         "share of attention",
-        "The stronger the colour, the more a token looks at what followed its own last occurrence and follows again.",
+        "The stronger the colour, the more a token looks at what followed its own last occurrence.",
     ),
     "retrieval": Statistic(
         "Retrieval",

@@ -25,8 +25,9 @@ class At(Statistic):
             "own" (0), "next" (+1), and from the token ids that the model was given: "induction", the token after the last
             earlier occurrence of the query's own token; "repeated", the same where that token does come next again;
             "retrieval", the token that comes next, in the last earlier passage where the same three tokens come next, where
-            induction would tell another token.
-        token_ids: (batch, tokens), for the last three in a model that is not given ``input_ids``.
+            induction would tell another token; "induction by chance" and "retrieval by chance", tokens at the distances of
+            these targets, dealt anew among the queries that have one: what a head gives there, it gives to the distance.
+        token_ids: (batch, tokens), for those in a model that is not given ``input_ids``.
         name: of the variable.
 
     Raises:
@@ -168,10 +169,32 @@ def retrieval_targets(ids: Tensor) -> Tensor:
     return targets.masked_fill(_tells(induction_targets(ids), ids), -1)
 
 
+def by_chance(targets: Tensor) -> Tensor:
+    """Other targets at the same distances: each query that has one takes the distance of another, −1 where that is too far.
+
+    >>> import torch
+    >>> by_chance(torch.tensor([[-1, -1, 1, -1, 2, 3]]))
+    tensor([[-1, -1,  0, -1,  3,  3]])
+    """
+    dealt = torch.full_like(targets, -1)
+    generator = torch.Generator().manual_seed(0)
+    for row, own in zip(dealt, targets, strict=True):
+        queries = (own >= 0).nonzero().squeeze(1)
+        distances = (queries - own[queries])[torch.randperm(len(queries), generator=generator).to(own.device)]
+        row[queries] = (queries - distances).clamp(min=-1)
+    return dealt
+
+
 def _tells(targets: Tensor, ids: Tensor) -> Tensor:
     """Whether the token at each target is the one that comes next."""
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-1)
     return (targets >= 0) & (ids.gather(1, targets.clamp(min=0)) == following)
 
 
-_BY_TOKENS = {"induction": induction_targets, "repeated": repeated_targets, "retrieval": retrieval_targets}
+_BY_TOKENS = {
+    "induction": induction_targets,
+    "repeated": repeated_targets,
+    "retrieval": retrieval_targets,
+    "induction by chance": lambda ids: by_chance(induction_targets(ids)),
+    "retrieval by chance": lambda ids: by_chance(retrieval_targets(ids)),
+}

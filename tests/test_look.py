@@ -80,6 +80,20 @@ def test_the_report_has_the_text_as_it_was_written(mini: tuple[Any, Any], tmp_pa
     assert pieces(regard.load(tmp_path / "seen.nc"), 0) == pieces(seen.dataset, 0)
 
 
+def test_induction_is_one_thing(mini: tuple[Any, Any]) -> None:
+    """What the report calls so is what `regard.At` calls so."""
+    model, tokenizer = mini
+    text = (DOCS / "twice.txt").read_text()
+    seen = look(model, tokenizer, text).dataset
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad(), regard.watch(model, regard.At("induction")) as watched:
+        model(input_ids=ids)
+    alone = watched.dataset()["at"].sel(target="induction")
+    np.testing.assert_allclose(seen["at"].sel(target="induction"), alone, atol=1e-5)
+    shown = summarize(seen)["induction"]
+    np.testing.assert_allclose(shown, alone.mean(["batch", "query"]), atol=1e-5)
+
+
 def test_windows_cover_the_whole_text(minilm: tuple[Any, Any]) -> None:
     model, tokenizer = minilm
     text = " ".join([demo.text()] * 2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from regard.view import summarize
+from regard.view import heads, summarize
 from tests.view.conftest import Recording
 
 SIZE = 64
@@ -44,7 +44,7 @@ HEADS = {
     "sink": to_the_first(0.7),
     "local": nearby(),
     "broad": head_at(0, 0.0),
-    "mixed": (to_the_first(0.4) + head_at(-1) + head_at(20) + head_at(-20)) / 4,
+    "mixed": (head_at(30) + head_at(20) + head_at(-20)) / 3,
 }
 
 
@@ -97,16 +97,51 @@ def test_broad_knows_how_many_keys_each_window_has(recording: Recording) -> None
     assert summarize(both)["broad"].item() == pytest.approx(1)
 
 
-def test_a_previous_token_head_that_rests_on_the_sink_keeps_its_name(recording: Recording) -> None:
+def test_what_a_head_does_where_it_does_not_rest_is_told(recording: Recording) -> None:
     attention = 0.6 * to_the_first(1.0) + 0.4 * head_at(-1, 1.0)
     summary = summarize(recording(attention[None, None, None]))
-    assert summary["sink"].item() > summary["previous"].item()
-    assert summary["kind"].item() == "previous-token"
+    assert summary["kind"].item() == "sink"
+    assert summary["beside"].item() == "previous-token"
+    assert summarize(recording(to_the_first(0.6)[None, None, None]))["beside"].item() == ""
+
+
+def test_scores_are_shares_beyond_chance_and_compare(recording: Recording) -> None:
+    four = np.stack([head_at(-1, 0.5), head_at(-1, 0.25), to_the_first(0.5), nearby()])
+    summary = summarize(recording(four[None, None]))
+    even = 1 / SIZE
+    assert summary["score"].values[0] == pytest.approx([0.5, 0.25, 0.5, 0.7], abs=3 * even)
+    assert summary["kind"].values.tolist() == [["previous-token", "previous-token", "sink", "local"]]
+
+
+def test_noise_has_no_kind_of_its_own(recording: Recording) -> None:
+    """Heads that look somewhere by chance are not named after it, however many there are."""
+    generator = np.random.default_rng(1)
+    noise = causal(np.exp(2 * generator.normal(size=(6, 1, 20, SIZE, SIZE))))
+    assert set(summarize(recording(noise))["kind"].values.ravel()) <= {"broad", "mixed"}
+
+
+def test_a_share_that_chance_would_give_too_names_no_head() -> None:
+    """What goes to the targets goes to others at these distances as well."""
+    generator = np.random.default_rng(2)
+    share = 0.3 + 0.05 * generator.normal(size=(1, 1, 2, 200, 1))
+    chance = share[:, :, ::-1] - np.array([0.0, 0.2])[:, None, None]
+    at = np.concatenate([share, chance], -1)
+    dims = ("layer", "batch", "head", "query", "target")
+    summary = summarize(xr.Dataset({"at": (dims, at)}, {"target": ["induction", "induction by chance"]}))
+    assert summary["kind"].values.tolist() == [["mixed", "induction"]]
+    assert summary["score"].values[0] == pytest.approx([0, 0.2], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "likelihood"), [(2.0, 31, 0.0271583), (5.0, 31, 1.074e-5), (-1.0, 9, 0.828282)]
+)
+def test_likelihood_of_a_mean(t: float, freedom: int, likelihood: float) -> None:
+    assert heads._tail(np.array([t]), np.array([freedom])) == pytest.approx(likelihood, rel=0.02)
 
 
 @pytest.mark.parametrize("target", ["induction", "retrieval"])
 def test_targets_are_read_where_there_was_an_earlier_occurrence(target: Any) -> None:
-    at = np.array([np.nan, np.nan, 0.8, 0.6]).reshape(1, 1, 1, 4, 1)
+    at = np.array([np.nan, np.nan, 0.8, 0.6, 0.7, 0.7, 0.7]).reshape(1, 1, 1, 7, 1)
     dims = ("layer", "batch", "head", "query", "target")
     summary = summarize(xr.Dataset({"at": (dims, at)}, {"target": [target]}))
     assert summary[target].item() == pytest.approx(0.7)
@@ -120,9 +155,8 @@ def test_a_head_that_a_layer_lacks_has_no_kind(small: xr.Dataset) -> None:
     assert (summary["kind"].values != "").sum() == 5
 
 
-def test_the_score_of_a_mixed_head_is_how_near_it_comes(recording: Recording) -> None:
-    summary = summarize(recording(HEADS["mixed"][None, None, None]))
-    assert 0 < summary["score"].item() < 1
+def test_the_score_of_a_mixed_head_is_nothing(recording: Recording) -> None:
+    assert summarize(recording(HEADS["mixed"][None, None, None]))["score"].item() == 0
 
 
 @pytest.mark.parametrize("name", ["entropy", "mean_distance", "mass", "at"])

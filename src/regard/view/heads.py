@@ -57,30 +57,30 @@ def summarize(dataset: xr.Dataset) -> xr.Dataset:
       query i sees i + 1 keys. In all other layers a query sees all keys of its text. A narrower mask, such
       as a sliding window, is not known here, so a head under one is broader than this says.
 
-    A head is named after the place to which it gives most *beyond chance*: `score` is the share that goes there less the share
-    that would by chance, so that scores of different kinds are shares of attention and compare. Chance is, for the same head and
-    the same queries,
+    A head is named after the place to which it gives most *beyond chance*: `score` is the share that goes there less the one
+    that would by chance, so that scores of different kinds are shares of attention and compare. Chance is, for the same
+    head and the same queries,
 
     - of an offset ("previous-token", "own-token", "positional"): the mean share of the other offsets within 8 tokens that
       the query sees, so that a head that is merely local is not one of these;
-    - of "induction" and "retrieval": the share of other tokens at the same distances, those of the recorded targets "induction
-      by chance" and "retrieval by chance", whose distances are dealt anew among the queries; without them, an even share;
+    - of "induction" and "retrieval": the share of other tokens at the same distances, those of the recorded targets
+      "induction by chance" and "retrieval by chance"; without them, an even share;
     - of "local", which is `local` less the best single offset: what an even head gives to as many tokens;
     - of "sink": what an even head gives to one token.
 
     It is named so if the score is at least 0.05 and significantly above 0: by a one-sided t-test over the means of 32
-    consecutive parts of each text (neighbouring queries are not independent), at 0.01 divided by the number of heads times the
-    number of places that were tried (Bonferroni), so that at most one model in a hundred has a head named by chance. Otherwise
-    it is "broad" if `broad` is at least 0.8, and "mixed" if not; their score is `broad`, or 0. `beside` is the kind of the
-    largest significant score but for "sink": what a head does where it does not rest.
+    consecutive parts of the queries that have such a key (neighbouring queries are not independent), at 0.01 divided by the
+    number of heads times the number of places that were tried (Bonferroni), so that in at most one of a hundred models any
+    head is named by chance. Otherwise it is "broad" if `broad` is at least 0.8, else "mixed"; the score is then `broad`,
+    or 0. `beside` is the kind of the largest significant score but for "sink": what a head does where it does not rest.
 
     A variable that was not recorded only takes its own entries away. Heads that a layer does not have are
     NaN, with the kind "".
 
-    Previous-token and induction heads: C. Olsson et al. (2022), In-context Learning and Induction Heads. Sinks: G. Xiao et al.
-    (2024), Efficient Streaming Language Models with Attention Sinks. Retrieval heads: W. Wu et al. (2024), Retrieval Head
-    Mechanistically Explains Long-Context Factuality. Heads at fixed distances: E. Voita et al. (2019), Analyzing Multi-Head
-    Self-Attention. Local and broad heads: K. Clark et al. (2019), What Does BERT Look At?
+    Previous-token and induction heads: C. Olsson et al. (2022), In-context Learning and Induction Heads. Sinks: G. Xiao
+    et al. (2024), Efficient Streaming Language Models with Attention Sinks. Retrieval heads: W. Wu et al. (2024), Retrieval
+    Head Mechanistically Explains Long-Context Factuality. Heads at fixed distances: E. Voita et al. (2019), Analyzing
+    Multi-Head Self-Attention. Local and broad heads: K. Clark et al. (2019), What Does BERT Look At?
 
     Args:
         dataset: a recording, as `regard.watch` makes them.
@@ -205,7 +205,9 @@ def _targets(dataset: xr.Dataset) -> tuple[dict[str, xr.DataArray], dict[str, _P
         for name, offset in offsets.items()
         for share in [at.sel(target=name, drop=True)]
     }
-    places |= {_PLACES[name]: by_offset[offset] for name, offset in (("previous", -1), ("own", 0)) if offset in by_offset}
+    places |= {
+        _PLACES[name]: by_offset[offset] for name, offset in (("previous", -1), ("own", 0)) if offset in by_offset
+    }
     others = {offset: means[name] for name, offset in offsets.items() if offset not in (-1, 0)}
     if others:
         arrays: list[xr.DataArray] = list(others.values())
@@ -236,20 +238,23 @@ def _place(share: xr.DataArray, chance: xr.DataArray) -> _Place:
     dims = ("layer", "head", "batch", "query")
     share, chance = (array.transpose(*dims) for array in xr.broadcast(share, chance))
     beyond = (share - chance).values.astype(np.float64)
-    *outer, batch, queries = beyond.shape
-    starts = np.unique(np.arange(BLOCKS) * queries // BLOCKS)
-    known = ~np.isnan(beyond)
-    sums = np.add.reduceat(np.where(known, beyond, 0), starts, axis=-1).reshape(*outer, -1)
-    counts = np.add.reduceat(known.astype(np.int64), starts, axis=-1).reshape(*outer, -1)
+    beyond = beyond.reshape(*beyond.shape[:2], -1)
+    beyond = beyond[..., ~np.isnan(beyond).all((0, 1))]  # the queries that have such a key
+    known, number = ~np.isnan(beyond), beyond.shape[-1]
+    if not number:
+        return _Place(np.full(beyond.shape[:2], np.nan), np.ones(beyond.shape[:2]))
+    starts = np.unique(np.arange(BLOCKS) * number // BLOCKS)
+    sums = np.add.reduceat(np.where(known, beyond, 0), starts, axis=-1)
+    counts = np.add.reduceat(known.astype(np.int64), starts, axis=-1)
     total = counts.sum(-1)
     excess = np.where(total > 0, sums.sum(-1) / np.maximum(total, 1), np.nan)
     parts = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-    number = (counts > 0).sum(-1)
-    mean = np.nansum(parts, -1) / np.maximum(number, 1)
+    filled = (counts > 0).sum(-1)
+    mean = np.nansum(parts, -1) / np.maximum(filled, 1)
     squares = np.nansum((parts - mean[..., None]) ** 2, -1)
-    error = np.sqrt(squares / np.maximum(number - 1, 1) / np.maximum(number, 1))
+    error = np.sqrt(squares / np.maximum(filled - 1, 1) / np.maximum(filled, 1))
     t = np.divide(mean, error, out=np.where(mean > 0, np.inf, 0.0), where=error > 1e-12)
-    return _Place(excess, np.where(number > 1, _tail(t, number - 1), 1.0))
+    return _Place(excess, np.where(filled > 1, _tail(t, filled - 1), 1.0))
 
 
 def _tail(t: NDArray[np.float64], freedom: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -257,7 +262,9 @@ def _tail(t: NDArray[np.float64], freedom: NDArray[np.int64]) -> NDArray[np.floa
     degrees = np.maximum(freedom, 1)
     with np.errstate(over="ignore", invalid="ignore"):
         z = (8 * degrees + 1) / (8 * degrees + 3) * np.sqrt(degrees * np.log1p(t**2 / degrees))
-    upper = np.vectorize(lambda value: 0.5 * math.erfc(value / math.sqrt(2)), otypes=[float])(np.where(np.isinf(t), 40, z))
+    upper = np.vectorize(lambda value: 0.5 * math.erfc(value / math.sqrt(2)), otypes=[float])(
+        np.where(np.isinf(t), 40, z)
+    )
     tail: NDArray[np.float64] = np.where(t > 0, upper, 1 - upper)
     return tail
 

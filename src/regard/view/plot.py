@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 SCALE = ("#faf5ea", "#f2d59c", "#e39a49", "#bb582a", "#7a2a2b", "#36121f")
 """A sequential scale of falling lightness, which colour-blind eyes read as well as any."""
+_COLOURS = {
+    "local": "#d7dde4",
+    "previous-token": "#8fb8de",
+    "own-token": "#b7d7b0",
+    "positional": "#d9c7e8",
+    "induction": "#c8102e",
+    "retrieval": "#e08e0b",
+}
 FAINTEST = 1e-4
 """Shares below this are drawn like this one, or not at all where they are bars."""
 
@@ -87,6 +95,68 @@ class Plot:
         figure = figure_of(picture, about.title)
         figure.update_xaxes(title="head", tickvals=[*range(len(numbers))], ticktext=numbers)
         figure.update_yaxes(title="layer", autorange="reversed", tickformat="d")
+        return figure
+
+    def kinds(self) -> go.Figure:
+        """Draw how much each head rests on the sink, and beside it what it does where it does not: its kind but for "sink".
+
+        The kinds are those of `regard.view.summarize`, each named significantly beyond chance; heads that are none are blank.
+
+        Raises:
+            ValueError: neither sink nor kinds were recorded.
+
+        Example:
+            >>> at = np.array([np.nan, 0.9, 0.7, 0.8, 0.8]).reshape(1, 1, 1, 5, 1)
+            >>> dims = ("layer", "batch", "head", "query", "target")
+            >>> dataset = xr.Dataset({"at": (dims, at)}, coords={"target": ["previous"]})
+            >>> Plot(dataset).kinds().data[0].text.tolist()
+            [['previous-token']]
+        """
+        graph = graph_objects()
+        if "beside" not in self.summary:
+            raise ValueError(
+                "kinds() needs At with offsets or induction targets, or Mass with a sink: none was recorded"
+            )
+        beside = self.summary["beside"].values
+        numbers = np.full(beside.shape, np.nan)
+        for number, kind in enumerate(_COLOURS):
+            numbers[beside == kind] = number
+        steps = [(edge / len(_COLOURS), colour) for n, colour in enumerate(_COLOURS.values()) for edge in (n, n + 1)]
+        kinds = graph.Heatmap(
+            z=numbers,
+            text=beside,
+            hovertemplate="layer %{y}, head %{x}<br>%{text}<extra></extra>",
+            colorscale=steps,
+            zmin=-0.5,
+            zmax=len(_COLOURS) - 0.5,
+            xgap=1,
+            ygap=1,
+            colorbar={"tickvals": [*range(len(_COLOURS))], "ticktext": [*_COLOURS], "len": 0.6},
+        )
+        figure = figure_of(kinds, "What each head does")
+        heads = choose.heads(self.dataset)
+        of_heads = {"title": "head", "tickvals": [*range(len(heads))], "ticktext": heads, "showgrid": False}
+        figure.update_xaxes(of_heads)
+        figure.update_yaxes(title="layer", autorange="reversed", tickformat="d", showgrid=False)
+        if "sink" in self.summary:
+            sinks = graph.Heatmap(
+                z=self.summary["sink"].values,
+                hovertemplate="layer %{y}, head %{x}<br>%{z:.0%} on the sink<extra></extra>",
+                colorscale=SCALE,
+                zmin=0,
+                zmax=1,
+                xgap=1,
+                ygap=1,
+                xaxis="x2",
+                colorbar={"title": "sink", "x": 0.4, "tickformat": ".0%", "len": 0.6},
+            )
+            figure.add_trace(sinks)
+            figure.update_layout(
+                title="How much each head rests on the sink, and what it does where it does not",
+                xaxis={"domain": [0.6, 1.0]},
+                xaxis2={"domain": [0.0, 0.4], **of_heads},
+                yaxis={"position": 0},
+            )
         return figure
 
     def tokens(self, layer: int | str | None = None, head: int | None = None, batch: int = 0) -> go.Figure:

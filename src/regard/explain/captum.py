@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from regard.explain.explanation import Explanation, Inputs
 from regard.steer.metrics import Metric
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Captum(Explanation):
     """What one of captum's layer attributions gives to the embedding of each token, summed over its width.
 
@@ -37,7 +37,7 @@ class Captum(Explanation):
     """
 
     method: str = "LayerIntegratedGradients"
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] | None = None
 
     def explain(self, model: Module, inputs: Inputs, metric: Metric | None = None) -> Tensor:
         """(batch, tokens): the part of each token in the metric; of integrated gradients, in its change from the baseline."""
@@ -56,7 +56,7 @@ class Captum(Explanation):
 
         with torch.enable_grad():
             attribution = made(forward, embeddings).attribute(
-                inputs["input_ids"], additional_forward_args=tuple(others.values()), **self.arguments
+                inputs["input_ids"], additional_forward_args=tuple(others.values()), **(self.arguments or {})
             )
         found: Tensor = attribution.detach().sum(dim=-1)
         return found

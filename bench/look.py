@@ -3,8 +3,8 @@
     python -m bench.look [--threads 1] [--rounds 3] [--save]
 
 Every line is one shape of model, of random weights: the processor time of a plain pass, and as medians of ratios within one
-round that of a look with everything that a report shows (22 offsets and targets, entropy, masses, distances, what keys receive
-and the picture), its dataset put together.
+round that of a look with everything that a report shows (offsets and targets, entropy, masses, distances, what keys
+receive, the picture), its dataset put together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LENGTHS = (2048, 4096, 8192)
 class Heads:
     number: int
     width: int
-    layers: int = 1
+    layers: int = 2
 
     def model(self) -> Module:
         from transformers import LlamaConfig, LlamaModel

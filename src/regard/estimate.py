@@ -16,8 +16,11 @@ from regard.runtime import AttentionCall, HiddenCall, Proceed, Site, entered
 from regard.tokens import Layers, Selection
 from regard.watch import Statistic, watch
 
-# Tokens of the probe, of a longer text and of a shorter one; and from how many tokens on it is also timed.
-_LONG, _SHORT, _WORTH_IT = 256, 8, 1024
+# The probe is of a small part of the text: so many tokens at least and at most, of the model and of one attention call.
+_MODEL, _ATTENTION = (8, 256), (128, 1024)
+_MODEL_PART, _ATTENTION_PART = 32, 8
+# From so many tokens on it is also timed.
+_WORTH_IT = 1024
 # How many times a recording's numbers are held while they are put together.
 _COPIES = 4
 
@@ -81,20 +84,24 @@ def estimate(
     """
     lengths = [next(iter(window.values())).shape[1] for window in inputs]
     worth_it = sum(lengths) >= _WORTH_IT
-    tokens = min(lengths[0], _LONG if worth_it else _SHORT)
+    tokens = min(lengths[0], _part(lengths[0], _MODEL_PART, _MODEL))
     beginning = {name: tensor[:, :tokens] for name, tensor in inputs[0].items()}
     calls = _calls(model, beginning, layers, arguments)
     shapes = list(calls.values())
     seconds = None
     if worth_it:
         per_token = _seconds(model, lambda: model(**beginning, **arguments)) / tokens
-        per_pair = {
-            shape: _seconds_per_pair(model, shape, statistics, min(max(lengths), 1024)) for shape in set(shapes)
-        }
+        some = _part(max(lengths), _ATTENTION_PART, _ATTENTION)
+        per_pair = {shape: _seconds_per_pair(model, shape, statistics, some) for shape in set(shapes)}
         pairs = sum(length**2 for length in lengths)
         seconds = sum(lengths) * per_token + pairs * sum(per_pair[shape] for shape in shapes)
     memory = held + _recorded(shapes, lengths, statistics) + _working(model, shapes, max(lengths))
     return Estimate(calls, sum(lengths), sum(shape.heads for shape in shapes), seconds, memory)
+
+
+def _part(tokens: int, part: int, bounds: tuple[int, int]) -> int:
+    least, most = bounds
+    return min(max(tokens // part, least), most)
 
 
 class _Calls:
@@ -140,29 +147,29 @@ def _calls(
 
 
 def _seconds(model: Module, run: Callable[[], object]) -> float:
-    """The time of a second run."""
     with torch.inference_mode():
-        for _ in range(2):
-            started = time.perf_counter()
-            run()
-            if next(model.parameters()).is_cuda:
-                torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        if next(model.parameters()).is_cuda:
+            torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 def _seconds_per_pair(model: Module, shape: Shape, statistics: Statistics, tokens: int) -> float:
     """What one call of this shape takes, read and answered, for each pair of a query and a key."""
     like = next(model.parameters())
-    query, key, value = (
-        torch.randn(1, heads, tokens, shape.width, dtype=like.dtype, device=like.device)
-        for heads in (shape.heads, shape.key_heads, shape.key_heads)
-    )
 
-    def run() -> None:
+    def run(tokens: int) -> None:
+        query, key, value = (
+            torch.randn(1, heads, tokens, shape.width, dtype=like.dtype, device=like.device)
+            for heads in (shape.heads, shape.key_heads, shape.key_heads)
+        )
         with watch(None, *statistics(tokens)):
             scaled_dot_product_attention(query, key, value, is_causal=shape.is_causal, enable_gqa=True)
 
-    return _seconds(model, run) / tokens**2
+    for _ in range(2):  # what is compiled once
+        _seconds(model, lambda: run(tokens // 4))
+    return _seconds(model, lambda: run(tokens)) / tokens**2
 
 
 def _recorded(shapes: Sequence[Shape], lengths: Sequence[int], statistics: Statistics) -> int:

@@ -308,7 +308,7 @@ def test_arguments_that_make_no_sense() -> None:
         (ValueError, r"positions that can be counted", lambda: regard.Rows(slice(3, None))),
         (
             ValueError,
-            "knows the targets previous, own, next, induction, repeated, retrieval, got 'last'",
+            "knows the targets previous, own, next, induction, repeated, retrieval, .*, got 'last'",
             lambda: regard.At("last"),
         ),
         (ValueError, "needs a target", lambda: regard.At()),

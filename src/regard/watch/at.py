@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -191,7 +191,7 @@ def _tells(targets: Tensor, ids: Tensor) -> Tensor:
     return (targets >= 0) & (ids.gather(1, targets.clamp(min=0)) == following)
 
 
-_BY_TOKENS = {
+_BY_TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
     "induction": induction_targets,
     "repeated": repeated_targets,
     "retrieval": retrieval_targets,

@@ -38,8 +38,12 @@ class Page(HTMLParser):
     def identifiers(self) -> set[str | None]:
         return {attributes.get("id") for _, attributes in self.elements}
 
+    def parts(self) -> list[dict[str, Any]]:
+        return list(json.loads(next(text for text in self.texts if text.startswith('{"parts"')))["parts"])
+
     def data(self) -> dict[str, Any]:
-        return dict(json.loads(next(text for text in self.texts if text.startswith('{"layers"'))))
+        (part,) = self.parts()
+        return part
 
 
 def test_a_full_report_has_all_sections_and_the_facts(small: xr.Dataset) -> None:

@@ -15,6 +15,8 @@ from regard import cli, demo
 from regard.__main__ import main as command
 from regard.look import look
 from regard.view.heads import summarize
+from regard.view.words import pieces
+from regard.watch import save
 
 runner = CliRunner()
 DOCS = Path(__file__).parent.parent / "docs"
@@ -67,6 +69,14 @@ def test_statistics_of_the_bundled_model(mini: tuple[Any, Any]) -> None:
 def test_what_the_bundled_model_was_trained_for_shows(mini: tuple[Any, Any], text: str, kind: str) -> None:
     read = (DOCS / f"{text}.txt").read_text()
     assert kind in summarize(look(*mini, read).dataset)["kind"].values
+
+
+@pytest.mark.parametrize("text", ["你好，世界。\n今天天气很好", "Antidisestablishmentarianism", "It rained.\n"])
+def test_the_report_has_the_text_as_it_was_written(mini: tuple[Any, Any], tmp_path: Path, text: str) -> None:
+    seen = look(*mini, text)
+    assert "".join(pieces(seen.dataset, 0)).removeprefix("<s>") == text
+    save(seen.dataset, tmp_path / "seen.nc")
+    assert pieces(regard.load(tmp_path / "seen.nc"), 0) == pieces(seen.dataset, 0)
 
 
 def test_windows_cover_the_whole_text(minilm: tuple[Any, Any]) -> None:

@@ -164,7 +164,8 @@ def _named(dataset: xarray.Dataset, dim: str, windows: Sequence[Tokens], name: s
     if size != max(map(len, windows)):
         raise ValueError(f"{name}: {max(map(len, windows))} tokens were read, but the calls have {size} along {dim!r}")
     labels = [[*tokens.names, *[""] * (size - len(tokens))] for tokens in windows]
-    dataset = dataset.assign_coords({f"{dim}_token": (("batch", dim), numpy.array(labels, dtype=object))})
+    spelling = {"spelling": windows[0].spelling} if windows[0].spelling else {}
+    dataset = dataset.assign_coords({f"{dim}_token": (("batch", dim), numpy.array(labels, dtype=object), spelling)})
     if not windows[0].segments:
         return dataset
     of_token = numpy.full((len(windows), size), "", dtype=object)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.runtime import AttentionCall, HiddenCall, Proceed, Site, entered
+from regard.tokens import Spelling
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Tokens:
         special: (tokens,) boolean: those that stand for nothing that was given, such as class tokens and separators.
         words: whether they are pieces of a text, whose order and repetitions mean something.
         ordered: whether those beside each other belong beside each other, as words and moments do.
+        spelling: how the tokenizer writes them, where it is known.
         segments: named stretches, such as two texts that are compared: which positions belong to each.
         picture: the image that some or all of them are patches of.
     """
@@ -95,6 +97,7 @@ class Tokens:
     special: Tensor
     words: bool = False
     ordered: bool = False
+    spelling: Spelling | None = None
     segments: Mapping[str, Sequence[int]] = field(default_factory=dict)
     picture: Picture | None = None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.inputs.reading import Part, Reading, Tokens
-from regard.tokens import encode, max_positions
+from regard.tokens import encode, max_positions, spelling_of
 
 FIRST, SECOND = "first text", "second text"
 
@@ -91,7 +91,8 @@ def text_tokens(
     if special is None:
         special = torch.tensor([number in tokenizer.all_special_ids for number in numbers])
     names = tuple(str(name) for name in tokenizer.convert_ids_to_tokens(numbers))
-    return Tokens(names, special.cpu(), words=True, ordered=True, segments=segments or {})
+    spelling = spelling_of(tokenizer)
+    return Tokens(names, special.cpu(), words=True, ordered=True, spelling=spelling, segments=segments or {})
 
 
 def tokenizer_of(processor: Any) -> Any:

@@ -7,6 +7,7 @@ from regard.tokens.images import AfterImage, ImageTokens, image_tokens
 from regard.tokens.passages import locate
 from regard.tokens.positions import Positions, Where, among, check, check_form, indices, plain, resolve
 from regard.tokens.selection import Heads, Layers, Passes, Selection, parse_layers
+from regard.tokens.spelling import Spelling, spelling_of
 
 __all__ = [
     "AfterImage",
@@ -18,6 +19,7 @@ __all__ = [
     "Passes",
     "Positions",
     "Selection",
+    "Spelling",
     "Where",
     "among",
     "check",
@@ -32,4 +34,5 @@ __all__ = [
     "parse_layers",
     "plain",
     "resolve",
+    "spelling_of",
 ]

@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -20,7 +20,7 @@ from regard.view.segments import between
 from regard.view.shares import block_side, coarsen, shares
 from regard.view.statistics import STATISTICS
 from regard.view.windows import windows
-from regard.view.words import join
+from regard.view.words import pieces
 
 OVERVIEW = (
     "entropy", "sink", "class_token", "previous", "own", "induction", "retrieval", "mean_distance", "own_patch",
@@ -229,10 +229,8 @@ def _text(dataset: xr.Dataset, picture: Picture | None) -> dict[str, object]:
     }
 
 
-def _pieces(dataset: xr.Dataset, dim: str, window: int) -> list[str]:
-    if f"{dim}_token" in dataset.coords:
-        return join([str(token) for token in dataset[f"{dim}_token"].isel(batch=window).values])
-    return [f" {position}" for position in range(dataset.sizes.get(dim, 0))]
+def _pieces(dataset: xr.Dataset, dim: Literal["query", "key"], window: int) -> list[str]:
+    return pieces(dataset, window, dim) or [f" {position}" for position in range(dataset.sizes.get(dim, 0))]
 
 
 def _on_the_page(picture: Picture | None) -> dict[str, object] | None:

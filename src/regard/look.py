@@ -20,14 +20,18 @@ from torch.nn import Module
 import regard
 from regard.inputs import Reading, Tokens, read
 from regard.inputs.audio import Samples
+from regard.mixers.magnitudes import InMagnitudes
 from regard.questions import questions
-from regard.runtime import AttentionCall, Proceed, Site, entered
+from regard.runtime import AttentionCall, HiddenCall, Proceed, Site, entered
 from regard.tokens import Layers, Selection
 from regard.view import RunFacts, ShownPart, report
 from regard.watch import save, watch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_WITHOUT_ATTENTION = ("linear_attention", "mamba", "mamba2", "conv", "recurrent")
+"""What transformers calls layers that mix tokens otherwise."""
 
 Progress = Callable[[str, int | None], None]
 
@@ -109,7 +113,8 @@ def look(
         model, processor, text, pair=pair, target=target, image=image, audio=audio, max_tokens=max_tokens, window=window
     )
     counter = _Progress(progress, _count_calls(model, readings, layers), layers)
-    recorded = [_record(reading, layers, counter) for reading in readings]
+    by_size = InMagnitudes()
+    recorded = [_record(reading, layers, counter, by_size) for reading in readings]
     chosen = [number for number, dataset in enumerate(recorded[0]) if dataset is not None]
     parts = tuple(_shown(number, readings, recorded) for number in chosen)
     device = next(model.parameters()).device
@@ -126,7 +131,20 @@ def look(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         version=regard.__version__,
     )
-    return Look(parts, facts, readings[0].notes)
+    return Look(parts, facts, (*readings[0].notes, *by_size.notes(), *_without_attention(model, len(by_size.read))))
+
+
+def _without_attention(model: Any, read: int) -> list[str]:
+    """A line on layers that have none, and are not known by the matrices that they hide either."""
+    config = model.config.get_text_config() if hasattr(getattr(model, "config", None), "get_text_config") else None
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    others = [kind for kind in kinds if kind in _WITHOUT_ATTENTION]
+    if len(others) <= read:
+        return []
+    named = ", ".join(sorted(set(others)))
+    return [
+        f"not shown: {len(others) - read} of {len(kinds)} layers, which have no attention ({named}) and no known matrix"
+    ]
 
 
 def _count_calls(model: Module, readings: Sequence[Reading], layers: Layers | None) -> int | None:
@@ -196,18 +214,25 @@ class _Progress:
         """Whether its layer is watched."""
         return self._selection.wants(site.path, site.layer)
 
-    def intercept(self, call: AttentionCall, proceed: Proceed, alone: bool) -> Tensor:
+    def intercept(self, call: AttentionCall | HiddenCall, proceed: Proceed, alone: bool) -> Tensor:
         """The call's output, and a word of it."""
         output = proceed(call)
-        self.entries += call.query.shape[:3].numel() * call.key.shape[2]
+        batch, heads, keys, _ = call.value.shape
+        if isinstance(call, HiddenCall):
+            self.entries += batch * heads * call.queries * keys
+        else:
+            self.entries += call.query.shape[:3].numel() * keys
         self._tell(call.place.path, self._total)
         return output
 
 
-def _record(reading: Reading, layers: Layers | None, counter: _Progress) -> list[xarray.Dataset | None]:
+def _record(
+    reading: Reading, layers: Layers | None, counter: _Progress, by_size: InMagnitudes
+) -> list[xarray.Dataset | None]:
     """What each part's calls tell in one pass; None of a part of which nothing was chosen."""
     with torch.inference_mode(), ExitStack() as blocks:
-        blocks.enter_context(entered(counter, reading.model))
+        for interceptor in (counter, by_size):
+            blocks.enter_context(entered(interceptor, reading.model))
         seen = [
             None if chosen == [] else blocks.enter_context(watch(reading.model, *questions(part), layers=chosen))
             for part, chosen in zip(reading.parts, _by_part(reading, layers), strict=True)

@@ -57,12 +57,28 @@ def load(
     with _said_in_a_line(model):
         prepares = AutoTokenizer if language or file else AutoProcessor
         processor = prepares.from_pretrained(place, **file)
-        loaded, missing = _load(place, config, language, attn_implementation="sdpa", dtype=numbers, **file)
+        loaded, missing = _load(place, config, language, dtype=numbers, **file)
     if language and missing:
         raise ValueError(
             f"{str(model)!r} has no weights for {', '.join(sorted(missing)[:3])}: {config.model_type} would write at random"
         )
+    if not language:
+        _show_hidden_maps(loaded)
     return loaded.eval().to(device), processor
+
+
+def _show_hidden_maps(model: Any) -> None:
+    """Put mixers of equal outputs, whose matrices can be seen, in the place of the linear layers that are known as such."""
+    if not any(name.endswith((".mixer", ".linear_attn")) for name, _ in model.named_modules()):
+        return  # without a look at what is known, which takes seconds to import
+    from regard.mixers import replace_linear_layers
+    from regard.mixers.checkpoints import linear_layers
+
+    try:
+        linear_layers(model)
+    except ValueError:  # there are layers of such names in other models too
+        return
+    replace_linear_layers(model)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from regard.inputs import Part, Picture, Tokens
 from regard.watch import At, Entropy, GridDistance, Mass, MeanDistance, Pooled, Received, Statistic
 
@@ -22,7 +24,8 @@ def questions(part: Part) -> list[Statistic]:
     Where words look at words there is an order, and there are repetitions; where patches look at patches there is a
     grid; from one sequence to another there is neither.
     """
-    asked: list[Statistic] = [Entropy(), Received(), Pooled(-(-max(len(part.queries), len(part.keys)) // BLOCKS))]
+    blocks = (-(-len(tokens) // BLOCKS) for tokens in (part.queries, part.keys))
+    asked: list[Statistic] = [Entropy(), Received(), Pooled(*blocks)]
     if segments := _segments(part.keys):
         asked.append(Mass(segments))
     if part.queries is not part.keys:
@@ -45,7 +48,10 @@ def _segments(keys: Tokens) -> dict[str, list[int]]:
 def _in_order(tokens: Tokens) -> list[Statistic]:
     offsets: dict[str, int | str] = {f"{offset:+d}": offset for offset in range(-NEAR, NEAR + 1) if abs(offset) > 1}
     repeated: dict[str, int | str] = {"induction": "repeated", "retrieval": "retrieval"} if tokens.words else {}
-    return [At("previous", "own", "next", targets=dict(repeated | offsets)), MeanDistance()]
+    # By name: the tokens of an image have one id in common, and are no repetition.
+    numbers = {name: number for number, name in enumerate(tokens.names)}
+    ids = torch.tensor([[numbers[name] for name in tokens.names]])
+    return [At("previous", "own", "next", targets=dict(repeated | offsets), token_ids=ids), MeanDistance()]
 
 
 def _on_the_grid(picture: Picture, tokens: int) -> list[Statistic]:

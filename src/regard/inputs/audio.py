@@ -48,7 +48,7 @@ def _frames(frames: int, seconds: float, longest: float) -> Tokens:
     """The encoder's tokens, called by the second at which they begin."""
     step = longest / frames if math.isfinite(longest) else seconds / frames
     sounding = min(math.ceil(seconds / step), frames)
-    names = tuple(f" {number * step:.2f} s" for number in range(frames))
+    names = tuple(f" {number * step:.2f}\N{NO-BREAK SPACE}s" for number in range(frames))
     segments = {SOUND: range(sounding), SILENCE: range(sounding, frames)} if sounding < frames else {}
     return Tokens(names, no_special(frames), ordered=True, segments=segments)
 

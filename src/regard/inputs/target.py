@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -91,8 +92,14 @@ def _decoder_ids(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """What the decoder reads, (1, tokens): it begins with its start token, and nothing comes after the last one."""
     if target is None:
+        most = min(WRITTEN, _max_target_positions(model, tokenizer) // 2)
+        options = {"max_new_tokens": most, "do_sample": False, "num_beams": 1}
+        if (
+            "force_unique_generate_call" in signature(model.generate).parameters
+        ):  # else Whisper leaves out how it begins
+            options["force_unique_generate_call"] = True
         with torch.inference_mode():
-            written = model.generate(**inputs, max_new_tokens=WRITTEN, do_sample=False, num_beams=1)
+            written = model.generate(**inputs, **options)
         said = tokenizer.decode(written[0], skip_special_tokens=True)
         note = f"no --target was given: the decoder reads what the model itself writes, {said!r}"
         return _without_end(model, written.clone()), (note,)

@@ -34,6 +34,12 @@ def explain(model: Module | None, softmaxes: Mapping[str, str] | None = None) ->
             f"{implementation!r}, which does not call {_SEEN}{found}. Before the block, call: "
             f'model.set_attn_implementation("{_better(model)}")'
         )
+    if not any(_ATTENTION.search(type(module).__name__) for module in model.modules()):
+        return (
+            f"no attention call was seen: {name} was not run inside the block, or has no attention, nor layers with a map(), "
+            "as regard's mixers have; those of Mamba, Qwen3-Next and Qwen3.5 become mixers by "
+            "regard.mixers.replace_linear_layers"
+        )
     return (
         f"no attention call was seen in {name}: it was not run inside the block, or its attention is its own code, not "
         f"{_SEEN}{found}. Compute it there, or build regard.AttentionMap from its queries and keys; a mixer is seen where it "

@@ -17,7 +17,7 @@ from regard.view.pack import pack
 from regard.view.page import render
 from regard.view.patches import PATCH_KINDS, is_of_patches, patch_statistics
 from regard.view.segments import between
-from regard.view.shares import block_side, coarsen, shares
+from regard.view.shares import block_sides, coarsen, shares
 from regard.view.statistics import STATISTICS
 from regard.view.windows import windows
 from regard.view.words import pieces
@@ -192,7 +192,7 @@ def _between(dataset: xr.Dataset) -> list[dict[str, object]]:
     return [
         {
             "name": name,
-            "title": name,
+            "title": name[0].upper() + name[1:],
             "unit": "share of attention",
             "sentence": f"The stronger the colour, the more attention goes from {name.replace(' → ', ' to ')}.",
             "values": _numbers(share.values),
@@ -258,7 +258,7 @@ def _pictures(dataset: xr.Dataset) -> dict[str, object]:
         "blocks": [rows, columns],
         "merged": factor,
         "shown": list(share.shape[-2:]),
-        "side": block_side(pooled),
+        "sides": block_sides(pooled),
         "queries": lengths(dataset, "query").values.tolist(),
         "keys": lengths(dataset, "key").values.tolist(),
         "share": pack(share.reshape(-1, share.shape[-2] * share.shape[-1])),

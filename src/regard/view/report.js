@@ -469,8 +469,8 @@ function sayCut(selector, there, windows, tokens = 0) {
 let pictures = null; // of the part that is shown
 
 // Where each block of a text begins, and where the last one ends.
-function edges(shown, blocks, size) {
-  const { merged, side } = page.pictures;
+function edges(shown, blocks, size, side) {
+  const { merged } = page.pictures;
   const edge = (block) => (side ? Math.min(block * side, size) : Math.floor((block * size) / blocks));
   return Array.from({ length: shown + 1 }, (_, at) => edge(Math.min(at * merged, blocks)));
 }
@@ -488,8 +488,8 @@ function drawMap() {
   if (!there) return;
   const [rows, columns] = page.pictures.shown;
   const share = meanOfRows(pictures, chosenRows());
-  const queries = edges(rows, page.pictures.blocks[0], longest(page.pictures.queries) || rows);
-  const keys = edges(columns, page.pictures.blocks[1], longest(page.pictures.keys) || columns);
+  const queries = edges(rows, page.pictures.blocks[0], longest(page.pictures.queries) || rows, page.pictures.sides[0]);
+  const keys = edges(columns, page.pictures.blocks[1], longest(page.pictures.keys) || columns, page.pictures.sides[1]);
   const [low, high] = range(share);
   const grid = (of) => Array.from({ length: rows }, (_, row) => Array.from({ length: columns }, (_, column) => of(row, column)));
   const at = (row, column) => share[row * columns + column];

@@ -103,8 +103,8 @@ class InMagnitudes:
         channels = max(self.read.values())
         mean = f", the mean over its {channels:,} channels" if channels > _HEADS else ""
         return [
-            f"layers without attention, {len(self.read)} of them, are shown by the size of the entries of the matrix that each "
-            f"hides, every row divided by its sum{mean}; signs are not shown"
+            f"layers without attention, {len(self.read)} of them, are shown by the size of the entries of the matrix that "
+            f"each hides, every row divided by its sum{mean}; signs are not shown"
         ]
 
     def wants(self, site: Site) -> bool:

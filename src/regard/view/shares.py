@@ -25,8 +25,8 @@ def shares(pooled: xr.DataArray) -> xr.DataArray:
 def block_sides(pooled: xr.DataArray) -> tuple[int | None, int | None]:
     """Return how many queries and how many keys a block has, where all blocks but the last have the same.
 
-    Those are the attributes "size" and "columns", or both what the sums of the rows tell: a row of blocks sums to the number of its
-    queries. None if the text was cut into a given number of nearly equal blocks, of which the first is a smaller one.
+    Those are the attributes "size" and "columns", or both what the sums of the rows tell: a row of blocks sums to the number
+    of its queries. None if the text was cut into a given number of nearly equal blocks, of which the first is a smaller one.
 
     Example:
         >>> block_sides(xr.DataArray([[3.0, 1.0], [1.0, 1.0]], dims=("row", "column")))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 
-from regard.models import complete, load
+from regard.models import Written, load, write
 from tests.gguf_file import write_gguf
 
 
@@ -76,7 +76,7 @@ def test_an_encoder_that_was_made_a_decoder_goes_on(tmp_path: Path, minilm: tupl
 
 def test_nothing_to_write(mini: tuple[Any, Any]) -> None:
     model, tokenizer = mini
-    assert complete(model, tokenizer, tokenizer("A word", return_tensors="pt"), 0) == ""
+    assert write(model, tokenizer, tokenizer("A word", return_tensors="pt"), 0) == Written([], [], "")
 
 
 @pytest.fixture(scope="module")

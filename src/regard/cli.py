@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 console = Console(stderr=True)
 TextFile = Annotated[str | None, typer.Option(metavar="FILE", help="A text file, or - for the standard input.")]
 Prompt = Annotated[str | None, typer.Option(help="The text itself, in place of a file.")]
+Chat = Annotated[bool, typer.Option("--chat", help="The text is a message to a chat model, read in its template.")]
 Open = Annotated[bool, typer.Option("--open", help="Open the report in a browser.")]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -126,6 +127,11 @@ def steer(
     ] = None,
     complete: Annotated[int, typer.Option(min=0, help="Also write this many tokens.")] = 0,
     likeliest: Annotated[int, typer.Option(min=1, help="Compare this many next tokens.")] = 5,
+    heads: Annotated[
+        int | None,
+        typer.Option(min=0, help="Name so many heads that did it; by default 5, where that takes no minutes."),
+    ] = None,
+    chat: Chat = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> None:
@@ -142,8 +148,18 @@ def steer(
         content, _ = _read(text, prompt)
         with console.status(Text(f"loading {model or mini.name}")):
             loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
-        with console.status("reading"):
-            found = compare(loaded, tokenizer, content, edits, likeliest=likeliest, complete=complete)
+        with _bar() as advance:
+            found = compare(
+                loaded,
+                tokenizer,
+                content,
+                edits,
+                likeliest=likeliest,
+                complete=complete,
+                heads=heads,
+                chat=chat,
+                progress=advance,
+            )
         _show(found)
 
 
@@ -166,6 +182,7 @@ def sweep(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Read the first tokens only.")] = None,
+    chat: Chat = False,
     open_it: Open = False,
 ) -> None:
     """Find the heads that matter for what a model says of a text, by changing one after the other."""
@@ -191,6 +208,7 @@ def sweep(
                 source=source,
                 layers=None if layers is None else parse_layers(layers),
                 max_tokens=max_tokens,
+                chat=chat,
                 progress=advance,
             )
         out.write_text(found.html(Path(model).name if model else mini.name, text_name), encoding="utf-8")
@@ -246,6 +264,7 @@ def cache(
     complete: Annotated[int, typer.Option(min=0, help="Write this many tokens.")] = 20,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    chat: Chat = False,
     policies: Annotated[bool, typer.Option("--policies", help="List the policies, and do nothing else.")] = False,
 ) -> None:
     """Compress a model's key-value cache of a text, by default a chapter, and see what is kept and what is then said."""
@@ -263,7 +282,7 @@ def cache(
         with console.status(Text(f"loading {model or mini.name}")):
             loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
         with console.status("reading"):
-            found = trial(loaded, tokenizer, content, chosen, complete)
+            found = trial(loaded, tokenizer, content, chosen, complete, chat=chat)
         _show_kept(found)
 
 
@@ -305,9 +324,10 @@ def _show_kept(found: Trial) -> None:
         shaded.append(shown, f"black on rgb({level},{level},255)" if share else "dim")
     out.print(shaded, soft_wrap=True)
     out.print()
-    if found.plain or found.compressed:
-        for name, said in (("full cache", found.plain), ("compressed", found.compressed)):
-            out.print(Text.assemble((f"{name:>10} ", "bold"), said), soft_wrap=True)
+    _show_said(out, {"full cache": found.plain, "compressed": found.compressed}, found.shared)
+    if found.missed:
+        heads = ", ".join(f"layer {layer} head {head} {share:.0%}" for layer, head, share in found.missed[:5])
+        out.print(Text(f"attention that went to what is dropped, where they part: {heads}", "dim"), soft_wrap=True)
 
 
 @app.command()
@@ -364,21 +384,36 @@ def _sees(kind: type[Mixer]) -> str:
 
 
 def _show(found: Comparison) -> None:
-    """Edits, then next tokens and completions side by side."""
+    """Edits, the tokens at which the completions part, the completions side by side, and the heads that did it."""
     out = Console()
     for edit in found.edits:
-        out.print(str(edit), highlight=False, markup=False)
+        out.print(Text(str(edit)), soft_wrap=True)
+    if found.shared:
+        out.print(Text(f"\nafter {found.shared!r}, where the completions part:"), soft_wrap=True)
     table = Table("next token", "plain", "steered", box=box.SIMPLE)
     for token, plain in found.plain.probabilities.items():
         steered = found.steered.probabilities[token]
         colour = "green" if steered > plain else "red"
         table.add_row(Text(repr(token)), f"{plain:.1%}", Text(f"{steered:.1%}", colour if steered != plain else ""))
     out.print(table)
-    if found.plain.completion or found.steered.completion:
-        for name, said in (("plain", found.plain), ("steered", found.steered)):
-            out.print(Text.assemble((f"{name:>8} ", "bold"), said.completion), soft_wrap=True)
-        if found.shared and found.plain.completion != found.steered.completion:
-            out.print(f"both begin with {found.shared!r}: later tokens differ", highlight=False, markup=False)
+    _show_said(out, {"plain": found.plain.completion, "steered": found.steered.completion}, found.shared)
+    if found.heads:
+        out.print(
+            Text(
+                "\nheads that did most: each alone as in the steered run, and what that adds to the steered token's lead"
+            )
+        )
+        for one in found.heads:
+            out.print(Text(f"{one.change:>+8.2f}  {one.layer} head {one.head}"), soft_wrap=True)
+
+
+def _show_said(out: Console, completions: Mapping[str, str], shared: str) -> None:
+    """Completions one under the other, what they share in a fainter colour."""
+    if not any(completions.values()):
+        return
+    for name, said in completions.items():
+        alike = len(shared) if said.startswith(shared) else 0
+        out.print(Text.assemble((f"{name:>10} ", "bold"), (said[:alike], "dim"), said[alike:]), soft_wrap=True)
 
 
 def _show_report(file: Path, open_it: bool) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,17 @@ def _place(model: str | Path) -> tuple[str | Path, dict[str, str]]:
     return path if path.is_dir() else model, {}
 
 
-def complete(model: Any, tokenizer: Any, inputs: dict[str, Tensor], tokens: int) -> str:
-    """The text of so many tokens that a model writes on, greedily.
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote: ``tokens``, the ``logits`` (vocabulary,) from which each was chosen, and the ``text`` of it."""
+
+    tokens: list[int]
+    logits: list[Tensor]
+    text: str
+
+
+def write(model: Any, tokenizer: Any, inputs: Mapping[str, Tensor], tokens: int) -> Written:
+    """The likeliest token after a text, so many times; fewer where the model ends the text.
 
     Args:
         model: a causal language model of transformers.
@@ -172,11 +182,25 @@ def complete(model: Any, tokenizer: Any, inputs: dict[str, Tensor], tokens: int)
     >>> import regard
     >>> model, tokenizer = regard.mini()
     >>> inputs = tokenizer("The code of Ada is 48213. They slept. The code of Ada is", return_tensors="pt")
-    >>> complete(model, tokenizer, inputs, 6)
+    >>> write(model, tokenizer, inputs, 6).text
     ' 48213'
     """
     if not tokens:
-        return ""
+        return Written([], [], "")
     with torch.inference_mode():
-        written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        written = model.generate(
+            **inputs, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    found = written.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    logits = [row[0].float().cpu() for row in written.logits]
+    return Written(found, logits, str(tokenizer.decode(found, skip_special_tokens=True)))
+
+
+def parting(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The first place at which two texts' tokens differ; None if there is none.
+
+    >>> parting([1, 2, 3], [1, 2, 4]), parting([1, 2], [1, 2])
+    (2, None)
+    """
+    pairs = zip(one, other, strict=False)
+    return next((number for number, (token, its) in enumerate(pairs) if token != its), None)

@@ -1,5 +1,6 @@
 """One grammar for places: positions of keys and queries, layers, heads and passes; passages, grids and image tokens."""
 
+from regard.tokens.chat import chat_text
 from regard.tokens.decoder import decoder_layers, decoder_of
 from regard.tokens.encoding import Encoded, encode, max_positions
 from regard.tokens.grid import Grid
@@ -22,6 +23,7 @@ __all__ = [
     "Spelling",
     "Where",
     "among",
+    "chat_text",
     "check",
     "check_form",
     "decoder_layers",

@@ -90,7 +90,8 @@ def _said_in_a_line(model: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"cannot load a model and its tokenizer from {str(model)!r}: {error}") from error
+        first = str(error).strip().partition("\n")[0]  # what follows may name every model that there is
+        raise ValueError(f"cannot load a model and its tokenizer from {str(model)!r}: {first}") from error
 
 
 def _load(place: str | Path, config: Any, language: bool, **options: Any) -> tuple[Any, set[str]]:

@@ -49,9 +49,10 @@ def read_contrastive(model: Any, processor: Any, text: str | None, image: str | 
     filled = {"padding": "max_length"} if model.config.model_type.startswith("siglip") else {}
     limit = max_positions(model, tokenizer)
     inputs = dict(tokenizer(text, return_tensors="pt", verbose=False, **({"max_length": limit} | filled)))
-    if inputs["input_ids"].shape[1] > limit:
+    if (tokens := inputs["input_ids"].shape[1]) > limit:
         raise ValueError(
-            f"the text has {inputs['input_ids'].shape[1]:,} tokens, but the model has positions for {limit:,}"
+            f"the text has {tokens:,} tokens, but the model has positions for {limit:,}; give a caption by --prompt, or an "
+            "--image alone"
         )
     inputs = {name: values.to(model.device) for name, values in inputs.items()}
     words = text_tokens(tokenizer, inputs["input_ids"])

@@ -50,7 +50,7 @@ def read_image(model: Module, processor: Any, image: str | Path | Image) -> Read
     parts = image_parts(model, processor, pixels, calls)
     if not parts:
         height, width = patches_of(model, pixels)
-        seen = ", ".join(dict.fromkeys(f"{call.queries}×{call.keys}" for call in calls))
+        seen = ", ".join(dict.fromkeys(f"{call.queries}×{call.keys}" for call in calls)) or "none at all"
         raise ValueError(
             f"{type(model).__name__} cuts the image into {height}×{width} patches, but no attention call is between all of "
             f"them (there are {seen}): attention in windows and over merged patches is not shown"

@@ -15,7 +15,7 @@ from regard.view.heads import KINDS, statistics
 from regard.view.lengths import lengths
 from regard.view.pack import pack
 from regard.view.page import render
-from regard.view.patches import PATCH_KINDS, is_of_patches, patch_statistics
+from regard.view.patches import PATCH_KINDS
 from regard.view.segments import between
 from regard.view.shares import block_sides, coarsen, shares
 from regard.view.statistics import STATISTICS
@@ -145,7 +145,7 @@ def report(recorded: xr.Dataset | Sequence[ShownPart], facts: RunFacts, notes: S
 def _page(part: ShownPart) -> dict[str, Any]:
     """Collect what the script of the page needs of one part, as plain values."""
     dataset = windows(part.dataset)
-    summary = patch_statistics(dataset) if is_of_patches(dataset) else statistics(dataset)
+    summary = statistics(dataset)
     if not summary.data_vars and "received" not in dataset and "pooled" not in dataset:
         there = ", ".join(str(name) for name in dataset.data_vars) or "no variables"
         raise ValueError(
@@ -223,6 +223,7 @@ def _text(dataset: xr.Dataset, picture: Picture | None) -> dict[str, object]:
     return {
         "windows": [_pieces(dataset, "key", window)[:keys_shown] for window in range(windows_shown)],
         "queries": [_pieces(dataset, "query", window)[:READABLE] for window in range(windows_shown)],
+        "segments": [_segments(dataset, window)[:keys_shown] for window in range(windows_shown)],
         "picture": _on_the_page(picture),
         "tokens_left_out": int(lengths(dataset, "key").max()) - keys_shown if keys_shown < keys else 0,
         "received": pack(values.reshape(-1, keys_shown)),
@@ -231,6 +232,13 @@ def _text(dataset: xr.Dataset, picture: Picture | None) -> dict[str, object]:
 
 def _pieces(dataset: xr.Dataset, dim: Literal["query", "key"], window: int) -> list[str]:
     return pieces(dataset, window, dim) or [f" {position}" for position in range(dataset.sizes.get(dim, 0))]
+
+
+def _segments(dataset: xr.Dataset, window: int) -> list[str]:
+    """Which named stretch each key is of; nothing where there are none."""
+    if "key_segment" not in dataset.coords:
+        return []
+    return [str(name) for name in dataset["key_segment"].isel(batch=window).values]
 
 
 def _on_the_page(picture: Picture | None) -> dict[str, object] | None:

@@ -358,9 +358,12 @@ function writeText() {
   const box = find("#text");
   const { picture } = page.text;
   const patches = new Map(picture && chosen.window === 0 ? picture.positions.map((at, number) => [at, number]) : []);
+  const segments = page.text.segments[chosen.window];
   const nodes = [];
   let grid = null;
+  let segment = "";
   reading.spans = page.text.windows[chosen.window].map((piece, at) => {
+    if (segments[at] && segments[at] !== segment) nodes.push(make("i", (segment = segments[at]), { className: "segment" }));
     if (patches.has(at)) {
       if (!grid) nodes.push((grid = pictureOf(picture)));
       return patchOf(piece, at, patches.get(at), picture, grid);

@@ -8,7 +8,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Found when first asked for, so that `regard --help` need not wait for torch; `__init__.pyi` says it to type checkers.
-_PACKAGES = ("cache", "masks", "mini", "mixers", "steer", "tokens", "watch")
+_PACKAGES = ("cache", "explain", "masks", "mini", "mixers", "steer", "tokens", "watch")
 _PLACES = {
     "regard.cache": ("compress",),
     "regard.maps": ("AttentionMap",),

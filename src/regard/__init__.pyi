@@ -1,5 +1,5 @@
 # What `__init__.py` finds when first asked for. The packages `mini`, `steer` and `watch` are here what their calls go to.
-from regard import cache, masks, mixers, tokens
+from regard import cache, explain, masks, mixers, tokens
 from regard.cache import compress
 from regard.maps import AttentionMap
 from regard.mini._typed import mini
@@ -96,6 +96,7 @@ __all__ = [
     "cache",
     "capture",
     "compress",
+    "explain",
     "load",
     "load_recipe",
     "locate",

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import networkx
 import pytest
 import torch
 from hypothesis import given
@@ -10,8 +11,9 @@ from torch import Tensor
 from transformers import BartConfig, BartModel, ViTConfig, ViTForImageClassification
 
 import regard
-from regard.explain import GenericRelevance, Rollout
+from regard.explain import Flow, GenericRelevance, Rollout
 from tests.explain.tiny import DIM, Kind, Tiny
+from tests.maps.answers import hidden
 
 close = torch.testing.assert_close
 
@@ -39,6 +41,47 @@ def test_rollout(kind: Kind, seed: int, batch: int, tokens: int, padded: bool, r
     for query in (-1, 0, tokens // 2):
         close(Rollout(residual=residual, query=query).explain(model, inputs), product[:, query])
     close(Rollout(residual=residual, query=None).explain(model, inputs), product.mean(1))
+
+
+@given(kinds, st.integers(0, 99), st.integers(1, 2), st.integers(1, 6), st.booleans(), st.floats(0, 1))
+def test_flow(kind: Kind, seed: int, batch: int, tokens: int, padded: bool, residual: float) -> None:
+    model, inputs = Tiny(kind, seed), texts(seed, batch, tokens, padded)
+    with torch.no_grad():
+        matrices = model.stored(**inputs)[1]
+    layers = [residual * torch.eye(tokens) + (1 - residual) * matrix.mean(1) for matrix in matrices]
+    for query in (-1, 0):
+        found = Flow(residual=residual, query=query).explain(model, inputs)
+        for text in range(batch):
+            wanted = [largest_flow([layer[text] for layer in layers], start, query % tokens) for start in range(tokens)]
+            close(found[text], torch.tensor(wanted, dtype=torch.float64), atol=1e-7, rtol=0.0)
+
+
+def largest_flow(layers: list[Tensor], start: int, end: int) -> float:
+    """By networkx, in floating point, on a graph of all tokens."""
+    graph = networkx.DiGraph()
+    graph.add_nodes_from([(0, start), (len(layers), end)])
+    for number, layer in enumerate(layers):
+        for query, key in layer.nonzero().tolist():
+            graph.add_edge((number, key), (number + 1, query), capacity=float(layer[query, key]))
+    return float(networkx.maximum_flow_value(graph, (0, start), (len(layers), end)))
+
+
+def test_flow_by_hand() -> None:
+    """Two layers of two tokens: what passes is bound by the narrower pipe of each way."""
+    layers = [torch.tensor([[0.9, 0.1], [0.5, 0.5]]), torch.tensor([[0.2, 0.8], [0.3, 0.7]])]
+    maps = [hidden(layer[None, None].double()) for layer in layers]
+    found = Flow(residual=0.0, query=0).through(maps)
+    close(found, torch.tensor([[0.2 + 0.5, 0.1 + 0.5]], dtype=torch.float64), atol=1e-8, rtol=0.0)
+
+
+def test_long_texts_flow_in_blocks() -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(2, 1, 3, 10, 10, dtype=torch.float64).softmax(-1)
+    found = Flow(blocks=5, query=7).through([hidden(matrix) for matrix in matrices])
+    blocks = [matrix.mean(1).unflatten(2, (5, 2)).sum(3).unflatten(1, (5, 2)).mean(2) for matrix in matrices]
+    layers = [(block[0] + torch.eye(5)) / 2 for block in blocks]
+    wanted = torch.tensor([largest_flow(layers, start, 3) for start in range(5)], dtype=torch.float64)
+    close(found[0], wanted.repeat_interleave(2) / 2, atol=1e-7, rtol=0.0)
 
 
 def squares(output: Tensor) -> Tensor:
@@ -131,7 +174,7 @@ def test_what_makes_no_chain() -> None:
     assert Rollout(layers="encoder.*").explain(model, inputs).shape == (1, 7)
     tiny = Tiny(Kind())
     x = texts(0, 1, 5, False)
-    for method in (Rollout(query=5), GenericRelevance(query=-6)):
+    for method in (Rollout(query=5), GenericRelevance(query=-6), Flow(query=5)):
         with pytest.raises(IndexError, match=r"query -?\d was asked for, but there are 5 tokens"):
             method.explain(tiny, x, squares)
     for method in (Rollout(layers="decoder.*"), GenericRelevance(layers="decoder.*")):
@@ -139,6 +182,10 @@ def test_what_makes_no_chain() -> None:
             method.explain(tiny, x, squares)
     with pytest.raises(ValueError, match="residual must be from 0 to 1, got 2"):
         Rollout(residual=2)
+    with pytest.raises(ValueError, match="residual must be from 0 to 1, got -1"):
+        Flow(residual=-1)
+    with pytest.raises(ValueError, match="blocks must be at least 1, got 0"):
+        Flow(blocks=0)
     with pytest.raises(ValueError, match=r"needs a metric, such as regard\.logit_difference"):
         GenericRelevance().explain(tiny, x)
     with pytest.raises(ValueError, match=r"one number for each text, or one for all, got shape \(1, 5, 12\)"):

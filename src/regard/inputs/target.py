@@ -106,7 +106,7 @@ def _decoder_ids(
     if not target.strip():
         raise ValueError("the target is empty")
     ids = tokenizer(text_target=target, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
-    start = model.config.get_text_config().decoder_start_token_id
+    start = min(_token_ids_of(model, "decoder_start_token_id"))
     ids = ids if ids[0, 0] == start else torch.cat([ids.new_full((1, 1), start), ids], dim=1)
     ids = _without_end(model, ids)
     limit = _max_target_positions(model, tokenizer)
@@ -117,9 +117,22 @@ def _decoder_ids(
 
 def _without_end(model: Any, ids: Tensor) -> Tensor:
     """Less the end that a text is given: it is what the token before it is to say, and is not read."""
-    end = model.config.get_text_config().eos_token_id
-    ends = end if isinstance(end, list) else [end]
-    return ids[:, :-1] if ids.shape[1] > 1 and int(ids[0, -1]) in ends else ids
+    return ids[:, :-1] if ids.shape[1] > 1 and int(ids[0, -1]) in _token_ids_of(model, "eos_token_id") else ids
+
+
+def _token_ids_of(model: Any, name: str) -> set[int]:
+    """The ids that a model's settings have by a name; those of ``generate`` come first.
+
+    Raises:
+        ValueError: there are none.
+    """
+    for holder in (getattr(model, "generation_config", None), model.config, model.config.get_text_config()):
+        found = getattr(holder, name, None)
+        if found is not None:
+            return set(found) if isinstance(found, list) else {found}
+    raise ValueError(
+        f"the configuration of {type(model).__name__} has no {name}, so that its decoder cannot be given a target"
+    )
 
 
 def _max_target_positions(model: Any, tokenizer: Any) -> int:

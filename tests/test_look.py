@@ -245,7 +245,7 @@ def test_more_than_text_on_the_command_line(
     ("command", "model", "arguments", "message"),
     [
         ("look", "vit", [], "ViTModel reads images alone: give --image"),
-        ("look", "bert", ["--image", "noise.png"], "BertModel reads texts: give --prompt or --text"),
+        ("look", "bert", ["--image", "noise.png"], "BertModel reads texts: leave out --image"),
         ("look", "bert", ["--prompt", "it", "--image", "noise.png"], "BertModel reads texts: leave out --image"),
         ("look", "bert", ["--prompt", "it", "--target", "he"], "BertModel reads texts: leave out --target"),
         ("steer", "bert", ["--prompt", "it", "--edit", "Gate(0)"], "bert reads both ways and fills in words"),

@@ -97,3 +97,11 @@ def test_several_parts_have_datasets_of_their_own(tmp_path: Any) -> None:
     ]  # fmt: skip
     for file, part in zip(files, seen.parts, strict=True):
         assert regard.load(file).equals(part.dataset)
+
+
+def test_a_source_of_one_token_is_told_from_the_target() -> None:
+    model, tokenizer = t5()
+    tokenizer.backend_tokenizer.post_processor = None  # nothing stands around a text
+    seen = look(model, tokenizer, "rained", target="he slept")
+    assert [part.name for part in seen.parts] == PARTS
+    assert [(part.dataset.sizes["query"], part.dataset.sizes["key"]) for part in seen.parts] == [(1, 1), (3, 3), (3, 1)]

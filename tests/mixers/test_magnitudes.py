@@ -28,13 +28,16 @@ def test_rows_are_the_sizes_of_the_entries_divided_by_their_sum() -> None:
     np.testing.assert_allclose(found.heads([1, 3]).dense(), expected[:, [1, 3]], atol=1e-6)
 
 
-def test_of_many_channels_the_mean_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regard.mixers.magnitudes._NUMBERS_AT_ONCE", 96 * 20 * 3)
-    hidden = SelectiveSSM(48).map(torch.randn(1, 20, 48))
-    assert hidden.shape[1] == 96
+@pytest.mark.parametrize(("channels", "read"), [(96, range(96)), (600, [n * 600 // 256 for n in range(256)])])
+def test_of_many_channels_the_mean_of_some_is_read_group_by_group(
+    channels: int, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("regard.mixers.magnitudes._NUMBERS_AT_ONCE", 20 * 20 * 7)
+    hidden = SelectiveSSM(channels // 2).map(torch.randn(1, 20, channels // 2))
+    assert hidden.shape[1] == channels
     with torch.no_grad():
         found = Magnitudes(hidden).dense()
-    np.testing.assert_allclose(found, shares(hidden.dense()).mean(1, keepdims=True), atol=1e-6)
+    np.testing.assert_allclose(found, shares(hidden.dense())[:, list(read)].mean(1, keepdims=True), atol=1e-6)
 
 
 def test_watch_reads_a_model_without_attention_as_one_with_it() -> None:

@@ -104,10 +104,13 @@ class _Kind:
 
     def check(self, name: str, given: set[str]) -> None:
         """Refuse options that a model is not made for, and ask for those that it needs."""
-        if missing := [option for option in self.needs if option not in given]:
+        wrong = sorted(given - set(self.takes) - {"text"})  # which may be the text that is read where none was given
+        missing = [option for option in self.needs if option not in given]
+        if wrong or (not missing and given - set(self.takes)):
+            named = " and ".join(_OPTIONS[option] for option in wrong or ["text"])
+            raise ValueError(f"{name} {self.reads}: leave out {named}")
+        if missing:
             raise ValueError(f"{name} {self.reads}: give {_OPTIONS[missing[0]]}")
-        if wrong := sorted(given - set(self.takes)):
-            raise ValueError(f"{name} {self.reads}: leave out {' and '.join(_OPTIONS[option] for option in wrong)}")
 
 
 _OPTIONS = {

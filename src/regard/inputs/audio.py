@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from regard.inputs.reading import Reading, Tokens, find_calls, no_special
+from regard.inputs.reading import Reading, Tokens, no_special
 from regard.inputs.target import read_with_target
 
 Samples = NDArray[numpy.float32]
@@ -40,8 +40,9 @@ def read_audio(model: Any, processor: Any, audio: str | Path | Samples, target: 
         raise ValueError(f"the recording lasts {seconds:.1f} s, but the model reads {longest:g} s at once; cut it")
     features = extractor(samples, sampling_rate=rate, return_tensors="pt")["input_features"]
     inputs = {"input_features": features.to(next(model.parameters()))}
-    frames = find_calls(model.get_encoder(), inputs)[0].keys
-    return read_with_target(model, processor.tokenizer, inputs, _frames(frames, seconds, longest), target)
+    return read_with_target(
+        model, processor.tokenizer, inputs, lambda number: _frames(number, seconds, longest), target
+    )
 
 
 def _frames(frames: int, seconds: float, longest: float) -> Tokens:

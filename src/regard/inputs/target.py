@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -41,11 +41,11 @@ def read_translation(
         return replace(reading, parts=tuple(replace(part, name=ENCODER) for part in reading.parts), notes=(note,))
     encoded = encode(model, tokenizer, text, max_tokens=max_tokens)[0]
     source = text_tokens(tokenizer, encoded.inputs["input_ids"], encoded.special)
-    return read_with_target(model, tokenizer, encoded.inputs, source, target)
+    return read_with_target(model, tokenizer, encoded.inputs, lambda _: source, target)
 
 
 def read_with_target(
-    model: Module, tokenizer: Any, inputs: Mapping[str, Tensor], source: Tokens, target: str | None
+    model: Module, tokenizer: Any, inputs: Mapping[str, Tensor], source_of: Callable[[int], Tokens], target: str | None
 ) -> Reading:
     """An encoder's inputs, named, and a target: encoder, decoder and cross-attention, told from each other by their sizes.
 
@@ -53,36 +53,36 @@ def read_with_target(
         model: an encoder–decoder of transformers.
         tokenizer: of the target.
         inputs: of the encoder.
-        source: what the encoder's tokens are called.
+        source_of: what the encoder's tokens are called, from how many there are.
         target: what the decoder reads; None for what the model writes.
 
     Raises:
         ValueError: a target without a token, or longer than the decoder's positions.
     """
     ids, notes = _decoder_ids(model, tokenizer, inputs, target)
-    tokens = text_tokens(tokenizer, ids)
-    short = _of_another_length(ids, len(source))
-    calls = find_calls(model, {**inputs, "decoder_input_ids": short})
+    calls, short = _calls(model, inputs, ids)
+    source, tokens = source_of(calls[0].keys), text_tokens(tokenizer, ids)
     sizes = {
-        ENCODER: (source, source),
-        "Decoder self-attention": (tokens, tokens),
-        "Cross-attention": (tokens, source),
+        (len(source), len(source)): Part(ENCODER, source, source),
+        (short, short): Part("Decoder self-attention", tokens, tokens),
+        (short, len(source)): Part("Cross-attention", tokens, source),
     }
-    found = {id(source): len(source), id(tokens): short.shape[1]}
-    parts = []
-    for name, (queries, keys) in sizes.items():
-        wanted = found[id(queries)], found[id(keys)]
-        if paths := tuple(call.path for call in calls if (call.queries, call.keys) == wanted):
-            parts.append(Part(name, queries, keys, paths))
-    return Reading(model, {**inputs, "decoder_input_ids": ids}, tuple(parts), calls, (*notes, *_left_out(calls, parts)))
+    paths = {size: tuple(call.path for call in calls if (call.queries, call.keys) == size) for size in sizes}
+    parts = tuple(replace(part, layers=paths[size]) for size, part in sizes.items() if paths[size])
+    return Reading(model, {**inputs, "decoder_input_ids": ids}, parts, calls, (*notes, *_left_out(calls, parts)))
 
 
-def _of_another_length(ids: Tensor, other: int) -> Tensor:
-    """The first token, or that one twice: a length by which the decoder's calls cannot be taken for the encoder's."""
-    return ids[:, :1] if other != 1 else ids[:, :1].repeat(1, 2)
+def _calls(model: Module, inputs: Mapping[str, Tensor], ids: Tensor) -> tuple[tuple[FoundCall, ...], int]:
+    """The calls over a short target, and its length, by which none of the decoder's can be taken for the encoder's."""
+    short = ids[:, :1]
+    calls = find_calls(model, {**inputs, "decoder_input_ids": short})
+    if calls[0].keys == 1:  # the encoder runs first
+        short = short.repeat(1, 2)
+        calls = find_calls(model, {**inputs, "decoder_input_ids": short})
+    return calls, short.shape[1]
 
 
-def _left_out(calls: tuple[FoundCall, ...], parts: list[Part]) -> list[str]:
+def _left_out(calls: tuple[FoundCall, ...], parts: tuple[Part, ...]) -> list[str]:
     others = len(calls) - sum(len(part.layers or ()) for part in parts)
     return [f"not shown: {others} attention calls that are between neither of the two texts' tokens"] if others else []
 

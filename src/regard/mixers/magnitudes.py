@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 from regard.maps import TokenMap
 from regard.runtime import AttentionCall, HiddenCall, Proceed, Site
 
-_HEADS, _TOKENS = 64, 1024
-_NUMBERS_AT_ONCE = 2**24
+_HEADS, _CHANNELS, _TOKENS = 64, 256, 1024
+_NUMBERS_AT_ONCE = 2**25
 
 
 class Magnitudes(TokenMap):
     """``|P_ij| / Σ_j |P_ij|`` of a map P whose entries have any sign: how much each token counts in a row, not which way.
 
-    A. Ali et al. (2024), The Hidden Attention of Mamba Models, look at such matrices of Mamba. The matrix is stored, and of
-    more than 64 heads, as channels are, the mean alone.
+    A. Ali et al. (2024), The Hidden Attention of Mamba Models, look at such matrices of Mamba. The matrix is stored; of
+    more than 64 heads, as channels are, the mean alone, over 256 of them at even distances.
 
     Args:
         of: the map, of 1,024 tokens at most.
@@ -38,18 +40,22 @@ class Magnitudes(TokenMap):
                 f"the hidden matrix of a mixer is read by the size of its entries up to {_TOKENS:,} tokens, got {queries:,}; "
                 f"pass --max-tokens {_TOKENS}"
             )
-        step = max(1, _NUMBERS_AT_ONCE // (batch * heads * queries))
-        strips = [slice(start, min(start + step, keys)) for start in range(0, keys, step)]
-        totals = torch.zeros(batch, heads, queries, 1, dtype=of.dtype, device=of.device)
-        for strip in strips:
-            totals += of.tile(slice(None), strip).abs().sum(-1, keepdim=True)
-        every = [self._shares(of.tile(slice(None), strip), totals) for strip in strips]
-        self._matrix = torch.cat(every, dim=-1)
+        chosen = _spread(heads)
+        step = max(1, _NUMBERS_AT_ONCE // (batch * queries * keys))
+        groups = [chosen[start : start + step] for start in range(0, len(chosen), step)]
+        identity = torch.eye(keys, dtype=of.dtype, device=of.device)[None, None]
+        shares = (self._shares(of.heads(group) @ identity) for group in groups)
+        if heads <= _HEADS:
+            self._matrix = torch.cat(list(shares), dim=1)
+        else:
+            summed = (part.sum(1, keepdim=True) for part in shares)
+            self._matrix = reduce(torch.add, summed) / len(chosen)
 
     @staticmethod
-    def _shares(tile: Tensor, totals: Tensor) -> Tensor:
-        shares = tile.abs() / totals.where(totals > 0, 1)
-        return shares if shares.shape[1] <= _HEADS else shares.mean(1, keepdim=True)
+    def _shares(entries: Tensor) -> Tensor:
+        sizes = entries.abs()
+        totals = sizes.sum(-1, keepdim=True)
+        return sizes / totals.where(totals > 0, 1)
 
     def __repr__(self) -> str:
         return f"Magnitudes(shape={self.shape}, dtype={self.dtype})"
@@ -87,6 +93,12 @@ class Magnitudes(TokenMap):
         return self._matrix.new_ones(1, 1, 1)  # a row of zeros falls to no key
 
 
+def _spread(heads: int) -> list[int]:
+    """All heads, or so many of them as are read, at even distances."""
+    number = min(heads, _CHANNELS)
+    return [index * heads // number for index in range(number)]
+
+
 class InMagnitudes:
     """Has mixers be read by the size of what they hide, in place of its signs; ``read`` names those that were."""
 
@@ -101,7 +113,8 @@ class InMagnitudes:
         if not self.read:
             return []
         channels = max(self.read.values())
-        mean = f", the mean over its {channels:,} channels" if channels > _HEADS else ""
+        some = f"{_CHANNELS} of its" if channels > _CHANNELS else "its"
+        mean = f", the mean over {some} {channels:,} channels" if channels > _HEADS else ""
         return [
             f"layers without attention, {len(self.read)} of them, are shown by the size of the entries of the matrix that "
             f"each hides, every row divided by its sum{mean}; signs are not shown"

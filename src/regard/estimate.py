@@ -67,7 +67,6 @@ def estimate(
     layers: Layers | None,
     statistics: Statistics,
     held: int,
-    **arguments: Any,
 ) -> Estimate:
     """Run the beginning of the first window, and one attention call of some tokens; refuse layers that there are not.
 
@@ -77,11 +76,11 @@ def estimate(
         layers: those to be watched, as for `regard.watch`.
         statistics: those that will be read, of a text of so many tokens.
         held: bytes in use already.
-        arguments: further ones of the model.
 
     Raises:
         IndexError, ValueError: layers that match no attention call.
     """
+    arguments = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
     lengths = [next(iter(window.values())).shape[1] for window in inputs]
     worth_it = sum(lengths) >= _WORTH_IT
     tokens = min(lengths[0], _part(lengths[0], _MODEL_PART, _MODEL))

@@ -9,6 +9,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from regard.view.lengths import lengths
+from regard.view.patches import is_of_patches, patch_statistics
 
 NEAR = 8
 """Attention to a token at most this far away is local."""
@@ -74,6 +75,8 @@ def summarize(dataset: xr.Dataset) -> xr.Dataset:
     head is named by chance. Otherwise it is "broad" if `broad` is at least 0.8, else "mixed"; the score is then `broad`,
     or 0. `beside` is the kind of the largest significant score but for "sink": what a head does where it does not rest.
 
+    Of patches that look at patches the entries and kinds are those of `regard.view.patches`.
+
     A variable that was not recorded only takes its own entries away. Heads that a layer does not have are
     NaN, with the kind "".
 
@@ -119,6 +122,8 @@ def statistics(dataset: xr.Dataset) -> xr.Dataset:
         >>> len(statistics(xr.Dataset()))
         0
     """
+    if is_of_patches(dataset):
+        return patch_statistics(dataset)
     found: dict[str, xr.DataArray] = {}
     places: dict[str, _Place] = {}
     if "entropy" in dataset:

@@ -78,6 +78,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, book: str) -> None:
         self.tokenizer = tokenizer
+        self._first: dict[str, int] = {}
         sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", book.strip()) if sentence]
         middle = len(sentences) // 2
         self.sentences = {"calibration": sentences[:middle], "measured": sentences[middle:]}
@@ -94,7 +95,9 @@ class Prompts:
 
     def first(self, word: str) -> int:
         """The token with which a word goes on."""
-        return self.ids(word)[0]
+        if word not in self._first:
+            self._first[word] = self.ids(word)[0]
+        return self._first[word]
 
     def case(self, text: str, highlighted: str, answer: str, others: Sequence[str] = (), group: str = "") -> Case:
         """A case of what a model reads, a passage of it that matters, and what it should and should not go on with."""
@@ -184,6 +187,8 @@ IN_LANGUAGE = (
     "Your answer must be a {language} word.",
     "Reply in {language} only.",
     "Say it in {language}, please.",
+    "Use {language}, not English.",
+    "I want to hear it in {language}.",
 )
 ASKED_WORD = (
     'What is another word for "{word}"?',
@@ -211,12 +216,16 @@ LENGTHS = (
     "Reply with just one word.",
     "Give the answer as one word, without a sentence.",
     "One word is enough.",
+    "Do not write more than one word.",
+    "Only one word, please.",
 )
 OF_COUNTRY = (
     "What is the capital of {country}?",
     "Which city is the capital of {country}?",
     "Can you tell me the capital of {country}?",
     "Name the capital of {country}.",
+    "Do you know the capital of {country}?",
+    "Tell me which city is the capital of {country}.",
 )
 
 

@@ -18,9 +18,14 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
-def pairs(text: str) -> list[tuple[str, ...]]:
+def rows(text: str) -> list[tuple[str, ...]]:
     """Lines of things separated by commas."""
     return [tuple(cell.strip() for cell in line.split(",")) for line in text.strip().splitlines()]
+
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """Lines of two things."""
+    return [(first, second) for first, second in rows(text)]
 
 
 CAPITALS = pairs("""
@@ -137,7 +142,7 @@ NOUNS = words("""
     wagon yellow zebra acorn bottle copper desert eagle forest gravel harbor ivory jungle kitten lemon marble nickel
     ocean parrot quartz ribbon silver turtle velvet walnut button cherry donkey emerald falcon ginger
 """)
-TRANSLATIONS = pairs("""
+TRANSLATIONS = rows("""
     house, maison, casa, Haus
     dog, chien, perro, Hund
     water, eau, agua, Wasser

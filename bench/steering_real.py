@@ -40,8 +40,8 @@ QUICK = (
     "Reweight/capitals",
     "Redistribute/language",
     "Temperature/choice",
-    "ZeroTuning/swapped",
-    "Soft Injection/opposites",
+    "ZeroTuning/choice",
+    "Context heads/years",
 )
 CHUNK = 100  # cases that are measured, and kept, at a time
 RESAMPLINGS = 10_000

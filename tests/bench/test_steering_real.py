@@ -25,7 +25,16 @@ from bench.steering_real import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import regard
-from regard.steer.language import Example, JuiceHeads, SoftInjection, answer_probability, juice, pasta, run_twice
+from regard.steer.language import (
+    Example,
+    InjectTask,
+    JuiceHeads,
+    SoftInjection,
+    answer_probability,
+    juice,
+    pasta,
+    run_twice,
+)
 
 
 @pytest.fixture
@@ -192,9 +201,7 @@ def test_a_task_is_injected_where_nothing_is_shown(llama: LlamaForCausalLM, case
     assert Steered().read(cases[0]) is cases[0].example
     with torch.no_grad():
         (logits,) = injected.next_logits(llama, [read])
-    wanted_logits = alone(
-        llama, read, regard.steer.language.InjectTask(torch.ones(4, 8), torch.full((4,), 0.5), 1, layers=0)
-    )
+    wanted_logits = alone(llama, read, InjectTask(torch.ones(4, 8), torch.full((4,), 0.5), 1, layers=0))
     torch.testing.assert_close(logits, wanted_logits, rtol=1e-3, atol=1e-4)
 
 

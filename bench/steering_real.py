@@ -1,6 +1,6 @@
 """Does steering help a real pretrained chat model? Every language method on the tasks that its paper has, with intervals.
 
-    python -m bench.steering_real [--quick] [--only METHOD[/TASK] ...] [--books FOLDER] [--lengths 1024 ...] [--save]
+    python -m bench.steering_real [--quick] [--only METHOD[/TASK] ...] [--fewer TASK=NUMBER ...] [--books FOLDER] [--lengths 1024 ...] [--save]
 
 SmolLM2-135M-Instruct, prompts in its own chat template, tasks of `bench.real_tasks`. Each method is calibrated on one half of
 the templates, names, facts and words, by the search that regard has for it, and measured on the other half. Prints one table:
@@ -15,7 +15,7 @@ import pickle
 import re
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,10 +140,11 @@ class Run:
     """The comparisons, as they are computed."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, prompts: Prompts, kept: Kept, calibrate: int, samples: int, slow: int
-    ) -> None:
+        self, model: Any, tokenizer: Any, prompts: Prompts, kept: Kept, calibrate: int, samples: int,
+        fewer: Mapping[str, int] | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.prompts, self.kept = model, tokenizer, prompts, kept
-        self.calibrate, self.samples, self.slow = calibrate, samples, slow
+        self.calibrate, self.samples, self.fewer = calibrate, samples, fewer or {}
 
     def bench(self, task: Task) -> Bench:
         """What a calibration for this task works with."""
@@ -164,7 +165,7 @@ class Run:
         return np.concatenate(found)
 
     def compare(self, method: Method, task: Task) -> Comparison:
-        samples = self.slow if task.slow else self.samples
+        samples = min(self.samples, self.fewer.get(task.name.split(",")[0], self.samples))
         cases = task.cases(self.prompts, "measured", samples)
         plain = self.scores("plain", Steered(), task, cases)
         steered = self.kept(f"{method.name} for {task.name}", lambda: method.calibrate(self.bench(task), task))
@@ -219,6 +220,14 @@ def book_text(folder: Path | None) -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()) if path.is_file())
 
 
+def of_task(given: str) -> tuple[str, int]:
+    """A task's name and a number."""
+    name, number = given.split("=")
+    if name not in {known for method in METHODS.values() for known in method.tasks}:
+        raise ValueError(f"{name!r} is no task")
+    return name, int(number)
+
+
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--model", type=Path, help="a chat model; by default SmolLM2-135M-Instruct, which is fetched")
@@ -229,7 +238,9 @@ def main() -> None:
         "--lengths", type=int, nargs="*", default=[1024], help="of texts with needles and facts, in tokens"
     )
     parser.add_argument("--samples", type=int, default=300)
-    parser.add_argument("--slow-samples", type=int, default=300, help="of tasks with book text, or that write")
+    parser.add_argument(
+        "--fewer", type=of_task, nargs="*", default=[], metavar="TASK=NUMBER", help="samples of tasks that take long"
+    )
     parser.add_argument("--calibrate", type=int, default=60)
     parser.add_argument("--dtype", default="float32", help="bfloat16 where the processor multiplies it faster")
     parser.add_argument("--only", nargs="*", default=[], metavar="METHOD[/TASK]")
@@ -246,7 +257,7 @@ def main() -> None:
     kept = Kept(arguments.kept / f"{zlib.crc32(called.encode()):08x}")
     model, tokenizer = model_of(path, arguments.dtype)
     prompts = Prompts(tokenizer, book_text(arguments.books))
-    run = Run(model, tokenizer, prompts, kept, calibrate, samples, min(arguments.slow_samples, samples))
+    run = Run(model, tokenizer, prompts, kept, calibrate, samples, dict(arguments.fewer))
     comparisons = [run.compare(method, task) for method, task in track(chosen, "comparing")]
     title = f"{path.stem}, {arguments.dtype}; helps or hurts at 5% after Holm over {len(comparisons)} comparisons"
     with Report("steering_real", arguments.save, width=180) as report:

@@ -231,7 +231,7 @@ def test_the_best_of_the_calibration_is_taken(words: Any, tmp_path: Path) -> Non
 
 def test_a_run_measures_on_the_other_half_and_goes_on(llama: LlamaForCausalLM, words: Any, tmp_path: Path) -> None:
     prompts = Prompts(words, book_text(None))
-    run = Run(llama, words, prompts, Kept(tmp_path), calibrate=3, samples=6, slow=2)
+    run = Run(llama, words, prompts, Kept(tmp_path), calibrate=3, samples=6, fewer={"needle": 2})
     ((method, task),) = wanted(["Reweight/capitals"], [256])
     first = run.compare(method, task)
     assert (first.number, first.method, first.task) == (6, "Reweight", "capitals")
@@ -243,7 +243,7 @@ def test_a_run_measures_on_the_other_half_and_goes_on(llama: LlamaForCausalLM, w
         "Reweight-on-capitals-0-to-6.pickle",
         "plain-on-capitals-0-to-6.pickle",
     ]
-    again = Run(None, words, prompts, Kept(tmp_path), calibrate=3, samples=6, slow=2).compare(method, task)
+    again = Run(None, words, prompts, Kept(tmp_path), calibrate=3, samples=6).compare(method, task)
     assert vars(again) == vars(first)
     ((method, task),) = wanted(["Reweight/needle"], [256])
     assert run.compare(method, task).number == 2

@@ -15,7 +15,7 @@ def test_examples_run_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 12
+    assert len(blocks) == 13
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
@@ -28,6 +28,7 @@ def test_examples_run_in_order(
     assert "8193 tokens in 65536 bytes" in printed.splitlines()
     assert "(1, 4, 512, 512)" in printed.splitlines()
     assert Path("seen.nc").exists()
+    assert "LlamaForCausalLM" in Path("report.html").read_text(encoding="utf-8")
 
 
 def test_contributing_example_is_a_statistic() -> None:
@@ -51,7 +52,7 @@ def test_contributing_example_is_a_policy(mini: tuple[Any, Any]) -> None:
     import regard
 
     text = (README.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    names: dict[str, Any] = {}
+    names: dict[str, object] = {}
     exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
     model, _ = mini
     with torch.no_grad(), regard.compress(model, names["LargeValues"](budget=4)) as cache:
@@ -64,7 +65,7 @@ def test_contributing_example_is_a_mixer() -> None:
     from tests.mixers.contract import check_mixer
 
     text = (README.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    names: dict[str, Any] = {}
+    names: dict[str, object] = {}
     exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[2], names)
     mixer = names["Hebbian"](16)
     check_mixer(mixer)

@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from inspect import isabstract
 from typing import Any
 
+from torch import Tensor
+
 from regard import masks
 from regard.masks import Mask
 
@@ -97,6 +99,17 @@ def _subclasses(kind: Any) -> Iterator[Any]:
     for subclass in kind.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
+
+
+def differs(value: Any, default: Any) -> bool:
+    """Whether an argument is to be written: it is something else than its default.
+
+    >>> differs(0.3, 0.3), differs([0], None)
+    (False, True)
+    """
+    return value is not default and not (
+        isinstance(value, type(default)) and not isinstance(value, Tensor) and value == default
+    )
 
 
 def rule(text: str) -> Mask:

@@ -11,7 +11,7 @@ from torch.nn import Module
 from regard.steer._sweep import Kind, sweep
 from regard.steer.metrics import Metric, log_probability, logit_difference
 from regard.steer.sweep_result import SweepResult
-from regard.tokens import Heads, Layers, encode
+from regard.tokens import Heads, Layers, chat_text, encode
 from regard.tokens.encoding import max_positions
 
 
@@ -28,6 +28,7 @@ def sweep_text(
     layers: Layers | None = None,
     heads: Heads | Mapping[Any, Heads] | None = None,
     max_tokens: int | None = None,
+    chat: bool = False,
     progress: Callable[[str, int], None] = lambda path, total: None,
 ) -> SweepResult:
     """Sweep over the heads of a causal language model that reads a text.
@@ -48,11 +49,12 @@ def sweep_text(
         layers: as for `regard.sweep`.
         heads: as for `regard.sweep`.
         max_tokens: read so many tokens of the text and no more.
+        chat: the text, and the other one, is a user's message, and is read in the tokenizer's chat template.
         progress: as for `regard.sweep`.
 
     Raises:
-        ValueError: as `regard.sweep` and `regard.tokens.encode`; a wrong answer that the right one begins with, or the other
-            way round; an answer that changes how the end of the text is read.
+        ValueError: as `regard.sweep`, `regard.tokens.chat_text` and `regard.tokens.encode`; a wrong answer that the right
+            one begins with, or the other way round; an answer that changes how the end of the text is read.
 
     >>> import regard
     >>> model, tokenizer = regard.mini()
@@ -60,14 +62,16 @@ def sweep_text(
     >>> found.dataset.attrs["metric"]
     "log-probability of ' 48213'"
     """
-    ids = _encoded(model, tokenizer, text, max_tokens)
-    right, other = (_continuation(tokenizer, text, ids, words, max_tokens) for words in (answer, wrong))
+    text = chat_text(tokenizer, text) if chat else text
+    ids = _encoded(model, tokenizer, text, max_tokens, chat)
+    right, other = (_continuation(tokenizer, text, ids, words, max_tokens, chat) for words in (answer, wrong))
     metric, read, said = _metric(tokenizer, ids, right, other, answer)
     given = _inputs(model, tokenizer, read)
     other_given = None
     if source is not None:
         further = [] if kind == "mean" else read[len(ids) :]  # what was read of the answer, in both runs
-        other_given = _inputs(model, tokenizer, _encoded(model, tokenizer, source, max_tokens) + further)
+        source = chat_text(tokenizer, source) if chat else source
+        other_given = _inputs(model, tokenizer, _encoded(model, tokenizer, source, max_tokens, chat) + further)
     found = sweep(
         model, given, metric, kind=kind, by=by, source=other_given, layers=layers, heads=heads, progress=progress
     )
@@ -75,22 +79,24 @@ def sweep_text(
     return found
 
 
-def _encoded(model: Module, tokenizer: Any, text: str, max_tokens: int | None) -> list[int]:
+def _encoded(model: Module, tokenizer: Any, text: str, max_tokens: int | None, chat: bool) -> list[int]:
     """The tokens of a text, without those that a tokenizer puts behind it."""
-    (encoded,) = encode(model, tokenizer, text, max_tokens=max_tokens)
+    (encoded,) = encode(model, tokenizer, text, max_tokens=max_tokens, add_special_tokens=not chat)
     ids: list[int] = encoded.inputs["input_ids"][0].tolist()
     while bool(encoded.special[len(ids) - 1]):
         ids.pop()
     return ids
 
 
-def _continuation(tokenizer: Any, text: str, ids: list[int], words: str | None, max_tokens: int | None) -> list[int]:
+def _continuation(
+    tokenizer: Any, text: str, ids: list[int], words: str | None, max_tokens: int | None, chat: bool
+) -> list[int]:
     """The tokens that words add to a text."""
     if words is None:
         return []
     if max_tokens is not None:
         raise ValueError("an answer stands at the end of the text, which --max-tokens may cut off; give one of them")
-    whole = tokenizer(text + words, verbose=False)["input_ids"]
+    whole = tokenizer(text + words, add_special_tokens=not chat, verbose=False)["input_ids"]
     after = whole[len(ids) :]
     special = set(tokenizer.all_special_ids)
     while after and after[-1] in special:

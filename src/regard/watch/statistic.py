@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from regard.maps import TokenMap
+from regard.notation import differs
 from regard.runtime import Call
 from regard.tokens import Where
 
@@ -51,6 +53,12 @@ class Statistic:
     units: ClassVar[str] = "share of attention"
     places: ClassVar[tuple[str, ...]] = ()
     """The arguments that are positions in the text, or name several."""
+
+    def __repr__(self) -> str:
+        """The statistic as one would write it, without arguments left at their default."""
+        parameters, own = signature(type(self)).parameters, vars(self)
+        given = {name: own[name] for name, it in parameters.items() if name in own and differs(own[name], it.default)}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def named_positions(self) -> dict[str, Where]:
         """The chosen positions, by what errors call them."""

@@ -56,7 +56,7 @@ def spans(batch: Sequence[Example]) -> Tensor:
 class Steered:
     """A method that is ready: its edits for a batch of texts of one length, and how they are applied."""
 
-    setting: str = ""
+    setting: str
 
     def edits(self, batch: Sequence[Example]) -> Sequence[Edit]:
         """None, plainly."""
@@ -92,8 +92,8 @@ class Steered:
 class Highlighted(Steered):
     """Reweight or Redistribute, on every head."""
 
-    kind: str = "Reweight"
-    by: float = 2.0
+    kind: str
+    by: float
 
     def edits(self, batch: Sequence[Example]) -> Sequence[Edit]:
         if self.kind == "Reweight":
@@ -105,7 +105,7 @@ class Highlighted(Steered):
 class Always(Steered):
     """Edits that do not depend on the text."""
 
-    made: Sequence[Edit] = ()
+    made: Sequence[Edit]
 
     def edits(self, batch: Sequence[Example]) -> Sequence[Edit]:
         return self.made
@@ -115,8 +115,8 @@ class Always(Steered):
 class RestOfPrompt(Steered):
     """PASTA, and steering to the user's context: all but the passage loses weight, on chosen heads."""
 
-    edit: Callable[..., Edit] = pasta
-    alpha: float = 0.01
+    edit: Callable[..., Edit]
+    alpha: float
     heads: Sequence[Head] | None = None
 
     def edits(self, batch: Sequence[Example]) -> Sequence[Edit]:
@@ -136,13 +136,12 @@ class Twice(Always):
 class Injected(Steered):
     """Soft Injection: the demonstrations are left out."""
 
-    injection: SoftInjection | None = None
+    injection: SoftInjection
 
     def read(self, case: Case) -> Example:
         return case.bare or case.example
 
     def edits(self, batch: Sequence[Example]) -> Sequence[Edit]:
-        assert self.injection is not None
         return self.injection.edits(len(batch[0]))
 
 
@@ -150,10 +149,8 @@ class Injected(Steered):
 class Penalised(Steered):
     """OPERA's penalty, without going back."""
 
-    weight: float = 1.0
-
     def options(self, model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {"logits_processor": [OverTrustPenalty(model, inputs, weight=self.weight)]}
+        return {"logits_processor": [OverTrustPenalty(model, inputs)]}
 
 
 @dataclass(frozen=True)
@@ -245,6 +242,7 @@ def focus(bench: Bench, task: Task) -> Steered:
 
 
 def just_run_twice(bench: Bench, task: Task) -> Steered:
+    """JUICE, with one factor of those that the paper tries for each head, the middle ones."""
     sets = {"in a text": bench.few(task, 4), "alone": bench.few(TASKS[f"{task.name}, stated alone"], 4)}
     heads: JuiceHeads = find_juice_heads(bench.model, sets, enlarge=(3.0,), suppress=(-2.0,), heads=bench.heads())
     made = calibrate_juice(bench.model, bench.few(task, 16), heads, up=(0, 1, 2, 4), down=(0, 1, 2))
@@ -257,7 +255,7 @@ def inject(bench: Bench, task: Task) -> Steered:
     bare = [case.bare for case in cases if case.bare is not None]
     embedding = task_embedding(bench.model, [case.example.token_ids for case in cases[:50]])
     found = learn_soft_injection(bench.model, bare[:80], embedding, bare[80:], steps=100)
-    return Injected("no demonstrations", found)
+    return Injected("untold; plain is told", found)
 
 
 def over_trust(bench: Bench, task: Task) -> Steered:

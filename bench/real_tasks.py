@@ -16,7 +16,7 @@ from numpy.random import Generator
 from bench import real_words as known
 from bench.real_words import Part, T, half
 from regard.steer.language import Example
-from regard.tokens import locate
+from regard.tokens import chat_text, locate
 
 SEED = 14
 
@@ -87,8 +87,7 @@ class Prompts:
 
     def chat(self, asked: str, begun: str = "") -> str:
         """A user's message in the model's own template, and how the answer begins."""
-        message = [{"role": "user", "content": asked}]
-        return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)) + begun
+        return chat_text(self.tokenizer, asked) + begun
 
     def ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,6 +1,7 @@
 """Does steering help a real pretrained chat model? Every language method on the tasks that its paper has, with intervals.
 
-    python -m bench.steering_real [--quick] [--only METHOD[/TASK] ...] [--fewer TASK=NUMBER ...] [--books FOLDER] [--lengths 1024 ...] [--save]
+    python -m bench.steering_real [--quick] [--only METHOD[/TASK] ...] [--fewer TASK=NUMBER ...] [--books FOLDER]
+                                  [--lengths 1024 ...] [--dtype bfloat16] [--save]
 
 SmolLM2-135M-Instruct, prompts in its own chat template, tasks of `bench.real_tasks`. Each method is calibrated on one half of
 the templates, names, facts and words, by the search that regard has for it, and measured on the other half. Prints one table:
@@ -167,7 +168,7 @@ class Run:
     def compare(self, method: Method, task: Task) -> Comparison:
         samples = min(self.samples, self.fewer.get(task.name.split(",")[0], self.samples))
         cases = task.cases(self.prompts, "measured", samples)
-        plain = self.scores("plain", Steered(), task, cases)
+        plain = self.scores("plain", Steered("as it is"), task, cases)
         steered = self.kept(f"{method.name} for {task.name}", lambda: method.calibrate(self.bench(task), task))
         scores = self.scores(method.name, steered, task, cases)
         return Comparison(method.name, task.name, steered.setting, plain, scores, [case.group for case in cases])

@@ -152,8 +152,8 @@ def test_choices_are_counted_in_the_order_of_the_cases(llama: LlamaForCausalLM, 
         logits = [llama(input_ids=torch.tensor([list(case.example.token_ids)])).logits[0, -1] for case in cases]
     right = [float(of[case.example.answer] > of[40]) for of, case in zip(logits, cases, strict=True)]
     probability = [answer_probability(of, case.example) for of, case in zip(logits, cases, strict=True)]
-    assert measured(llama, words, Steered(), CHOICE, cases).tolist() == right
-    np.testing.assert_allclose(measured(llama, words, Steered(), CHOICE, cases, True), probability, rtol=1e-4)
+    assert measured(llama, words, Steered("plain"), CHOICE, cases).tolist() == right
+    np.testing.assert_allclose(measured(llama, words, Steered("plain"), CHOICE, cases, True), probability, rtol=1e-4)
 
 
 def test_what_is_written_is_scored(llama: LlamaForCausalLM, words: Any, cases: list[Case]) -> None:
@@ -163,7 +163,7 @@ def test_what_is_written_is_scored(llama: LlamaForCausalLM, words: Any, cases: l
         written = llama.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
         texts.append(words.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
     task = Task("written", CHOICE.make, 5, len)
-    assert measured(llama, words, Steered(), task, cases).tolist() == list(map(len, texts))
+    assert measured(llama, words, Steered("plain"), task, cases).tolist() == list(map(len, texts))
 
 
 def alone(model: LlamaForCausalLM, example: Example, *edits: Any) -> torch.Tensor:
@@ -198,7 +198,7 @@ def test_a_task_is_injected_where_nothing_is_shown(llama: LlamaForCausalLM, case
     injected = Injected("", SoftInjection({0: torch.ones(4, 8)}, {0: torch.full((4,), 0.5)}))
     read = injected.read(cases[0])
     assert read is cases[0].bare
-    assert Steered().read(cases[0]) is cases[0].example
+    assert Steered("plain").read(cases[0]) is cases[0].example
     with torch.no_grad():
         (logits,) = injected.next_logits(llama, [read])
     wanted_logits = alone(llama, read, InjectTask(torch.ones(4, 8), torch.full((4,), 0.5), 1, layers=0))
@@ -209,7 +209,7 @@ def test_a_task_is_injected_where_nothing_is_shown(llama: LlamaForCausalLM, case
 class Worth(Steered):
     """A stand-in that says what it is worth."""
 
-    worth: float = 0.0
+    worth: float
 
 
 def test_the_best_of_the_calibration_is_taken(words: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def test_examples_run_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 13
+    assert len(blocks) == 14
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
@@ -27,6 +27,7 @@ def test_examples_run_in_order(
     assert "48213" in printed.splitlines()
     assert "8193 tokens in 65536 bytes" in printed.splitlines()
     assert "(1, 4, 512, 512)" in printed.splitlines()
+    assert "4 True" in printed.splitlines()
     assert Path("seen.nc").exists()
     assert "LlamaForCausalLM" in Path("report.html").read_text(encoding="utf-8")
 

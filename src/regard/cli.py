@@ -21,6 +21,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from regard.cache.trial import Trial
+    from regard.explain.explain_text import Explained
     from regard.mixers import Mixer
     from regard.steer import SweepResult
     from regard.steer.compare import Comparison
@@ -312,6 +313,74 @@ def _show_kept(found: Trial) -> None:
     if found.missed:
         heads = ", ".join(f"layer {layer} head {head} {share:.0%}" for layer, head, share in found.missed[:5])
         out.print(Text(f"attention that went to what is dropped, where they part: {heads}", "dim"), soft_wrap=True)
+
+
+@app.command()
+def explain(
+    target: Annotated[str, typer.Option(help="How the text goes on, such as ' Mary'.")],
+    text: TextFile = None,
+    prompt: Prompt = None,
+    foil: Annotated[str | None, typer.Option(help="How else it could; what sets the two apart is explained.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Such as rollout, or 'Rollout(residual=0.3)'; repeatable.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="All explanations beside one another.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or name of a language model; by default the bundled one.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="In so many steps tokens are hidden, to see what is true.")] = 10,
+    chat: Chat = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Explain which tokens made a language model go on as it does, and measure how true the explanation is."""
+    with _errors():
+        from regard import mini
+        from regard.explain import GenericRelevance
+        from regard.explain.explain_text import every_explanation, explain_text, read_explanation
+        from regard.models import load
+
+        _quiet()
+        chosen = [read_explanation(written) for written in method or []]
+        chosen += every_explanation() if compare else []
+        content, _ = _read(text, prompt)
+        with console.status(Text(f"loading {model or mini.name}")):
+            loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
+        with _bar() as advance:
+            found = explain_text(
+                loaded,
+                tokenizer,
+                content,
+                chosen or [GenericRelevance()],
+                target=target,
+                foil=foil,
+                chat=chat,
+                steps=steps,
+                progress=advance,
+            )
+        _show_explained(found)
+
+
+def _show_explained(found: Explained) -> None:
+    """The text shaded by each explanation, its strongest tokens, and how true each is."""
+    out = Console()
+    out.print(Text(f"{found.said}: {found.plain:.4g}"), soft_wrap=True)
+    for name, scores in found.scores.items():
+        values = scores.tolist()
+        most = max([*values[1:-1], 1e-12])  # the first and the last token are looked at whatever there is to explain
+        shaded = Text()
+        for piece, score in zip(found.tokens, values, strict=True):
+            level = round(255 - 150 * min(max(score / most, 0.0), 1.0))
+            shaded.append(piece, f"black on rgb(255,{level},{level})" if level < 250 else "dim")
+        out.print(Text.assemble((f"\n{name}\n", "bold"), shaded), soft_wrap=True)
+        order = sorted(range(1, len(values) - 1), key=lambda at: -values[at])[:8]
+        out.print(Text("   ".join(f"{found.tokens[at]!r} {values[at]:.3g}" for at in order), "dim"), soft_wrap=True)
+    table = Table("explanation", "comprehensiveness", "sufficiency", "deletion", "insertion", box=box.SIMPLE)
+    for name, truth in found.truth.items():
+        measures = (truth.comprehensiveness, truth.sufficiency, truth.deletion_area, truth.insertion_area)
+        table.add_row(Text(name), *(f"{float(measure):.3g}" for measure in measures))
+    out.print(table)
+    out.print("true ones have much of the first and the last, little of the others", style="dim", highlight=False)
 
 
 @app.command()

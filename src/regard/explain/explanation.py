@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from regard.notation import written
 from regard.steer.metrics import Metric
 
 Inputs = Tensor | Mapping[str, Any]
@@ -19,6 +20,9 @@ class Explanation(ABC):
 
     It keeps nothing of a run, so that one object explains any number of them.
     """
+
+    def __repr__(self) -> str:
+        return written(self)
 
     @abstractmethod
     def explain(self, model: Module, inputs: Inputs, metric: Metric | None = None) -> Tensor:

@@ -20,7 +20,7 @@ _UNIT = 2.0**-29
 """Capacities are whole numbers of this; what a node lets through is 1 and its rounding, within 31 bits."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Flow(Explanation):
     """The largest flow from each input token to a query of the last layer, through ``Ã_l = ρ I + (1 − ρ) · mean_h P_lh``.
 

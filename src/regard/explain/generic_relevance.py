@@ -16,7 +16,7 @@ from regard.steer.metrics import Metric
 from regard.tokens import Layers
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GenericRelevance(Explanation):
     """One row of ``R_L``, with ``R_0 = I`` and ``R_l = R_{l−1} + Ā_l R_{l−1}``, ``Ā = mean_h max(∇P_h ∘ P_h, 0)``.
 

@@ -16,7 +16,7 @@ from regard.steer.metrics import Metric
 from regard.tokens import Layers
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Rollout(Explanation):
     """One row of the product of all layers, ``e_qᵀ Ã_L ⋯ Ã_1`` with ``Ã_l = ρ I + (1 − ρ) · mean_h P_lh``.
 

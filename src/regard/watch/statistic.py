@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from inspect import signature
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from regard.maps import TokenMap
-from regard.notation import differs
+from regard.notation import written
 from regard.runtime import Call
 from regard.tokens import Where
 
@@ -56,9 +55,7 @@ class Statistic:
 
     def __repr__(self) -> str:
         """The statistic as one would write it, without arguments left at their default."""
-        parameters, own = signature(type(self)).parameters, vars(self)
-        given = {name: own[name] for name, it in parameters.items() if name in own and differs(own[name], it.default)}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+        return written(self)
 
     def named_positions(self) -> dict[str, Where]:
         """The chosen positions, by what errors call them."""

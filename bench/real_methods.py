@@ -233,7 +233,7 @@ def directions(bench: Bench) -> tuple[FocusDirections, list[Head]]:
     """Learned on texts of a quarter of the length, for what is learned does not depend on it."""
     examples = [case.example for case in in_book("facts", bench.length // 4).cases(bench.prompts, "calibration", 60)]
     heads = best_heads(context_share(bench.model, examples[:12]), top=20)
-    return learn_focus_directions(bench.model, examples, epochs=4), heads
+    return learn_focus_directions(bench.model, examples, epochs=2, learning_rate=5e-3), heads
 
 
 def focus(bench: Bench, task: Task) -> Steered:

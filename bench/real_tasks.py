@@ -113,12 +113,14 @@ class Prompts:
         room -= sum(len(self.ids(f" {fact}")) for fact in facts)
         start = int(random.integers(len(sentences)))
         chosen: list[str] = []
-        while True:
-            sentence = sentences[(start + len(chosen)) % len(sentences)]
-            room -= len(self.ids(f" {sentence}"))
-            if room < 0:
+        for number in range(len(sentences) * (1 + max(room, 0))):
+            sentence = sentences[(start + number) % len(sentences)]
+            taken = len(self.ids(f" {sentence}"))
+            if taken <= room:
+                chosen.append(sentence)
+                room -= taken
+            elif chosen:  # a sentence that is too long is no end where none stands before it
                 break
-            chosen.append(sentence)
         if not chosen:
             raise ValueError(f"{len(facts)} facts leave no room for a sentence of the book")
         for place, fact in sorted(

@@ -89,7 +89,15 @@ def test_facts_stand_in_the_book_and_one_is_asked_for(task: Task, prompts: Promp
 
 def test_the_book_has_to_have_room(prompts: Prompts) -> None:
     with pytest.raises(ValueError, match="8 facts leave no room"):
-        in_book("facts", 100).cases(prompts, "measured", 1)
+        in_book("facts", 60).cases(prompts, "measured", 1)
+
+
+def test_a_sentence_that_is_too_long_is_passed_over(words: Any) -> None:
+    long = " ".join(["and so on"] * 50) + "."
+    prompts = Prompts(words, f"{long} Short. {long} Short.")
+    for case in in_book("needle", 80).cases(prompts, "measured", 6):
+        assert "Short." in text(prompts, case)
+        assert "and so on" not in text(prompts, case)
 
 
 def test_capitals_are_false_in_the_text_and_true_in_memory(prompts: Prompts) -> None:

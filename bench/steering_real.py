@@ -41,7 +41,6 @@ QUICK = (
     "Reweight/capitals",
     "Redistribute/language",
     "Temperature/choice",
-    "ZeroTuning/choice",
     "Context heads/years",
 )
 CHUNK = 100  # cases that are measured, and kept, at a time
@@ -246,7 +245,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="bfloat16 where the processor multiplies it faster")
     parser.add_argument("--only", nargs="*", default=[], metavar="METHOD[/TASK]")
     parser.add_argument("--kept", type=Path, default=Path("run/steering_real"), help="folder of what was computed")
-    parser.add_argument("--quick", action="store_true", help="five comparisons of 24 examples: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="four comparisons of 24 examples: shows that it runs")
     arguments = parser.parse_args()
     samples, calibrate = (24, 12) if arguments.quick else (arguments.samples, arguments.calibrate)
     try:

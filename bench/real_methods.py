@@ -255,7 +255,7 @@ def inject(bench: Bench, task: Task) -> Steered:
     bare = [case.bare for case in cases if case.bare is not None]
     embedding = task_embedding(bench.model, [case.example.token_ids for case in cases[:50]])
     found = learn_soft_injection(bench.model, bare[:80], embedding, bare[80:], steps=100)
-    return Injected("untold; plain is told", found)
+    return Injected("no demonstrations", found)
 
 
 def over_trust(bench: Bench, task: Task) -> Steered:

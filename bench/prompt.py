@@ -32,7 +32,7 @@ class Prompt:
 
     def __init__(self, model: Module, ids: Tensor, before: Prompt | None = None) -> None:
         self.model = model
-        self.ids = ids if before is None else torch.cat([before.ids, ids], dim=1)
+        self.ids: Tensor = ids if before is None else torch.cat([before.ids, ids], dim=1)
         self.cache = self._new_cache()
         if before is not None:
             for number, layer in enumerate(before.cache.layers):
@@ -54,7 +54,8 @@ class Prompt:
         """A cache of what the policy keeps."""
         if isinstance(policy, KVzip):
             return self._zipped(policy)
-        cache, memory = self._new_cache(), {}
+        cache = self._new_cache()
+        memory: dict[Any, Any] = {}
         with policy.beside(self.model) as beside:
             for number, (call, full) in enumerate(zip(self.calls, self.cache.layers, strict=True)):
                 layer = cache.layers[number] = KeptLayer(number, len(self.calls), OpenBlock(is_open=False))

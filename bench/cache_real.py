@@ -130,7 +130,6 @@ def families(reader: Reader) -> dict[str, Family]:
     return {
         "random": Family(Random),
         "StreamingLLM": Family(partial(StreamingLLM, **at_once), grid(sinks=(4, 1, 16))),
-        "StreamingLLM, rest merged": Family(partial(StreamingLLM, rest=Merge(), **at_once)),
         "Knorm": Family(Knorm),
         "KeyDiff": Family(KeyDiff),
         "Q-Filters": Family(lambda budget: QFilters(budget=budget, filters=reader.filters)),
@@ -139,9 +138,9 @@ def families(reader: Reader) -> dict[str, Family]:
         ),
         "TOVA": Family(partial(TOVA, **at_once)),
         "SnapKV, usual": Family(SnapKV),
-        "SnapKV": Family(SnapKV, grid(window=(32, 16, 8), kernel=(5, 9, 17), pooling=("mean", "max"))),
+        "SnapKV": Family(SnapKV, grid(window=(32, 16, 8), kernel=(5, 9, 17, 33), pooling=("mean", "max"))),
         "Task-KV": Family(
-            partial(TaskKV, sinks=4), grid(recent=(64, 16), kernel=(7, 17), heterogeneous=((0.25, 0.125), (0.5, 0.5)))
+            partial(TaskKV, sinks=4), grid(recent=(64, 16), kernel=(7, 17, 33), heterogeneous=((0.25, 0.125), (0.5, 0.5)))
         ),
         "ExpectedAttention": Family(
             ExpectedAttention, grid(future=(512, 64), covariance=(True, False), values=(True, False))
@@ -333,7 +332,7 @@ class Plan:
         return min(self.lengths)
 
 
-FULL = Plan({2048: 10, 4096: 4, 7500: 2}, calibrated=8)
+FULL = Plan({2048: 6, 4096: 3, 7500: 2}, calibrated=4)
 QUICK = Plan({512: 1}, calibrated=0, budgets=(1 / 4,), asked_before=1, sample=256)
 Row = tuple[str, float]  # a policy's name and its budget
 Found = dict[int, dict[Row, list[Measures]]]  # by length, a text's measures each

@@ -1,7 +1,7 @@
 """What compressing the cache of a pretrained language model gains and loses: every policy that chooses among text.
 
-    python -m bench.cache_real --books FOLDER [--model MODEL] [--plot FILE] [--save]      an hour on one core
-    python -m bench.cache_real --quick                                                    shows that it runs
+    python -m bench.cache_real --books FOLDER [--kvpress PYTHON] [--plot FILE] [--save]    40 minutes on one core
+    python -m bench.cache_real --quick                                                     shows that it runs
 
 In passages of books facts are hidden: one needle, and four of one kind. Each text is read once, and every policy compresses
 it at every budget: before it is known what will be asked, and with one question read too. An answer counts if each of its
@@ -15,8 +15,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import product
@@ -39,7 +41,9 @@ from training.tokenizer import books as read_books
 import regard
 from bench import real_model
 from bench.cache_texts import CALIBRATION, REPORT, Half, Question, Text, text
+from bench.other_interpreter import OtherInterpreter
 from bench.prompt import Prompt
+from bench.reading import read_apart
 from bench.results import Report, command_line
 from bench.small_models import Results
 from regard import demo
@@ -74,6 +78,9 @@ from regard.models import load
 
 BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 SEARCHED = 1 / 8  # the budget at which settings are compared
+PRESSES = (
+    "Knorm", "SnapKV", "SnapKV, by head", "ExpectedAttention", "KVzip", "TOVA", "StreamingLLM", "observed attention"
+)  # fmt: skip
 WRITTEN = 32  # tokens of what the model writes by itself
 STEPS = 8  # timed
 Settings = dict[str, Any]
@@ -134,23 +141,21 @@ def families(reader: Reader) -> dict[str, Family]:
         "KeyDiff": Family(KeyDiff),
         "Q-Filters": Family(lambda budget: QFilters(budget=budget, filters=reader.filters)),
         "observed attention": Family(
-            partial(ObservedAttention, **at_once), grid(recent=(0.5, 0.25, 0.0), average=(False, True))
+            partial(ObservedAttention, **at_once), grid(recent=(0.5, 0.0), average=(False, True))
         ),
         "TOVA": Family(partial(TOVA, **at_once)),
         "SnapKV, usual": Family(SnapKV),
         "SnapKV": Family(SnapKV, grid(window=(32, 16, 8), kernel=(5, 9, 17, 33), pooling=("mean", "max"))),
         "Task-KV": Family(
-            partial(TaskKV, sinks=4), grid(recent=(64, 16), kernel=(7, 17, 33), heterogeneous=((0.25, 0.125), (0.5, 0.5)))
+            partial(TaskKV, sinks=4), grid(recent=(64, 16), kernel=(7, 17, 33))
         ),
         "ExpectedAttention": Family(
-            ExpectedAttention, grid(future=(512, 64), covariance=(True, False), values=(True, False))
+            ExpectedAttention, grid(future=(512, 64), values=(True, False))
         ),
         "KVzip": Family(
             partial(KVzip, reader.tokenizer, chunk=500), grid(across=("model", "layer", "head"))
         ),
-        "KVzip+": Family(
-            partial(KVzip, reader.tokenizer, chunk=500, normalized=True), grid(across=("model", "layer", "head"))
-        ),
+        "KVzip+": Family(partial(KVzip, reader.tokenizer, chunk=500, normalized=True)),
         "retrieval heads": Family(
             lambda budget, full: reader.retrieval_heads(budget, full), grid(full=(0.75, 0.5, 0.9))
         ),
@@ -200,37 +205,23 @@ def reads_in_steps(policy: Policy) -> bool:
     return isinstance(policy, Quest | QAdA)
 
 
-def read_apart(model: Any, compressed: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The logits (tokens, vocabulary) of continuations of one cache, read in one pass in which none sees another."""
-    seen, number = compressed.get_seq_length(), sum(map(len, rows))
-    own = torch.block_diag(*(torch.ones(len(row), len(row)).tril() for row in rows)).bool()
-    mask = torch.cat([torch.ones(number, seen, dtype=torch.bool), own], dim=1)
-    places = torch.cat([torch.arange(seen, seen + len(row)) for row in rows])
-    ids = torch.tensor([[token for row in rows for token in row]])
-    logits: Tensor = model(
-        ids, attention_mask=mask[None, None], position_ids=places[None], past_key_values=compressed
-    ).logits[0]
-    compressed.crop(-number)
-    return list(logits.split([len(row) for row in rows]))
-
-
 def row_of(question: Question) -> list[int]:
     """A question and its answer but for the last token."""
     return [*question.ids, *question.answer[:-1]]
 
 
-def is_first_choice(logits: Tensor, question: Question) -> bool:
-    """Whether each token of the answer is that of the largest logit, after the question and what is right before it."""
-    return logits[len(question.ids) - 1 :].argmax(dim=-1).tolist() == list(question.answer)
+def is_first_choice(choices: Sequence[int], question: Question) -> bool:
+    """Whether each token of the answer is the first choice after the question and what is right before it."""
+    return list(choices[len(question.ids) - 1 :]) == list(question.answer)
 
 
 def answered_in_steps(model: Any, compressed: Any, question: Question) -> bool:
     """Whether a question is answered, read at once, and the answer token by token."""
-    logits = [model(torch.tensor([question.ids]), past_key_values=compressed).logits[0]]
-    for token in question.answer[:-1]:
-        logits.append(model(torch.tensor([[token]]), past_key_values=compressed).logits[0])
+    choices = []
+    for ids in (question.ids, *((token,) for token in question.answer[:-1])):
+        choices += model(torch.tensor([ids]), past_key_values=compressed).logits[0].argmax(dim=-1).tolist()
     compressed.crop(1 - len(question.ids) - len(question.answer))
-    return is_first_choice(torch.cat(logits), question)
+    return is_first_choice(choices, question)
 
 
 @dataclass
@@ -275,19 +266,32 @@ class Case:
                 return measures | {"right": [answered_in_steps(model, compressed, one) for one in self.text.questions]}
             if self.is_timed:
                 measures["step"] = self._step(compressed)
-            rows = [*map(row_of, self.text.questions), self.text.continuation, self.written[:-1]]
-            *answers, continued, written = read_apart(model, compressed, rows)
-        measures["right"] = [is_first_choice(*pair) for pair in zip(answers, self.text.questions, strict=True)]
-        measures["loss"] = float(functional.cross_entropy(continued[:-1].float(), torch.tensor(rows[-2][1:])))
-        measures["same"] = float((written.argmax(dim=-1) == torch.tensor(self.written[1:])).float().mean())
-        return measures
+            logits = read_apart(model, compressed, self.rows)
+        loss = functional.cross_entropy(logits[-2][:-1].float(), torch.tensor(self.rows[-2][1:]))
+        return measures | self.judged([row.argmax(dim=-1).tolist() for row in logits], float(loss))
+
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        """What is read after the text: each question, how the book goes on, and what the model writes by itself."""
+        return [*map(row_of, self.text.questions), list(self.text.continuation), self.written[:-1]]
+
+    def judged(self, choices: Sequence[Sequence[int]], loss: float) -> Measures:
+        """What first choices after each token of the rows are worth, beside the loss of the book's next tokens."""
+        right = [is_first_choice(*pair) for pair in zip(choices, self.text.questions, strict=False)]
+        same = statistics.mean(own == other for own, other in zip(choices[-1], self.written[1:], strict=True))
+        return {"right": right, "loss": loss, "same": same}
 
     def right_later(self, policy: Policy) -> list[bool]:
         """Answers alone, to questions that come after the text was compressed."""
         compressed, rows = self.prompt.compressed(policy), [row_of(one) for one in self.text.questions]
         with block(self.reader.model, policy):
-            answers = read_apart(self.reader.model, compressed, rows)
+            answers = [row.argmax(dim=-1).tolist() for row in read_apart(self.reader.model, compressed, rows)]
         return [is_first_choice(*pair) for pair in zip(answers, self.text.questions, strict=True)]
+
+    def pressed(self, presses: OtherInterpreter, name: str, budget: float) -> Measures:
+        """As `later`, with a press of kvpress."""
+        found = presses.ask(name=name, budget=budget, ids=self.text.ids, rows=self.rows)
+        return {"bytes": budget} | self.judged(found["choices"], found["losses"][-2])
 
     def right_before(self, policy: Policy, questions: Sequence[Question]) -> list[bool]:
         """Answers to questions that were read, each by itself, before the text was compressed with them."""
@@ -303,12 +307,12 @@ class Case:
         return bool(logits[0].argmax(dim=-1).tolist() == list(answer[1:]))
 
     def _step(self, compressed: Any) -> float:
-        """Seconds of a decoding step, the median."""
+        """Seconds of a decoding step, the median, of the processor."""
         token, taken = torch.tensor([self.text.continuation[:1]]), []
         for _ in range(STEPS + 2):
-            start = time.perf_counter()
+            start = time.process_time()
             self.reader.model(token, past_key_values=compressed)
-            taken.append(time.perf_counter() - start)
+            taken.append(time.process_time() - start)
         compressed.crop(-STEPS - 2)
         return statistics.median(taken[2:])
 
@@ -324,6 +328,8 @@ class Plan:
     calibrated: int
     budgets: Sequence[float] = BUDGETS
     asked_before: int = 2  # questions of each of the shortest texts, which are read with the text
+    pressed: int = 4  # texts that presses of kvpress compress
+    pressed_budgets: Sequence[float] = (1 / 4, 1 / 8)
     sample: int = 1024  # tokens of texts from which filters and heads are found
 
     @property
@@ -332,8 +338,8 @@ class Plan:
         return min(self.lengths)
 
 
-FULL = Plan({2048: 6, 4096: 3, 7500: 2}, calibrated=4)
-QUICK = Plan({512: 1}, calibrated=0, budgets=(1 / 4,), asked_before=1, sample=256)
+FULL = Plan({2048: 6, 4096: 3, 7500: 2}, calibrated=3)
+QUICK = Plan({512: 1}, calibrated=0, budgets=(1 / 4,), asked_before=1, pressed=1, sample=256)
 Row = tuple[str, float]  # a policy's name and its budget
 Found = dict[int, dict[Row, list[Measures]]]  # by length, a text's measures each
 
@@ -392,6 +398,17 @@ class Bench:
                         found.setdefault(length, {}).setdefault(row, []).append(measures)
         return found
 
+    def pressed(self, presses: OtherInterpreter) -> dict[Row, list[Measures]]:
+        """What presses of kvpress keep of the first of the shortest texts."""
+        found: dict[Row, list[Measures]] = {}
+        for number in range(self.plan.pressed):
+            case = self.case(REPORT, self.plan.shortest, number)
+            for name, budget in product(PRESSES, self.plan.pressed_budgets):
+                key = f"{self.origin}, kvpress, {self.plan.shortest} tokens, text {number}, {name}, {budget}"
+                measures = self.results.one(key, partial(case.pressed, presses, name, budget))
+                found.setdefault((f"kvpress: {name}", budget), []).append(measures)
+        return found
+
     def _measures(self, case: Case, make: Callable[[], Policy]) -> Measures:
         policy, shortest = make(), len(case.text.ids) == self.plan.shortest
         if reads_in_steps(policy) and not shortest:
@@ -444,7 +461,7 @@ def shares(measures: Sequence[Measures], what: str = "right", questions: slice =
 
 def perplexity(measures: Sequence[Measures], full: Sequence[Measures]) -> float | None:
     """That of the books' next tokens, as a ratio to the full cache's of the same texts."""
-    pairs = [(one["loss"], other["loss"]) for one, other in zip(measures, full, strict=True) if "loss" in one]
+    pairs = [(one["loss"], other["loss"]) for one, other in zip(measures, full, strict=False) if "loss" in one]
     return math.exp(statistics.mean(own - other for own, other in pairs)) if pairs else None
 
 
@@ -479,13 +496,18 @@ def table_of(found: Found, plan: Plan) -> Table:
             "" if loss is None else f"{loss:.3f}",
             f"{statistics.mean(same):.2f}" if same else "",
             _speed(found[lengths[-1]], (name, budget)),
-            f"{statistics.median(one['seconds'] for one in found[short][name, budgets[name]]):.2f}",
+            _seconds(found[short][name, budgets[name]]),
         )
     return table
 
 
 def _fraction(budget: float) -> str:
     return f"1/{round(1 / budget)}" if abs(1 / budget - round(1 / budget)) < 1e-9 else f"{budget}"
+
+
+def _seconds(measures: Sequence[Measures]) -> str:
+    """What choosing takes, the median."""
+    return f"{statistics.median(one['seconds'] for one in measures):.2f}" if "seconds" in measures[0] else ""
 
 
 def _speed(measures: Mapping[Row, Sequence[Measures]], row: Row) -> str:
@@ -613,6 +635,9 @@ def main() -> None:
     parser.add_argument("--books", type=Path, help="folder of books, .md or .txt, of 20,000 words and more each")
     parser.add_argument("--model", help="folder, .gguf file or name; by default SmolLM2-135M-Instruct, fetched once")
     parser.add_argument("--dtype", default="bfloat16", help="of weights and cache; float32 where bfloat16 is slow")
+    parser.add_argument(
+        "--kvpress", metavar="PYTHON", help="an interpreter that has kvpress, to measure its presses beside"
+    )
     parser.add_argument("--only", nargs="*", help="these policies only, and what they need")
     parser.add_argument(
         "--results", type=Path, help="where a run goes on; by default run/cache_real.jsonl, not with --quick"
@@ -644,9 +669,23 @@ def main() -> None:
         found = bench.measured({"full cache": ALL} | every, {"full cache": {}} | best(searched, every))
         if searched:
             report.show(search_table(searched, every, plan))
-        report.show(table_of(found, plan), best_table(found, plan))
+        beside = {} if arguments.kvpress is None else bench.pressed(kvpress(arguments, model, tokenizer, folder))
+        measured = found | {plan.shortest: found[plan.shortest] | beside}
+        report.show(table_of(measured, plan), best_table(found, plan))
     if arguments.plot:
         plot(found, plan).write_html(arguments.plot)
+
+
+def kvpress(arguments: Namespace, model: Any, tokenizer: Any, folder: str) -> OtherInterpreter:
+    """An interpreter that has kvpress, and the model from a folder."""
+    config = copy(model.config)
+    config.__dict__.pop("quantization_config", None)  # of the file that plain weights came from
+    plain = type(model)(config).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    threads = str(torch.get_num_threads())
+    return OtherInterpreter(arguments.kvpress, "bench.presses_real", folder, arguments.dtype, threads)
 
 
 def only(of: Mapping[str, Family], names: Sequence[str] | None) -> dict[str, Family]:

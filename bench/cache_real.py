@@ -328,6 +328,8 @@ class Plan:
     calibrated: int
     budgets: Sequence[float] = BUDGETS
     asked_before: int = 2  # questions of each of the shortest texts, which are read with the text
+    facts: int = 4  # beside the needle
+    facts_of_longer: int = 9
     pressed: int = 4  # texts that presses of kvpress compress
     pressed_budgets: Sequence[float] = (1 / 4, 1 / 8)
     sample: int = 1024  # tokens of texts from which filters and heads are found
@@ -338,7 +340,7 @@ class Plan:
         return min(self.lengths)
 
 
-FULL = Plan({2048: 6, 4096: 3, 7500: 2}, calibrated=3)
+FULL = Plan({2048: 6, 4096: 2, 7500: 1}, calibrated=3)
 QUICK = Plan({512: 1}, calibrated=0, budgets=(1 / 4,), asked_before=1, pressed=1, sample=256)
 Row = tuple[str, float]  # a policy's name and its budget
 Found = dict[int, dict[Row, list[Measures]]]  # by length, a text's measures each
@@ -354,7 +356,8 @@ class Bench:
     def case(self, half: Half, length: int, number: int) -> Case:
         """One text of a half."""
         encode = partial(self.reader.tokenizer.encode, add_special_tokens=False)
-        return Case(self.reader, text(self.books, encode, half, length, number), is_timed=number == 0)
+        facts = self.plan.facts if length == self.plan.shortest else self.plan.facts_of_longer
+        return Case(self.reader, text(self.books, encode, half, length, number, facts), is_timed=number == 0)
 
     def searched(self, of: Mapping[str, Family]) -> dict[str, dict[str, float]]:
         """The share of answers that are right by a policy's name and its settings, questions later and before alike."""
@@ -437,7 +440,7 @@ def search_table(searched: Mapping[str, Mapping[str, float]], of: Mapping[str, F
         f"settings, by answers right on {plan.calibrated} texts of the calibration half, {plan.shortest:,} tokens, "
         f"{SEARCHED:.1%} of the entries"
     )
-    table = Table("policy", "tried", "the first", "right", "the best", "right", "the worst", "right", title=title)
+    table = Table("policy", "tried", "usual", "right", "best", "best right", "worst", "worst right", title=title)
     for name, shares in searched.items():
         first, ranked = str(of[name].settings[0]), sorted(shares, key=lambda which: -shares[which])
         high = max(of[name].settings, key=lambda settings: shares[str(settings)])
@@ -469,7 +472,10 @@ def table_of(found: Found, plan: Plan) -> Table:
     """A line for each policy and budget."""
     lengths, short = list(plan.lengths), plan.shortest
     asked = ", ".join(f"{texts} texts of {length:,}" for length, texts in plan.lengths.items())
-    title = f"{asked} tokens, a needle and four facts each: answers right (95% interval), and beside the full cache"
+    title = (
+        f"{asked} tokens, a needle and {plan.facts} facts each ({plan.facts_of_longer} in longer ones): answers right (95% "
+        "interval), and beside the full cache"
+    )
     columns = ["bytes", f"needle, {short:,}", f"facts, {short:,}", *(f"all, {length:,}" for length in lengths[1:])]
     table = Table(
         "policy",

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-FACTS = 4  # of one noun, beside one of another, the needle
 CONTINUATION = 128
 Encode = Callable[[str], list[int]]
 
@@ -62,15 +61,15 @@ class Text:
         return [*self.ids, *(token for one in self.questions for token in one.ids + one.answer)]
 
 
-def text(books: Sequence[Sequence[int]], encode: Encode, half: Half, length: int, number: int) -> Text:
-    """The text of so many tokens and of this number in a half, of books as tokens.
+def text(books: Sequence[Sequence[int]], encode: Encode, half: Half, length: int, number: int, facts: int = 4) -> Text:
+    """The text of so many tokens and of this number in a half, of books as tokens, with a needle and so many facts.
 
     Raises:
         ValueError: books too short for it.
     """
     chosen = random.Random(f"{half.name} {length} {number}")
-    names = chosen.sample(half.names, FACTS + 1)
-    nouns = [half.needle, *[half.fact] * FACTS]
+    names = chosen.sample(half.names, facts + 1)
+    nouns = [half.needle, *[half.fact] * facts]
     values = [str(2 * chosen.randrange(5000, 50000) + half.odd) for _ in names]
     order = chosen.sample(range(len(names)), len(names))  # of the facts in the text
     asked = [(noun, name, value) for noun, name, value in zip(nouns, names, values, strict=True)]

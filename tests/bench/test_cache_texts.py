@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from bench.cache_texts import CALIBRATION, CONTINUATION, FACTS, REPORT, Half, Text, text
+from bench.cache_texts import CALIBRATION, CONTINUATION, REPORT, Half, Text, text
 
 import regard
 
@@ -16,16 +16,17 @@ def encode(said: str) -> list[int]:
     return ids
 
 
-def made(half: Half, number: int, length: int = 900) -> Text:
-    return text(BOOKS, encode, half, length, number)
+def made(half: Half, number: int, facts: int = 4) -> Text:
+    return text(BOOKS, encode, half, 900, number, facts)
 
 
 @pytest.mark.parametrize("half", [CALIBRATION, REPORT], ids=lambda half: half.name)
-@pytest.mark.parametrize("number", range(4))
-def test_facts_stand_where_they_are_said(half: Half, number: int) -> None:
-    one = made(half, number)
+@pytest.mark.parametrize("facts", [4, 9])
+@pytest.mark.parametrize("number", range(3))
+def test_facts_stand_where_they_are_said(half: Half, number: int, facts: int) -> None:
+    one = made(half, number, facts)
     assert len(one.ids) == 900
-    assert [question.is_needle for question in one.questions] == [True] + [False] * FACTS
+    assert [question.is_needle for question in one.questions] == [True] + [False] * facts
     for question, place in zip(one.questions, one.places, strict=True):
         asked, answer = TOKENIZER.decode(question.ids).strip(), TOKENIZER.decode(question.answer)
         said = TOKENIZER.decode([token for token in one.ids[place : place + 60] if token < 100_000])

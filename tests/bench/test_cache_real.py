@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.cache_real import Bench, Case, Family, Plan, Reader, best, is_first_choice
+from bench.cache_case import Case, is_first_choice
+from bench.cache_families import FULL, Family, Reader
+from bench.cache_plan import Plan
+from bench.cache_real import Bench, best
 from bench.cache_texts import Question, Text
 from bench.reading import read_apart
 from bench.small_models import Results
@@ -25,7 +28,7 @@ def case() -> Case:
     questions = [Question(ids(f"The code of {name} is"), ids(f" {value}"), False) for name, value in
                  (("Ada", "48213"), ("Ben", "90177"), ("Ben", "48213"))]  # fmt: skip
     text = Text((TOKENIZER.bos_token_id, *ids(said + PROSE * 3)), ids(PROSE), tuple(questions), ())
-    return Case(Reader(MODEL, TOKENIZER, []), text)
+    return Case(MODEL, text)
 
 
 @pytest.mark.parametrize("policy", [KeepAll(), SnapKV(budget=Adaptive(0.5), window=8)], ids=str)
@@ -88,16 +91,16 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     plan = Plan({256: 1}, calibrated=1, budgets=(0.5,), asked_before=1)
     book = list(ids(PROSE * 200))
     of = {
-        "full cache": Family(lambda budget: KeepAll(), budgets=(1.0,)),
+        FULL: Family(lambda budget: KeepAll(), budgets=(1.0,)),
         "SnapKV": Family(SnapKV, [{"window": 8}, {"window": 16}]),
     }
     for _ in range(2):
         bench = Bench(Reader(MODEL, TOKENIZER, []), [book], plan, Results(tmp_path / "found.jsonl"), "mini")
         searched = bench.searched(of)
-        found = bench.measured(of, {"full cache": {}} | best(searched, of))
+        found = bench.measured(of, best(searched, of))
         monkeypatch.setattr(Case, "later", None)  # nothing is measured twice
     assert set(searched["SnapKV"]) == {"{'window': 8}", "{'window': 16}"}
-    assert set(found[256]) == {("full cache", 1.0), ("SnapKV", 0.5)}
-    full, compressed = found[256]["full cache", 1.0][0], found[256]["SnapKV", 0.5][0]
+    assert set(found[256]) == {(FULL, 1.0), ("SnapKV", 0.5)}
+    full, compressed = found[256][FULL, 1.0][0], found[256]["SnapKV", 0.5][0]
     assert (full["bytes"], full["same"], compressed["bytes"]) == (1.0, 1.0, 0.5)
     assert (len(full["right"]), len(full["before"])) == (5, 1)

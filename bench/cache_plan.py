@@ -1,0 +1,33 @@
+"""How much is measured of compressed caches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bench.cache_families import BUDGETS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many texts of each length, how many settings are compared on, and at which budgets."""
+
+    lengths: Mapping[int, int]
+    calibrated: int
+    searched: float = 1 / 8  # the budget at which settings are compared
+    budgets: Sequence[float] = BUDGETS
+    asked_before: int = 2  # questions of each of the shortest texts, which are read with the text
+    facts: int = 4  # beside the needle
+    facts_of_longer: int = 9
+    pressed: int = 4  # texts that presses of kvpress compress
+    pressed_budgets: Sequence[float] = (1 / 4, 1 / 8)
+    sample: int = 1024  # tokens of texts from which filters and heads are found
+
+    @property
+    def shortest(self) -> int:
+        """The length at which settings are searched, and at which questions come before too."""
+        return min(self.lengths)
+
+
+LONG = Plan({2048: 6, 4096: 2, 7500: 1}, calibrated=3)
+QUICK = Plan({512: 1}, calibrated=0, budgets=(1 / 4,), asked_before=1, pressed=1, sample=256)

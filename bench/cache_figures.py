@@ -62,8 +62,7 @@ def table_of(found: Found, plan: Plan) -> Table:
     lengths, short = list(plan.lengths), plan.shortest
     asked = ", ".join(f"{texts} texts of {length:,}" for length, texts in plan.lengths.items())
     title = (
-        f"{asked} tokens, a needle and {plan.facts} facts each ({plan.facts_of_longer} in longer ones): answers right (95% "
-        "interval), and beside the full cache"
+        f"{asked} tokens, a needle and {plan.facts} facts each: answers right (95% interval), and beside the full cache"
     )
     columns = ["bytes", f"needle, {short:,}", f"facts, {short:,}", *(f"all, {length:,}" for length in lengths[1:])]
     table = Table(
@@ -111,6 +110,12 @@ def _speed(measures: Mapping[Row, Sequence[Measures]], row: Row) -> str:
     return f"{full / own:.2f}" if own and full else ""
 
 
+def smaller(found: Found, plan: Plan) -> list[str]:
+    """The policies that are measured at every budget, and hold less than the full cache."""
+    rows = found[plan.shortest]
+    return [name for name, budget in rows if budget == plan.budgets[0] and rows[name, budget][0]["bytes"] < 1]
+
+
 @dataclass(frozen=True)
 class Mean:
     """A policy's mean over the budgets, with the interval of a bootstrap over the texts."""
@@ -122,10 +127,9 @@ class Mean:
 
 
 def means(found: Found, plan: Plan, measure: Callable[[Measures, Measures], float | None]) -> list[Mean]:
-    """Policies that have a figure at every budget, the highest mean first."""
-    names = dict.fromkeys(name for name, budget in found[plan.shortest] if budget in plan.budgets)
+    """Of policies that hold less than the full cache, the highest mean first."""
     ranked = []
-    for name in names:
+    for name in smaller(found, plan):
         by_text: list[float] = []
         for of_length in found.values():
             full = of_length[WHOLE]
@@ -182,7 +186,7 @@ def plot(found: Found, plan: Plan) -> go.Figure:
     figure = make_subplots(cols=3, subplot_titles=panels, horizontal_spacing=0.06)
     named = {one.name for measure in RANKED.values() for one in means(found, plan, measure)[:3]}
     named |= {"SnapKV, usual", "StreamingLLM", "random", "TOVA"}
-    names = dict.fromkeys(name for name, budget in found[plan.shortest] if budget in plan.budgets)
+    names = smaller(found, plan)
     colours = dict(zip([name for name in names if name in named], qualitative.Dark24, strict=False))
     for name in sorted(names, key=lambda name: name in named):
         for column, values in enumerate(_lines(found, plan, name), start=1):

@@ -17,10 +17,9 @@ class Plan:
     searched: float = 1 / 8  # the budget at which settings are compared
     budgets: Sequence[float] = BUDGETS
     asked_before: int = 2  # questions of each of the shortest texts, which are read with the text
-    facts: int = 4  # beside the needle
-    facts_of_longer: int = 9
-    pressed: int = 4  # texts that presses of kvpress compress
-    pressed_budgets: Sequence[float] = (1 / 4, 1 / 8)
+    facts: int = 9  # of each text, beside the needle; 4 where settings are searched
+    pressed: int = 2  # texts that presses of kvpress compress
+    pressed_budgets: Sequence[float] = (1 / 4,)
     sample: int = 1024  # tokens of texts from which filters and heads are found
 
     @property
@@ -29,5 +28,5 @@ class Plan:
         return min(self.lengths)
 
 
-LONG = Plan({2048: 6, 4096: 2, 7500: 1}, calibrated=3)
-QUICK = Plan({512: 1}, calibrated=0, budgets=(1 / 4,), asked_before=1, pressed=1, sample=256)
+LONG = Plan({2048: 4, 4096: 1, 7500: 1}, calibrated=3)
+QUICK = Plan({512: 1}, calibrated=0, budgets=(1 / 4,), facts=4, asked_before=1, pressed=1, sample=256)

@@ -3,11 +3,12 @@
     python -m bench.cache_real --books FOLDER [--kvpress PYTHON] [--plot FILE] [--save]    40 minutes on one core
     python -m bench.cache_real --quick                                                     shows that it runs
 
-In passages of books facts are hidden: one needle, and four of one kind. Each text is read once, and every policy compresses
-it at every budget: before it is known what will be asked, and with one question read too. An answer counts if each of its
-tokens is the model's first choice, so that greedy decoding writes it. From the same caches: the likelihood of how the book
-goes on, and how much of what the model writes by itself with the full cache is written still. Settings of policies are
-searched on one half of the material, and all figures are of the other. A run that was interrupted goes on.
+In passages of books facts are hidden: one needle, and several of one kind. Each text is read once, and every policy
+compresses it at every budget: before it is known what will be asked, and with one question read too. An answer counts if
+each of its tokens is the model's first choice, so that greedy decoding writes it. From the same caches: the likelihood of
+how the book goes on, and how much of what the model writes by itself with the full cache is written still. Policies choose
+once, after the prompt. Their settings are searched on one half of the material, and all figures are of the other. A run
+that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from regard import demo
 from regard.cache import KVzip, Policy
 from regard.models import load
 
+CALIBRATION_FACTS = 4
 PRESSES = (
     "Knorm", "SnapKV", "SnapKV, by head", "ExpectedAttention", "KVzip", "TOVA", "StreamingLLM", "observed attention"
 )  # fmt: skip
@@ -54,7 +56,7 @@ class Bench:
     def case(self, half: Half, length: int, number: int) -> Case:
         """One text of a half."""
         encode = partial(self.reader.tokenizer.encode, add_special_tokens=False)
-        facts = self.plan.facts if length == self.plan.shortest else self.plan.facts_of_longer
+        facts = self.plan.facts if half is REPORT else CALIBRATION_FACTS
         return Case(self.reader.model, text(self.books, encode, half, length, number, facts), is_timed=number == 0)
 
     def searched(self, of: Mapping[str, Family]) -> dict[str, dict[str, float]]:
@@ -152,7 +154,10 @@ def main() -> None:
     books = [tokenizer.encode(one, add_special_tokens=False, verbose=False) for one in texts]
     plan = QUICK if arguments.quick else LONG
     encode = partial(tokenizer.encode, add_special_tokens=False)
-    samples = [text(books, encode, CALIBRATION, plan.sample, 1000 + number).with_answers for number in range(4)]
+    samples = [
+        text(books, encode, CALIBRATION, plan.sample, 1000 + number, CALIBRATION_FACTS).with_answers
+        for number in range(4)
+    ]
     with (
         torch.inference_mode(),
         TemporaryDirectory() as folder,

@@ -61,7 +61,7 @@ class Text:
         return [*self.ids, *(token for one in self.questions for token in one.ids + one.answer)]
 
 
-def text(books: Sequence[Sequence[int]], encode: Encode, half: Half, length: int, number: int, facts: int = 4) -> Text:
+def text(books: Sequence[Sequence[int]], encode: Encode, half: Half, length: int, number: int, facts: int) -> Text:
     """The text of so many tokens and of this number in a half, of books as tokens, with a needle and so many facts.
 
     Raises:

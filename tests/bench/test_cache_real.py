@@ -88,7 +88,7 @@ def test_the_best_settings_are_the_first_of_the_highest() -> None:
 
 @torch.inference_mode()
 def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan({256: 1}, calibrated=1, budgets=(0.5,), asked_before=1)
+    plan = Plan({256: 1}, calibrated=1, budgets=(0.5,), facts=4, asked_before=1)
     book = list(ids(PROSE * 200))
     of = {
         FULL: Family(lambda budget: KeepAll(), budgets=(1.0,)),

@@ -121,7 +121,7 @@ def families_around(best: Mapping[str, Settings]) -> dict[str, Family]:
     return {
         "SnapKV, by head": Family(lambda budget, floor: snap(budget=Adaptive(budget, floor)), shares),
         "SnapKV, pyramid": Family(lambda budget, beta: snap(budget=Pyramid(budget, beta)), grid(beta=(20, 2))),
-        "SnapKV, rest merged": Family(partial(snap, rest=Merge())),
+        "SnapKV, rest merged": Family(partial(snap, rest=Merge()), budgets=(1 / 4,)),
         "CriticalKV of SnapKV": Family(
             lambda budget, first: CriticalKV(snap(budget=Adaptive(budget)), first=first), grid(first=(0.5, 0.25))
         ),
@@ -140,6 +140,6 @@ def families_whole() -> dict[str, Family]:
         FULL: Family(lambda budget: KeepAll(), budgets=(1.0,)),
         "8 bits": Family(lambda budget: last(rest=Quantise(bits=8)), budgets=(1.0,)),
         "4 bits": Family(lambda budget: last(rest=Quantise(bits=4)), budgets=(1.0,)),
-        "Quest": Family(Quest),
+        "Quest": Family(Quest, budgets=(1 / 4, 1 / 16)),
         "QAdA": Family(lambda budget: QAdA(threshold=budget, recent=256), budgets=(0.9,)),
     }

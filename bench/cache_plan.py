@@ -27,6 +27,11 @@ class Plan:
         """The length at which settings are searched, and at which questions come before too."""
         return min(self.lengths)
 
+    @property
+    def longest(self) -> int:
+        """The length at which steps are timed."""
+        return max(self.lengths)
 
-LONG = Plan({2048: 4, 4096: 1, 7500: 1}, calibrated=3)
+
+LONG = Plan({2048: 3, 4096: 1, 7500: 1}, calibrated=3)
 QUICK = Plan({512: 1}, calibrated=0, budgets=(1 / 4,), facts=4, asked_before=1, pressed=1, sample=256)

@@ -28,7 +28,7 @@ from rich.progress import Progress
 from training.tokenizer import books as read_books
 
 from bench import real_model
-from bench.cache_case import Case, Measures, reads_in_steps
+from bench.cache_case import Case, Measures, goes_by_questions, reads_in_steps
 from bench.cache_families import BUDGETS, Family, Reader, Settings, families, families_around, families_whole
 from bench.cache_figures import Found, Row, best_table, plot, search_table, table_of
 from bench.cache_plan import LONG, QUICK, Plan
@@ -37,7 +37,7 @@ from bench.other_interpreter import OtherInterpreter
 from bench.results import Report, command_line
 from bench.small_models import Results
 from regard import demo
-from regard.cache import KVzip, Policy
+from regard.cache import Policy
 from regard.models import load
 
 CALIBRATION_FACTS = 4
@@ -57,7 +57,8 @@ class Bench:
         """One text of a half."""
         encode = partial(self.reader.tokenizer.encode, add_special_tokens=False)
         facts = self.plan.facts if half is REPORT else CALIBRATION_FACTS
-        return Case(self.reader.model, text(self.books, encode, half, length, number, facts), is_timed=number == 0)
+        is_timed = half is REPORT and number == 0 and length == self.plan.longest
+        return Case(self.reader.model, text(self.books, encode, half, length, number, facts), is_timed)
 
     def searched(self, of: Mapping[str, Family]) -> dict[str, dict[str, float]]:
         """The share of answers that are right by a policy's name and its settings, questions later and before alike."""
@@ -76,7 +77,7 @@ class Bench:
     def _right(self, case: Case, make: Callable[[], Policy]) -> float:
         policy = make()
         later = statistics.mean(case.right_later(policy))
-        if isinstance(policy, KVzip):
+        if not goes_by_questions(policy):
             return later
         return (later + statistics.mean(case.right_before(policy, case.text.questions[: self.plan.asked_before]))) / 2
 
@@ -117,7 +118,7 @@ class Bench:
         if reads_in_steps(policy) and not shortest:
             return {}
         measures = case.later(policy)
-        if shortest and not isinstance(policy, KVzip) and not reads_in_steps(policy):
+        if shortest and goes_by_questions(policy):
             measures["before"] = case.right_before(policy, case.text.questions[: self.plan.asked_before])
         return measures
 

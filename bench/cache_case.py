@@ -39,7 +39,7 @@ def reads_in_steps(policy: Policy) -> bool:
 
 def goes_by_questions(policy: Policy) -> bool:
     """Whether what it keeps depends on the attention of the last tokens, so that a question there is something to it."""
-    return policy.reads.attention_of != 0 or isinstance(policy, KeepAll) and not reads_in_steps(policy)
+    return policy.reads.attention_of != 0 or (isinstance(policy, KeepAll) and not reads_in_steps(policy))
 
 
 def row_of(question: Question) -> list[int]:

@@ -37,7 +37,7 @@ from bench.other_interpreter import OtherInterpreter
 from bench.results import Report, command_line
 from bench.small_models import Results
 from regard import demo
-from regard.cache import Policy
+from regard.cache import KVzip, Policy
 from regard.models import load
 
 CALIBRATION_FACTS = 4
@@ -77,7 +77,7 @@ class Bench:
     def _right(self, case: Case, make: Callable[[], Policy]) -> float:
         policy = make()
         later = statistics.mean(case.right_later(policy))
-        if not goes_by_questions(policy):
+        if isinstance(policy, KVzip):  # which would repeat the text for each question
             return later
         return (later + statistics.mean(case.right_before(policy, case.text.questions[: self.plan.asked_before]))) / 2
 

@@ -121,7 +121,7 @@ def families_around(best: Mapping[str, Settings]) -> dict[str, Family]:
     return {
         "SnapKV, by head": Family(lambda budget, floor: snap(budget=Adaptive(budget, floor)), shares),
         "SnapKV, pyramid": Family(lambda budget, beta: snap(budget=Pyramid(budget, beta)), grid(beta=(20, 2))),
-        "SnapKV, rest merged": Family(partial(snap, rest=Merge()), budgets=(1 / 4,)),
+        "SnapKV, rest merged": Family(partial(snap, rest=Merge()), budgets=(1 / 4, 1 / 16)),
         "CriticalKV of SnapKV": Family(
             lambda budget, first: CriticalKV(snap(budget=Adaptive(budget)), first=first), grid(first=(0.5, 0.25))
         ),

@@ -211,18 +211,15 @@ def plot(found: Found, plan: Plan) -> go.Figure:
 
 
 def _lines(found: Found, plan: Plan, name: str) -> list[list[tuple[float, float]]]:
-    """Percent of bytes and what came of it, for each panel."""
+    """Percent of bytes and what came of it, for each panel, of the shortest texts."""
+    rows = found[plan.shortest]
     lines: list[list[tuple[float, float]]] = [[], [], []]
     for budget in plan.budgets if name != FULL else (1.0,):
-        pairs = [
-            (own, full)
-            for of_length in found.values()
-            for own, full in zip(of_length.get((name, budget), []), of_length[WHOLE], strict=False)
-        ]
-        size = 100 * statistics.mean(own["bytes"] for own, _ in pairs)
+        measures = rows[name, budget]
+        size = 100 * statistics.mean(own["bytes"] for own in measures)
         for line, what in zip(lines, ("right", "before"), strict=False):
-            answers = [answer for own, _ in pairs for answer in own.get(what, [])]
+            answers = [answer for own in measures for answer in own.get(what, [])]
             line += [(size, 100 * statistics.mean(answers))] if answers else []
-        losses = [own["loss"] - full["loss"] for own, full in pairs if "loss" in own]
-        lines[2] += [(size, math.exp(statistics.mean(losses)))] if losses else []
+        loss = perplexity(measures, rows[WHOLE])
+        lines[2] += [] if loss is None else [(size, loss)]
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.cache_families import BUDGETS
+from bench.cache_families import BUDGETS, Family
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,18 @@ class Plan:
     calibrated: int
     searched: float = 1 / 8  # the budget at which settings are compared
     budgets: Sequence[float] = BUDGETS
+    budgets_of_longer: Sequence[float] = (1 / 4, 1 / 16)  # of texts longer than the shortest
     asked_before: int = 2  # questions of each of the shortest texts, which are read with the text
     facts: int = 9  # of each text, beside the needle; 4 where settings are searched
     pressed: int = 2  # texts that presses of kvpress compress
     pressed_budgets: Sequence[float] = (1 / 4,)
     sample: int = 1024  # tokens of texts from which filters and heads are found
+
+    def budgets_of(self, family: Family, length: int) -> Sequence[float]:
+        """At which budgets a policy compresses texts of a length."""
+        if family.budgets is not BUDGETS:
+            return family.budgets
+        return self.budgets if length == self.shortest else self.budgets_of_longer
 
     @property
     def shortest(self) -> int:

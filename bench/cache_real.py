@@ -29,7 +29,7 @@ from training.tokenizer import books as read_books
 
 from bench import real_model
 from bench.cache_case import Case, Measures, goes_by_questions, reads_in_steps
-from bench.cache_families import BUDGETS, Family, Reader, Settings, families, families_around, families_whole
+from bench.cache_families import Family, Reader, Settings, families, families_around, families_whole
 from bench.cache_figures import Found, Row, best_table, plot, search_table, table_of
 from bench.cache_plan import LONG, QUICK, Plan
 from bench.cache_texts import CALIBRATION, REPORT, Half, text
@@ -83,23 +83,18 @@ class Bench:
 
     def measured(self, of: Mapping[str, Family], chosen: Mapping[str, Settings]) -> Found:
         """What each policy keeps of the texts of the other half."""
-        rows = {
-            (name, budget): partial(family.make, budget=budget, **chosen[name])
-            for name, family in of.items()
-            for budget in (self.plan.budgets if family.budgets is BUDGETS else family.budgets)
-        }
         found: Found = {}
-        total = sum(self.plan.lengths.values()) * len(rows)
+        texts = [(length, number) for length, texts in self.plan.lengths.items() for number in range(texts)]
         with Progress(transient=True) as bar:
-            task = bar.add_task("", total=total)
-            for length, number in [(length, n) for length, texts in self.plan.lengths.items() for n in range(texts)]:
+            for length, number in bar.track(texts, description="texts"):
                 case = self.case(REPORT, length, number)
-                for row, make in rows.items():
-                    bar.update(task, advance=1, description=f"{length} tokens, text {number}, {row[0]}, {row[1]:.0%}")
-                    key = f"{self.origin}, {length} tokens, text {number}, {row[0]}, {row[1]}, {chosen[row[0]]}"
-                    measures = self.results.one(key, partial(self._measures, case, make))
-                    if measures:
-                        found.setdefault(length, {}).setdefault(row, []).append(measures)
+                for name, family in bar.track(of.items(), description=f"{length:,} tokens, text {number}"):
+                    for budget in self.plan.budgets_of(family, length):
+                        key = f"{self.origin}, {length} tokens, text {number}, {name}, {budget}, {chosen[name]}"
+                        make = partial(family.make, budget=budget, **chosen[name])
+                        measures = self.results.one(key, partial(self._measures, case, make))
+                        if measures:
+                            found.setdefault(length, {}).setdefault((name, budget), []).append(measures)
         return found
 
     def pressed(self, presses: OtherInterpreter) -> dict[Row, list[Measures]]:

@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from typer.testing import CliRunner
 
 import regard
 from regard import cli, demo
+from regard.__main__ import main as command
 from regard.look import look
 from regard.view.heads import summarize
+from regard.view.words import pieces
+from regard.watch import save
 
 runner = CliRunner()
 DOCS = Path(__file__).parent.parent / "docs"
@@ -65,6 +69,14 @@ def test_statistics_of_the_bundled_model(mini: tuple[Any, Any]) -> None:
 def test_what_the_bundled_model_was_trained_for_shows(mini: tuple[Any, Any], text: str, kind: str) -> None:
     read = (DOCS / f"{text}.txt").read_text()
     assert kind in summarize(look(*mini, read).dataset)["kind"].values
+
+
+@pytest.mark.parametrize("text", ["你好，世界。\n今天天气很好", "Antidisestablishmentarianism", "It rained.\n"])
+def test_the_report_has_the_text_as_it_was_written(mini: tuple[Any, Any], tmp_path: Path, text: str) -> None:
+    seen = look(*mini, text)
+    assert "".join(pieces(seen.dataset, 0)).removeprefix("<s>") == text
+    save(seen.dataset, tmp_path / "seen.nc")
+    assert pieces(regard.load(tmp_path / "seen.nc"), 0) == pieces(seen.dataset, 0)
 
 
 def test_windows_cover_the_whole_text(minilm: tuple[Any, Any]) -> None:
@@ -143,6 +155,10 @@ def test_layers_and_tokens_on_the_command_line(tmp_path: Path) -> None:
         (["--layers", "decoder.*"], "'decoder.*' matches no attention call; seen were layers.0.self_attn"),
         (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         (["--model", "./nothing"], "there is no folder './nothing'"),
+        (["--model", "./[/b]"], "there is no folder './[/b]'"),
+        (["--layers", "abc[/]def"], "'abc[/]def' matches no attention call"),
+        (["--device", "cuda:99"], "there is no device 'cuda:99' for PyTorch"),
+        (["--device", "gpu"], "there is no device 'gpu' for PyTorch"),
     ],
 )
 def test_errors_are_one_line(
@@ -156,3 +172,32 @@ def test_errors_are_one_line(
     assert message in result.output.replace("\n", " ")
     assert "Traceback" not in result.output
     assert not Path("report.html").exists()
+
+
+def test_errors_quote_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = runner.invoke(cli.app, ["mixers", "[/x]"])
+    assert result.exit_code == 1
+    assert "[/x]" in result.output
+    monkeypatch.setattr("regard.models.load", Mock(side_effect=ImportError('pip install "regard[report]"')))
+    assert 'error: pip install "regard[report]"' in runner.invoke(cli.app, ["look"]).output
+
+
+def test_the_version() -> None:
+    assert runner.invoke(cli.app, ["--version"]).output == f"regard {regard.__version__}\n"
+
+
+def test_the_report_is_opened_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("typer.launch", opened.append)
+    arguments = ["look", "--prompt", "It rained.", "--out", str(tmp_path / "report.html")]
+    assert runner.invoke(cli.app, arguments).exit_code == 0
+    assert opened == []
+    assert runner.invoke(cli.app, [*arguments, "--open"]).exit_code == 0
+    assert opened == [(tmp_path / "report.html").as_uri()]
+
+
+def test_an_interrupt_ends_the_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regard.cli.app", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="interrupted") as found:
+        command()
+    assert found.value.__suppress_context__

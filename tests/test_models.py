@@ -8,11 +8,20 @@ import pytest
 import torch
 import transformers as hf
 
-from regard.models import complete, load
+from regard.models import Written, load, write
 from tests.gguf_file import write_gguf
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"cannot load a model and its tokenizer from '{tmp_path}'"):
+        load(tmp_path)
+
+
+def test_weights_that_are_cut_off(tmp_path: Path, mini: tuple[Any, Any]) -> None:
+    for part in mini:
+        part.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=f"cannot load a model and its tokenizer from '{tmp_path}'"):
         load(tmp_path)
 
@@ -29,7 +38,7 @@ def test_of_a_translator_the_encoder(tmp_path: Path, minilm: tuple[Any, Any]) ->
 
 def test_nothing_to_write(mini: tuple[Any, Any]) -> None:
     model, tokenizer = mini
-    assert complete(model, tokenizer, tokenizer("A word", return_tensors="pt"), 0) == ""
+    assert write(model, tokenizer, tokenizer("A word", return_tensors="pt"), 0) == Written([], [], "")
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,27 @@ def test_importing_loads_no_method_of_a_paper_and_nothing_heavy() -> None:
     assert not {"xarray", "pandas", "transformers", "plotly", "h5py", "scipy"} & set(loaded)
 
 
+def test_importing_alone_waits_for_nothing() -> None:
+    """Help and completion on the command line are there at once; what is public is loaded when it is asked for."""
+    code = (
+        "import sys, regard, regard.cli; print('torch' in sys.modules); regard.Entropy; print('torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert found == ["False", "True"]
+
+
+def test_type_checkers_see_what_is_public() -> None:
+    (stated,) = (
+        ast.literal_eval(statement.value)
+        for statement in ast.parse(Path(regard.__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+        if isinstance(statement, ast.Assign)
+    )
+    assert sorted(stated) == sorted(regard.__all__)
+    assert {name for name in stated if getattr(regard, name) is None} == set()
+    with pytest.raises(AttributeError, match="module 'regard' has no attribute 'attend'"):
+        regard.__getattr__("attend")
+
+
 def imports(statements: Iterable[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
     """Those that run when a module is imported: not in functions, nor for type checkers alone."""
     for statement in statements:

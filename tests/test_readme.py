@@ -15,7 +15,7 @@ def test_examples_run_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 12
+    assert len(blocks) == 14
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
@@ -27,7 +27,9 @@ def test_examples_run_in_order(
     assert "48213" in printed.splitlines()
     assert "8193 tokens in 65536 bytes" in printed.splitlines()
     assert "(1, 4, 512, 512)" in printed.splitlines()
+    assert "4 True" in printed.splitlines()
     assert Path("seen.nc").exists()
+    assert "LlamaForCausalLM" in Path("report.html").read_text(encoding="utf-8")
 
 
 def test_contributing_example_is_a_statistic() -> None:
@@ -51,7 +53,7 @@ def test_contributing_example_is_a_policy(mini: tuple[Any, Any]) -> None:
     import regard
 
     text = (README.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    names: dict[str, Any] = {}
+    names: dict[str, object] = {}
     exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
     model, _ = mini
     with torch.no_grad(), regard.compress(model, names["LargeValues"](budget=4)) as cache:
@@ -64,7 +66,7 @@ def test_contributing_example_is_a_mixer() -> None:
     from tests.mixers.contract import check_mixer
 
     text = (README.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    names: dict[str, Any] = {}
+    names: dict[str, object] = {}
     exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[2], names)
     mixer = names["Hebbian"](16)
     check_mixer(mixer)

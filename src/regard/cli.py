@@ -21,6 +21,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from regard.cache.trial import Trial
+    from regard.explain.explain_text import Explained
     from regard.mixers import Mixer
     from regard.steer import SweepResult
     from regard.steer.compare import Comparison
@@ -28,12 +29,26 @@ if TYPE_CHECKING:
 console = Console(stderr=True)
 TextFile = Annotated[str | None, typer.Option(metavar="FILE", help="A text file, or - for the standard input.")]
 Prompt = Annotated[str | None, typer.Option(help="The text itself, in place of a file.")]
+Chat = Annotated[bool, typer.Option("--chat", help="The text is a message to a chat model, read in its template.")]
+Open = Annotated[bool, typer.Option("--open", help="Open the report in a browser.")]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from regard import __version__
+
+        typer.echo(f"regard {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def regard() -> None:
+def regard(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and end.")
+    ] = False,
+) -> None:
     """Run attention, see it, steer it."""
 
 
@@ -49,6 +64,7 @@ def look(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Read the first tokens only.")] = None,
     window: Annotated[bool, typer.Option(help="Read a text longer than the model in windows.")] = False,
+    open_it: Open = False,
 ) -> None:
     """Report where a model looks when it reads a text: by default a chapter of a novel."""
     with _errors():
@@ -60,7 +76,7 @@ def look(
 
         _quiet()
         content, text_name = _read(text, prompt)
-        with console.status(f"loading {model or mini.name}"):
+        with console.status(Text(f"loading {model or mini.name}")):
             loaded, tokenizer = load(model or mini.path(), device, dtype)
         with _bar() as advance:
             seen = look(
@@ -77,10 +93,10 @@ def look(
         out.write_text(seen.html(), encoding="utf-8")
         if save:
             save_dataset(seen.dataset, save)
-            console.print(f"statistics: {save.resolve()}", soft_wrap=True, highlight=False)
+            console.print(Text(f"statistics: {save.resolve()}"), soft_wrap=True)
         facts = seen.facts
         console.print(f"{facts.tokens:,} tokens, {facts.layers} layers of {facts.heads} heads, {facts.seconds:.1f} s")
-        console.print(f"report: {out.resolve().as_uri()}", soft_wrap=True, highlight=False)
+        _show_report(out, open_it)
 
 
 @app.command()
@@ -96,6 +112,11 @@ def steer(
     ] = None,
     complete: Annotated[int, typer.Option(min=0, help="Also write this many tokens.")] = 0,
     likeliest: Annotated[int, typer.Option(min=1, help="Compare this many next tokens.")] = 5,
+    heads: Annotated[
+        int | None,
+        typer.Option(min=0, help="Name so many heads that did it; by default 5, where that takes no minutes."),
+    ] = None,
+    chat: Chat = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> None:
@@ -110,10 +131,20 @@ def steer(
         if not edits:
             raise ValueError("nothing to do: give an --edit, or a --recipe")
         content, _ = _read(text, prompt)
-        with console.status(f"loading {model or mini.name}"):
+        with console.status(Text(f"loading {model or mini.name}")):
             loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
-        with console.status("reading"):
-            found = compare(loaded, tokenizer, content, edits, likeliest=likeliest, complete=complete)
+        with _bar() as advance:
+            found = compare(
+                loaded,
+                tokenizer,
+                content,
+                edits,
+                likeliest=likeliest,
+                complete=complete,
+                heads=heads,
+                chat=chat,
+                progress=advance,
+            )
         _show(found)
 
 
@@ -136,6 +167,8 @@ def sweep(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Read the first tokens only.")] = None,
+    chat: Chat = False,
+    open_it: Open = False,
 ) -> None:
     """Find the heads that matter for what a model says of a text, by changing one after the other."""
     with _errors():
@@ -146,7 +179,7 @@ def sweep(
 
         _quiet()
         content, text_name = _read(text, prompt)
-        with console.status(f"loading {model or mini.name}"):
+        with console.status(Text(f"loading {model or mini.name}")):
             loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
         with _bar() as advance:
             found = sweep_text(
@@ -160,14 +193,15 @@ def sweep(
                 source=source,
                 layers=None if layers is None else parse_layers(layers),
                 max_tokens=max_tokens,
+                chat=chat,
                 progress=advance,
             )
         out.write_text(found.html(Path(model).name if model else mini.name, text_name), encoding="utf-8")
         if save:
             found.save(save)
-            console.print(f"numbers: {save.resolve()}", soft_wrap=True, highlight=False)
+            console.print(Text(f"numbers: {save.resolve()}"), soft_wrap=True)
         _show_sweep(found, strongest)
-        console.print(f"report: {out.resolve().as_uri()}", soft_wrap=True, highlight=False)
+        _show_report(out, open_it)
 
 
 def _show_sweep(found: SweepResult, strongest: int) -> None:
@@ -215,6 +249,7 @@ def cache(
     complete: Annotated[int, typer.Option(min=0, help="Write this many tokens.")] = 20,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    chat: Chat = False,
     policies: Annotated[bool, typer.Option("--policies", help="List the policies, and do nothing else.")] = False,
 ) -> None:
     """Compress a model's key-value cache of a text, by default a chapter, and see what is kept and what is then said."""
@@ -229,10 +264,10 @@ def cache(
         _quiet()
         chosen = read_policy(policy, None if budget is None else _budget(budget))
         content, _ = _read(text, prompt)
-        with console.status(f"loading {model or mini.name}"):
+        with console.status(Text(f"loading {model or mini.name}")):
             loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
         with console.status("reading"):
-            found = trial(loaded, tokenizer, content, chosen, complete)
+            found = trial(loaded, tokenizer, content, chosen, complete, chat=chat)
         _show_kept(found)
 
 
@@ -274,9 +309,78 @@ def _show_kept(found: Trial) -> None:
         shaded.append(shown, f"black on rgb({level},{level},255)" if share else "dim")
     out.print(shaded, soft_wrap=True)
     out.print()
-    if found.plain or found.compressed:
-        for name, said in (("full cache", found.plain), ("compressed", found.compressed)):
-            out.print(Text.assemble((f"{name:>10} ", "bold"), said), soft_wrap=True)
+    _show_said(out, {"full cache": found.plain, "compressed": found.compressed}, found.shared)
+    if found.missed:
+        heads = ", ".join(f"layer {layer} head {head} {share:.0%}" for layer, head, share in found.missed[:5])
+        out.print(Text(f"attention that went to what is dropped, where they part: {heads}", "dim"), soft_wrap=True)
+
+
+@app.command()
+def explain(
+    target: Annotated[str, typer.Option(help="How the text goes on, such as ' Mary'.")],
+    text: TextFile = None,
+    prompt: Prompt = None,
+    foil: Annotated[str | None, typer.Option(help="How else it could; what sets the two apart is explained.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Such as rollout, or 'Rollout(residual=0.3)'; repeatable.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="All explanations beside one another.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or name of a language model; by default the bundled one.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="In so many steps tokens are hidden, to see what is true.")] = 10,
+    chat: Chat = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Explain which tokens made a language model go on as it does, and measure how true the explanation is."""
+    with _errors():
+        from regard import mini
+        from regard.explain import GenericRelevance
+        from regard.explain.explain_text import every_explanation, explain_text, read_explanation
+        from regard.models import load
+
+        _quiet()
+        chosen = [read_explanation(written) for written in method or []]
+        chosen += every_explanation() if compare else []
+        content, _ = _read(text, prompt)
+        with console.status(Text(f"loading {model or mini.name}")):
+            loaded, tokenizer = load(model or mini.path(), device, dtype, language=True)
+        with _bar() as advance:
+            found = explain_text(
+                loaded,
+                tokenizer,
+                content,
+                chosen or [GenericRelevance()],
+                target=target,
+                foil=foil,
+                chat=chat,
+                steps=steps,
+                progress=advance,
+            )
+        _show_explained(found)
+
+
+def _show_explained(found: Explained) -> None:
+    """The text shaded by each explanation, its strongest tokens, and how true each is."""
+    out = Console()
+    out.print(Text(f"{found.said}: {found.plain:.4g}"), soft_wrap=True)
+    for name, scores in found.scores.items():
+        values = scores.tolist()
+        most = max([*values[1:-1], 1e-12])  # the first and the last token are looked at whatever there is to explain
+        shaded = Text()
+        for piece, score in zip(found.tokens, values, strict=True):
+            level = round(255 - 150 * min(max(score / most, 0.0), 1.0))
+            shaded.append(piece, f"black on rgb(255,{level},{level})" if level < 250 else "dim")
+        out.print(Text.assemble((f"\n{name}\n", "bold"), shaded), soft_wrap=True)
+        order = sorted(range(1, len(values) - 1), key=lambda at: -values[at])[:8]
+        out.print(Text("   ".join(f"{found.tokens[at]!r} {values[at]:.3g}" for at in order), "dim"), soft_wrap=True)
+    table = Table("explanation", "comprehensiveness", "sufficiency", "deletion", "insertion", box=box.SIMPLE)
+    for name, truth in found.truth.items():
+        measures = (truth.comprehensiveness, truth.sufficiency, truth.deletion_area, truth.insertion_area)
+        table.add_row(Text(name), *(f"{float(measure):.3g}" for measure in measures))
+    out.print(table)
+    out.print("true ones have much of the first and the last, little of the others", style="dim", highlight=False)
 
 
 @app.command()
@@ -333,21 +437,42 @@ def _sees(kind: type[Mixer]) -> str:
 
 
 def _show(found: Comparison) -> None:
-    """Edits, then next tokens and completions side by side."""
+    """Edits, the tokens at which the completions part, the completions side by side, and the heads that did it."""
     out = Console()
     for edit in found.edits:
-        out.print(str(edit), highlight=False, markup=False)
+        out.print(Text(str(edit)), soft_wrap=True)
+    if found.shared:
+        out.print(Text(f"\nafter {found.shared!r}, where the completions part:"), soft_wrap=True)
     table = Table("next token", "plain", "steered", box=box.SIMPLE)
     for token, plain in found.plain.probabilities.items():
         steered = found.steered.probabilities[token]
         colour = "green" if steered > plain else "red"
         table.add_row(Text(repr(token)), f"{plain:.1%}", Text(f"{steered:.1%}", colour if steered != plain else ""))
     out.print(table)
-    if found.plain.completion or found.steered.completion:
-        for name, said in (("plain", found.plain), ("steered", found.steered)):
-            out.print(Text.assemble((f"{name:>8} ", "bold"), said.completion), soft_wrap=True)
-        if found.shared and found.plain.completion != found.steered.completion:
-            out.print(f"both begin with {found.shared!r}: later tokens differ", highlight=False, markup=False)
+    _show_said(out, {"plain": found.plain.completion, "steered": found.steered.completion}, found.shared)
+    if found.heads:
+        out.print(
+            Text(
+                "\nheads that did most: each alone as in the steered run, and what that adds to the steered token's lead"
+            )
+        )
+        for one in found.heads:
+            out.print(Text(f"{one.change:>+8.2f}  {one.layer} head {one.head}"), soft_wrap=True)
+
+
+def _show_said(out: Console, completions: Mapping[str, str], shared: str) -> None:
+    """Completions one under the other, what they share in a fainter colour."""
+    if not any(completions.values()):
+        return
+    for name, said in completions.items():
+        alike = len(shared) if said.startswith(shared) else 0
+        out.print(Text.assemble((f"{name:>10} ", "bold"), (said[:alike], "dim"), said[alike:]), soft_wrap=True)
+
+
+def _show_report(file: Path, open_it: bool) -> None:
+    console.print(Text(f"report: {file.resolve().as_uri()}"), soft_wrap=True)
+    if open_it:
+        typer.launch(file.resolve().as_uri())
 
 
 def _quiet() -> None:
@@ -383,7 +508,7 @@ def _read(file: str | None, prompt: str | None) -> tuple[str, str]:
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int | None], None]]:
     """A bar that one call for each layer moves on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("reading", total=None)
         yield lambda path, total: progress.update(task, description=path, total=total, advance=1)
@@ -395,10 +520,5 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (ImportError, IndexError, OSError, RuntimeError, TypeError, ValueError) as error:
-        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from error
-
-
-def main() -> None:
-    """The ``regard`` command."""
-    app()

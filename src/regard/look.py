@@ -16,7 +16,7 @@ from torch.nn import Module
 
 import regard
 from regard.runtime import AttentionCall, Proceed, Site, entered
-from regard.tokens import Encoded, Layers, Selection, encode
+from regard.tokens import Encoded, Layers, Selection, encode, spelling_of
 from regard.view import RunFacts, report
 from regard.watch import At, Entropy, Mass, MeanDistance, Pooled, Received, watch, with_tokens
 
@@ -72,7 +72,7 @@ def look(
     counter = _Progress(progress, len(windows) * depth if depth and layers is None else None, layers)
     recorded = [_record(model, tokenizer, encoded, layers, counter) for encoded in windows]
     tokens = [tokenizer.convert_ids_to_tokens(encoded.inputs["input_ids"][0].tolist()) for encoded in windows]
-    dataset = with_tokens(xarray.concat(recorded, "batch", join="outer"), tokens)
+    dataset = with_tokens(xarray.concat(recorded, "batch", join="outer"), tokens, spelling_of(tokenizer))
     device = next(model.parameters()).device
     facts = RunFacts(
         model=model_name or type(model).__name__,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ def load(
 
     Raises:
         ImportError: transformers is not installed, or for a .gguf file what reads it.
-        ValueError: a dtype of another name; a model that is not there or cannot be loaded.
+        ValueError: a dtype of another name; a device that is not here; a model that is not there or cannot be loaded.
 
     >>> import regard
     >>> model, tokenizer = load(regard.mini.path(), language=True)
@@ -35,22 +37,34 @@ def load(
     'LlamaForCausalLM'
     """
     try:
+        from safetensors import SafetensorError
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError('loading models needs transformers: pip install "regard[hf]"') from error
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    _check_device(device)
     numbers = _DTYPES["float32"] if dtype is None and device == "cpu" else _DTYPES.get(dtype or "", "auto")
     place, file = _place(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **file)
         kind = AutoModelForCausalLM if language else AutoModel
         loaded = kind.from_pretrained(place, attn_implementation="sdpa", dtype=numbers, **file)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"cannot load a model and its tokenizer from {str(model)!r}: {error}") from error
     if loaded.config.is_encoder_decoder and not language:
         loaded = loaded.get_encoder()
     return loaded.eval().to(device), tokenizer
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that is not here before anything is loaded."""
+    accelerator = torch.accelerator.current_accelerator()
+    here = ["cpu"]
+    if accelerator is not None:
+        here += [accelerator.type, *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()))]
+    if device not in here:
+        raise ValueError(f"there is no device {device!r} for PyTorch {torch.__version__} here, only {', '.join(here)}")
 
 
 def _place(model: str | Path) -> tuple[str | Path, dict[str, str]]:
@@ -68,8 +82,17 @@ def _place(model: str | Path) -> tuple[str | Path, dict[str, str]]:
     return path if path.is_dir() else model, {}
 
 
-def complete(model: Any, tokenizer: Any, inputs: dict[str, Tensor], tokens: int) -> str:
-    """The text of so many tokens that a model writes on, greedily.
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote: ``tokens``, the ``logits`` (vocabulary,) from which each was chosen, and the ``text`` of it."""
+
+    tokens: list[int]
+    logits: list[Tensor]
+    text: str
+
+
+def write(model: Any, tokenizer: Any, inputs: Mapping[str, Tensor], tokens: int) -> Written:
+    """The likeliest token after a text, so many times; fewer where the model ends the text.
 
     Args:
         model: a causal language model of transformers.
@@ -80,11 +103,25 @@ def complete(model: Any, tokenizer: Any, inputs: dict[str, Tensor], tokens: int)
     >>> import regard
     >>> model, tokenizer = regard.mini()
     >>> inputs = tokenizer("The code of Ada is 48213. They slept. The code of Ada is", return_tensors="pt")
-    >>> complete(model, tokenizer, inputs, 6)
+    >>> write(model, tokenizer, inputs, 6).text
     ' 48213'
     """
     if not tokens:
-        return ""
+        return Written([], [], "")
     with torch.inference_mode():
-        written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        written = model.generate(
+            **inputs, max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    found = written.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    logits = [row[0].float().cpu() for row in written.logits]
+    return Written(found, logits, str(tokenizer.decode(found, skip_special_tokens=True)))
+
+
+def parting(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The first place at which two texts' tokens differ; None if there is none.
+
+    >>> parting([1, 2, 3], [1, 2, 4]), parting([1, 2], [1, 2])
+    (2, None)
+    """
+    pairs = zip(one, other, strict=False)
+    return next((number for number, (token, its) in enumerate(pairs) if token != its), None)

@@ -7,8 +7,10 @@ import builtins
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
-from inspect import isabstract
+from inspect import isabstract, signature
 from typing import Any
+
+from torch import Tensor
 
 from regard import masks
 from regard.masks import Mask
@@ -97,6 +99,29 @@ def _subclasses(kind: Any) -> Iterator[Any]:
     for subclass in kind.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
+
+
+def differs(value: Any, default: Any) -> bool:
+    """Whether an argument is to be written: it is something else than its default.
+
+    >>> differs(0.3, 0.3), differs([0], None)
+    (False, True)
+    """
+    return value is not default and not (
+        isinstance(value, type(default)) and not isinstance(value, Tensor) and value == default
+    )
+
+
+def written(made: object) -> str:
+    """What was made of a class as one would write it, without arguments left at their default; they are its attributes.
+
+    >>> import regard
+    >>> written(regard.Sinks(threshold=0.5))
+    'Sinks(threshold=0.5)'
+    """
+    parameters, own = signature(type(made)).parameters, vars(made)
+    given = {name: own[name] for name, it in parameters.items() if name in own and differs(own[name], it.default)}
+    return f"{type(made).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
 
 def rule(text: str) -> Mask:

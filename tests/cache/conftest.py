@@ -5,6 +5,9 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+import regard
+from regard.cache import Policy
+
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0,
          "bos_token_id": 1, "eos_token_id": None}  # fmt: skip
 GROUPED = SMALL | {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
@@ -47,3 +50,15 @@ def texts(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
     ids = torch.randint(3, 97, (len(lengths), longest), generator=torch.Generator().manual_seed(seed))
     mask = torch.stack([torch.arange(longest) >= longest - length for length in lengths]).long()
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def watched_as_unwatched(model: hf.PreTrainedModel, inputs: dict[str, Tensor], policy: Policy) -> None:
+    """A compressed model writes the same while it is watched, with beams too."""
+    options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for beams in (1, 2):
+        with regard.compress(model, policy):
+            plain = model.generate(**inputs, **options, num_beams=beams)
+        with regard.compress(model, policy), regard.watch(model, regard.Entropy()):
+            seen = model.generate(**inputs, **options, num_beams=beams)
+        assert torch.equal(plain.sequences, seen.sequences)
+        torch.testing.assert_close(torch.stack(plain.logits), torch.stack(seen.logits), atol=1e-4, rtol=1e-3)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import regard
 from regard.cache import Knorm, Policy, QAdA, SnapKV, StreamingLLM
-from tests.cache.conftest import texts
+from tests.cache.conftest import texts, watched_as_unwatched
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
          "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}  # fmt: skip
@@ -98,15 +98,7 @@ def test_steps_attend_to_what_is_left(name: str, implementation: str, lengths: t
 @pytest.mark.parametrize("policy", [StreamingLLM(budget=6, sinks=2), SnapKV(budget=6, window=2, kernel=3)], ids=str)
 @pytest.mark.parametrize("name", [*LATENTS, *SHARED])
 def test_generation_watched_is_as_unwatched(name: str, policy: Policy) -> None:
-    model, inputs = model_of((LATENTS | SHARED)[name]), texts(12, 7)
-    options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    for beams in (1, 2):
-        with regard.compress(model, policy):
-            plain = model.generate(**inputs, **options, num_beams=beams)
-        with regard.compress(model, policy), regard.watch(model, regard.Entropy()):
-            seen = model.generate(**inputs, **options, num_beams=beams)
-        assert torch.equal(plain.sequences, seen.sequences)
-        torch.testing.assert_close(torch.stack(plain.logits), torch.stack(seen.logits), atol=1e-4, rtol=1e-3)
+    watched_as_unwatched(model_of((LATENTS | SHARED)[name]), texts(12, 7), policy)
 
 
 @pytest.mark.parametrize("name", SHARED)

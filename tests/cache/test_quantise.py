@@ -14,7 +14,7 @@ from torch import Tensor
 import regard
 from regard.cache import AfterPrompt, Every, KeepAll, Knorm, Policy, Quantise, SnapKV, StreamingLLM, Unread
 from regard.cache.packed import Packed
-from tests.cache.conftest import decoder, texts
+from tests.cache.conftest import decoder, texts, watched_as_unwatched
 from tests.cache.test_families import LATENTS, SHARED, model_of
 
 LLAMA = decoder("llama")
@@ -138,15 +138,7 @@ def test_what_is_unread_is_in_memory_and_may_come_back() -> None:
 def test_models_of_every_kind(name: str, policy: Policy) -> None:
     """Generation watched is as unwatched, with beams too; and what is less than whole does matter, or is near."""
     model = LLAMA if name == "llama" else model_of((LATENTS | SHARED)[name])
-    inputs = texts(14, 9)
-    options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    for beams in (1, 2):
-        with regard.compress(model, policy):
-            plain = model.generate(**inputs, **options, num_beams=beams)
-        with regard.compress(model, policy), regard.watch(model, regard.Entropy()):
-            seen = model.generate(**inputs, **options, num_beams=beams)
-        assert torch.equal(plain.sequences, seen.sequences)
-        torch.testing.assert_close(torch.stack(plain.logits), torch.stack(seen.logits), atol=1e-4, rtol=1e-3)
+    watched_as_unwatched(model, texts(14, 9), policy)
 
 
 @pytest.mark.parametrize("name", ["llama", *LATENTS])

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.nn import Module
 from typer.testing import CliRunner
 
+import regard
 from regard import cli
 from regard.cache import KeepAll, StreamingLLM
 from regard.cache.trial import trial
@@ -26,6 +28,21 @@ def test_shares_tell_what_is_kept(mini: tuple[Module, Any]) -> None:
     assert trial(model, tokenizer, TEXT, KeepAll(), complete=6).compressed == " 48213"
 
 
+def test_what_was_dropped_had_been_looked_at(mini: tuple[Module, Any]) -> None:
+    model, tokenizer = mini
+    found = trial(model, tokenizer, TEXT, StreamingLLM(budget=10, sinks=2), complete=6)
+    ids = tokenizer(TEXT + found.shared, return_tensors="pt")["input_ids"]
+    dropped = range(2, len(found.tokens) - 8)
+    with torch.no_grad(), regard.watch(model, regard.Mass({"dropped": dropped})) as seen:
+        model(ids)
+    mass = seen.dataset().mass.sel(segment="dropped").isel(batch=0, query=-1)
+    assert len(found.missed) == mass.size
+    for layer, head, share in found.missed:
+        assert share == pytest.approx(float(mass[layer, head]), abs=1e-5)
+    assert [share for *_, share in found.missed] == sorted((share for *_, share in found.missed), reverse=True)
+    assert found.missed[0][2] > 0.99
+
+
 def test_command_line(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXT + "\n")
@@ -37,6 +54,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert "full cache  48213" in result.output
     assert "compressed " in result.output
     assert "The·" in result.output
+    assert "attention that went to what is dropped, where they part: layer " in result.output
 
 
 @pytest.mark.parametrize(

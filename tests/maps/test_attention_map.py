@@ -343,6 +343,7 @@ def test_inputs_that_are_refused() -> None:
     refused(ValueError, "query has 4 heads and key 2; pass enable_gqa=True", key=normal(2, 2, 7, 8))
     refused(ValueError, "divisible by key heads, got 4 and 3", key=normal(2, 3, 7, 8), enable_gqa=True)
     refused(TypeError, "dtype torch.int64", query=torch.ones(2, 4, 5, 8, dtype=torch.long))
+    refused(TypeError, "query must be a torch.Tensor, got ndarray", query=normal(2, 4, 5, 8).numpy())
     refused(TypeError, "share a dtype, got torch.float64 and torch.float32", query=normal(2, 4, 5, 8).double())
     refused(ValueError, r"attn_mask of shape \(3, 7\) does not broadcast to \(2, 4, 5, 7\)", attn_mask=normal(3, 7))
     refused(TypeError, "boolean .* or floating point", attn_mask=torch.ones(5, 7, dtype=torch.long))

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import regard
 from bench import real_model
 from regard.cli import app
-from regard.models import complete
+from regard.models import write
 
 pytestmark = pytest.mark.real
 STORY = (
@@ -31,7 +31,7 @@ STORY = (
 )
 def test_it_knows(smollm: tuple[Module, Any], prompt: str, answer: str) -> None:
     model, tokenizer = smollm
-    assert complete(model, tokenizer, tokenizer(prompt, return_tensors="pt"), 3).startswith(answer)
+    assert write(model, tokenizer, tokenizer(prompt, return_tensors="pt"), 3).text.startswith(answer)
 
 
 def test_every_head_is_seen_as_stored_attention_has_it(smollm: tuple[Module, Any]) -> None:
@@ -82,7 +82,7 @@ def test_who_is_hidden_is_not_named(smollm: tuple[Module, Any]) -> None:
     prompt = "When Mary and John went to the store, John gave a drink to"
     inputs = tokenizer(prompt, return_tensors="pt")
     with regard.steer(model, regard.Reweight(keys=regard.tokens.locate("Mary", prompt, tokenizer), by=0.0)):
-        written = complete(model, tokenizer, inputs, 1)
+        written = write(model, tokenizer, inputs, 1).text
     assert written != " Mary"
 
 

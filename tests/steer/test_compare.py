@@ -80,7 +80,10 @@ def test_command_line_says_where_completions_part() -> None:
     result = runner.invoke(cli.app, ["steer", "--prompt", text, "--edit", edit, "--complete", "6"])
     assert "plain  48213" in result.output
     assert "steered  70455" in result.output
-    assert "both begin with ' ': later tokens differ" in result.output
+    assert "after ' ', where the completions part:" in result.output
+    table = {row.split()[0]: row.split()[1:] for row in result.output.splitlines() if row.strip().startswith("'")}
+    assert [float(share.rstrip("%")) > 90 for share in (*table["'4'"], *table["'7'"])] == [True, False, False, True]
+    assert "model.layers.3.self_attn head 5" in result.output
 
 
 def test_recipes_are_json(tmp_path: Path) -> None:

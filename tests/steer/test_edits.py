@@ -296,6 +296,8 @@ def test_what_steer_refuses() -> None:
         regard.steer(None)
     with pytest.raises(TypeError, match=r"got <class .*Gate'>\(…\)"):
         regard.steer(None, regard.Gate)
+    with pytest.raises(ValueError, match="Custom needs a function, in Python, got 'x'"):
+        regard.parse_edit('Custom(function="x")')
     with pytest.raises(TypeError, match=r"needs an nn\.Module"):
         regard.steer("gpt2", regard.Gate(0))
     with pytest.raises(RuntimeError, match="no attention call was seen"), regard.steer(None, regard.Gate(0)):

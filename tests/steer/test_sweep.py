@@ -191,6 +191,19 @@ def test_patching_a_run_with_itself_changes_nothing(llama: LlamaForCausalLM, pad
     assert float(abs(found.change).max()) < 1e-12
 
 
+def test_patch_from_a_captured_run(tiny: Tiny, x: Tensor) -> None:
+    with torch.no_grad(), regard.steer(tiny, regard.Temperature(3.0)), regard.capture(tiny, outputs=True) as source:
+        tiny(x)
+    outputs = [source.at(path).output for path in source.paths]
+    by_hand(tiny, x, outputs, regard.sweep(tiny, x, last_sum, kind="patch", source=source))
+    with torch.no_grad(), regard.capture(tiny) as bare:
+        tiny(x)
+    with pytest.raises(ValueError, match=r"has no outputs: regard\.capture\(model, outputs=True\) keeps them"):
+        regard.sweep(tiny, x, last_sum, kind="patch", source=bare)
+    with pytest.raises(ValueError, match=r'a captured run is a source of kind="patch" alone, got kind=\'mean\''):
+        regard.sweep(tiny, x, last_sum, kind="mean", source=source)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_resampling_takes_the_outputs_of_another_text(tiny: Tiny, x: Tensor, seed: int) -> None:
     found = regard.sweep(tiny, x, last_sum, kind="resample", seed=seed)

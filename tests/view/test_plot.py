@@ -31,6 +31,14 @@ def test_tokens_is_a_mean_over_the_heads_there_are(small: xr.Dataset) -> None:
     np.testing.assert_allclose(figure.data[0].y, small["received"].values[1, 0, :2].mean(0))
 
 
+def test_the_axis_of_tokens_ends_where_shares_are_faint() -> None:
+    received = np.array([1.0, 1e-24, 0.5]).reshape(1, 1, 1, 3)
+    figure = Plot(xr.Dataset({"received": (("layer", "batch", "head", "key"), received)})).tokens()
+    assert figure.layout.yaxis.range == (-4, 0)
+    figure = Plot(xr.Dataset({"received": (("layer", "batch", "head", "key"), 50 * received)})).tokens()
+    assert figure.layout.yaxis.range[1] == pytest.approx(np.log10(50))
+
+
 def test_tokens_are_labelled_as_text(small: xr.Dataset) -> None:
     assert Plot(small).tokens().data[0].text[:3] == ("the", "par", "rot")
 

@@ -1,7 +1,9 @@
 """Each statistic, against the dense matrix."""
 
 from collections.abc import Mapping
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,11 +227,45 @@ def test_recordings_are_saved_and_loaded(tensors: tuple[Tensor, ...], tmp_path: 
 
 def test_tokens_must_fit(tensors: tuple[Tensor, ...]) -> None:
     recording = seen(tensors, regard.Entropy())
-    assert recording.dataset(tokens=["a", "b"]).query_token[0].values.tolist() == ["a", "b", *[""] * (TOKENS - 2)]
+    rows = [["a", "b"], ["c"] * TOKENS]
+    assert recording.dataset(tokens=rows).query_token.values.tolist() == [["a", "b", *[""] * (TOKENS - 2)], rows[1]]
+    with pytest.raises(ValueError, match="2 tokens, the dataset 11 positions along 'query'"):
+        recording.dataset(tokens=["a", "b"])
     with pytest.raises(ValueError, match="12 tokens, the dataset 11 positions along 'query'"):
         recording.dataset(tokens=["a"] * 12)
     with pytest.raises(ValueError, match="tokens has 3 rows, the dataset a batch of 2"):
         recording.dataset(tokens=[["a"], ["b"], ["c"]])
+
+
+def test_a_tokenizer_labels_what_is_recorded(mini: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = mini
+    inputs = tokenizer("It rained all day.", return_tensors="pt")
+    with regard.watch(model, regard.Received(), tokenizer=tokenizer) as seen:
+        written = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0]
+    read = tokenizer.convert_ids_to_tokens(written[:-1])  # the last one is never read
+    assert seen.dataset().key_token[0].values.tolist() == read
+    shown = [unescape(text) for text in seen.plot.tokens().data[0].text]
+    assert shown[:7] == [tokenizer.decode(token).strip() for token in written[:7]]
+    seen.save(tmp_path / "seen.nc")
+    assert regard.load(tmp_path / "seen.nc").key_token.attrs["spelling"] == "byte-level"
+    with regard.watch(model, regard.Received(), tokenizer=tokenizer) as twice, torch.no_grad():
+        model(**inputs)
+        model(inputs["input_ids"][:, :4])
+    assert "key_token" not in twice.dataset().coords
+
+
+def test_what_they_are_is_shown(mini: tuple[Any, Any]) -> None:
+    model, tokenizer = mini
+    statistics = (regard.Entropy(), regard.Received(queries=[-1]), regard.Sinks(0.5), regard.At("own", two_back=-2))
+    said = "Entropy(), Received(queries=[-1]), Sinks(threshold=0.5), At(targets={'own': 'own', 'two_back': -2})"
+    watched = regard.watch(model, *statistics)
+    assert repr(watched) == f"watch(LlamaForCausalLM, {said})"
+    with watched as seen, torch.no_grad():
+        assert repr(seen) == f"Recording of nothing yet: {said}"
+        model(tokenizer("It rained.", return_tensors="pt")["input_ids"])
+    assert repr(seen) == f"Recording of 4 layers: {said}"
+    assert repr(regard.watch(regard.Entropy())) == "watch(Entropy())"
+    assert repr(regard.steer(None, regard.Gate(0))) == "steer(Gate(by=0))"
 
 
 def test_words_that_netcdf_cannot_hold_are_read_back(tensors: tuple[Tensor, ...], tmp_path: Path) -> None:
@@ -239,8 +275,8 @@ def test_words_that_netcdf_cannot_hold_are_read_back(tensors: tuple[Tensor, ...]
     read, wanted = regard.load(tmp_path / "seen.nc"), recording.dataset(words)
     assert read.query_token.values.tolist() == [words, words]
     assert read.identical(wanted)
-    plain = words[2:3] + words[5:]
-    recording.save(tmp_path / "plain.nc", [word.replace("\udfff", "").replace("\0", "") for word in plain])
+    plain = (words[2:3] + words[5:]) * 2
+    recording.save(tmp_path / "plain.nc", [word.replace("\udfff", "").replace("\0", "") for word in plain[:TOKENS]])
     assert "escaped" not in regard.load(tmp_path / "plain.nc").query_token.attrs
 
 
@@ -249,6 +285,18 @@ def test_pictures_of_a_recording(tensors: tuple[Tensor, ...]) -> None:
     assert recording.plot.heads("entropy").data[0].z.shape == (1, 4)
     assert recording.plot.tokens().data
     assert recording.plot.map(0, 3).data[0].z.shape == (3, 3)
+
+
+def test_ranks_that_no_query_has(tensors: tuple[Tensor, ...]) -> None:
+    with pytest.raises(IndexError, match=r"TopK: k is 99, but no query saw more than 11 keys"):
+        seen(tensors, regard.TopK(99)).dataset()
+
+
+def test_a_folder_that_is_not_there(tensors: tuple[Tensor, ...], tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=f"cannot write {tmp_path}/no/seen.nc: there is no folder {tmp_path}/no"
+    ):
+        seen(tensors, regard.Entropy()).save(tmp_path / "no" / "seen.nc")
 
 
 def test_arguments_that_make_no_sense() -> None:

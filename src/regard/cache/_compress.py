@@ -66,6 +66,9 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
 
     edits = outermost = True
 
+    def __repr__(self) -> str:
+        return f"compress({type(self.model).__name__}, {self.policy})"
+
     def __enter__(self) -> compress:
         name = type(self.model).__name__
         for other in interceptors():

@@ -30,7 +30,7 @@ class LayerReport:
     quantised: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What is kept, by layer and head; print it."""
 
@@ -77,6 +77,9 @@ class Report:
                 f"{_size(layer.bytes)} of {_size(layer.full_bytes)}{note}"
             )
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def report(cache: Any, policy: str, frees: bool) -> Report:

@@ -197,6 +197,8 @@ def _check_rule(rule: Mask, shape: tuple[int, int, int, int]) -> None:
 
 def _check_tensors(query: Tensor, key: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.is_nested:
             raise TypeError(
                 f"{name} is a nested tensor; pad it with torch.nested.to_padded_tensor and pass an attn_mask"

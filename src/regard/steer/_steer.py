@@ -55,6 +55,10 @@ class steer(Reentrant["_Entry"]):  # noqa: N801 - a context manager, named as wh
         self.model = model
         self.edits = edits
 
+    def __repr__(self) -> str:
+        model = [] if self.model is None else [type(self.model).__name__]
+        return f"steer({', '.join([*model, *map(repr, self.edits)])})"
+
     def __enter__(self) -> steer:
         self._enter(_Entry(self.edits), self.model)
         return self

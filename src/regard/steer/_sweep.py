@@ -14,6 +14,7 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from regard.runtime import AttentionCall, HiddenCall, Proceed, Site, entered
+from regard.steer._capture import capture
 from regard.steer.metrics import Metric
 from regard.steer.sweep_result import SweepResult
 from regard.tokens import Heads, Layers, Selection
@@ -35,7 +36,7 @@ def sweep(
     *,
     kind: Kind = "zero",
     by: float | None = None,
-    source: Inputs | None = None,
+    source: Inputs | capture | None = None,
     layers: Layers | None = None,
     heads: Heads | Mapping[Any, Heads] | None = None,
     batch: int | None = None,
@@ -59,7 +60,8 @@ def sweep(
         kind: what is done to each head.
         by: the factor of "gate".
         source: other inputs for "mean", "resample" and "patch", for the last two with as many tokens; for "mean" and
-            "resample" by default the inputs themselves.
+            "resample" by default the inputs themselves. For "patch" also a run of the inputs that `regard.capture` kept
+            with ``outputs=True``, such as a steered one: then the change tells through which heads the edits did most.
         layers: which to sweep, as for `regard.watch`; all by default.
         heads: which heads, in the same way.
         batch: run so many texts at once, 1 to repeat nothing; by default as many as have about 2,048 tokens.
@@ -95,10 +97,10 @@ def sweep(
             change = _scaled(by or 0.0)
         else:
             given = inputs if source is None else source
-            kept = _Calls(keep=list(chosen))
-            _run(model, given, kept)
-            index = _index(kind, _count(given), texts, seed, same=source is None)
-            change = _replaced(_others(kind, given, kept, {path: every.shapes[path] for path in chosen}, index))
+            outputs, count = _outputs(model, given, list(chosen), texts)
+            index = _index(kind, count, texts, seed, same=source is None)
+            shapes = {path: every.shapes[path] for path in chosen}
+            change = _replaced(_others(kind, given, outputs, count, shapes, index))
         cells = [_Cell(path, head) for path, numbers in chosen.items() for head in numbers]
         at_once = _copies(batch, texts, every)
         values: dict[_Cell, Tensor] = {}
@@ -226,6 +228,19 @@ def _replaced(others: Mapping[str, Tensor]) -> _Change:
     return lambda cell, output: others[cell.path][:, cell.head]
 
 
+def _outputs(model: Module, source: Inputs | capture, paths: list[str], texts: int) -> tuple[dict[str, Tensor], int]:
+    """What the heads of these layers put out on the source, and how many texts that has."""
+    if isinstance(source, capture):
+        found = {path: source.at(path).output for path in paths if path in source.paths}
+        outputs = {path: output for path, output in found.items() if output is not None}
+        if found and not outputs:
+            raise ValueError("the captured run has no outputs: regard.capture(model, outputs=True) keeps them")
+        return outputs, texts
+    kept = _Calls(keep=paths)
+    _run(model, source, kept)
+    return kept.outputs, _count(source)
+
+
 def _index(kind: Kind, count: int, texts: int, seed: int, same: bool) -> list[int]:
     """Of which text of the source, which has so many, each text takes the outputs."""
     if kind == "patch":
@@ -242,18 +257,23 @@ def _index(kind: Kind, count: int, texts: int, seed: int, same: bool) -> list[in
 
 
 def _others(
-    kind: Kind, source: Inputs, kept: _Calls, shapes: Mapping[str, torch.Size], index: list[int]
+    kind: Kind,
+    source: Inputs | capture,
+    outputs: Mapping[str, Tensor],
+    count: int,
+    shapes: Mapping[str, torch.Size],
+    index: list[int],
 ) -> dict[str, Tensor]:
     """What is put in the place of the outputs of each layer, (batch|1, heads, tokens|1, width)."""
     others: dict[str, Tensor] = {}
     for path, shape in shapes.items():
-        if path not in kept.outputs:
+        if path not in outputs:
             raise ValueError(f"{kind}: {path} did not run on the source")
-        output = kept.outputs[path]
-        if kind == "mean":
+        output = outputs[path]
+        if kind == "mean" and not isinstance(source, capture):
             others[path] = _mean(output, _token_mask(source, path, output))
             continue
-        others[path] = output.unflatten(0, (_count(source), -1))[index].flatten(0, 1)
+        others[path] = output.unflatten(0, (count, -1))[index].flatten(0, 1)
         if others[path].shape != shape:
             raise ValueError(
                 f"{kind}: {path} has {shape[2]} tokens on the inputs, but {output.shape[2]} on the source, which must "
@@ -357,7 +377,7 @@ def _dataset(chosen: Mapping[str, list[int]], values: Mapping[_Cell, Tensor], pl
     )
 
 
-def _check(model: Module, kind: Kind, by: float | None, source: Inputs | None, batch: int | None) -> None:
+def _check(model: Module, kind: Kind, by: float | None, source: Inputs | capture | None, batch: int | None) -> None:
     if not isinstance(model, Module):
         raise TypeError(f"sweep needs an nn.Module, got {type(model).__name__}")
     if model.training:
@@ -368,6 +388,8 @@ def _check(model: Module, kind: Kind, by: float | None, source: Inputs | None, b
         raise ValueError(f'by is the finite factor of kind="gate", and of no other; got kind={kind!r} and by={by!r}')
     if source is not None and kind in ("zero", "gate"):
         raise ValueError(f'{kind} has no source; choose kind="mean", "resample" or "patch"')
+    if isinstance(source, capture) and kind != "patch":
+        raise ValueError(f'a captured run is a source of kind="patch" alone, got kind={kind!r}')
     if source is None and kind == "patch":
         raise ValueError("patch needs a source: the inputs of the run whose outputs are put in")
     if batch is not None and batch < 1:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
-from regard.models import complete as write
-from regard.steer import Edit, steer
-from regard.tokens import encode, locate
+from regard.models import parting, write
+from regard.steer import Edit, capture, steer
+from regard.steer._sweep import sweep
+from regard.steer.metrics import logit_difference
+from regard.steer.sweep_result import HeadChange
+from regard.tokens import chat_text, encode, locate
+
+_SHORT = 256
 
 
 @dataclass(frozen=True)
@@ -26,21 +30,32 @@ class Said:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One text, read ``plain`` and ``steered`` by ``edits``; both hold the likeliest next tokens of either."""
+    """One text, read ``plain`` and ``steered`` by ``edits``.
+
+    Both completions begin with what is ``shared``; the probabilities, which hold the likeliest tokens of either, are those of
+    the token after it: the first that differs, or where none does the first of all. ``heads`` are those through which the
+    edits did most, by what the logit of the steered token less that of the plain one becomes when that head alone puts out
+    what it does in the steered run.
+    """
 
     edits: tuple[Edit, ...]
     plain: Said
     steered: Said
-
-    @property
-    def shared(self) -> str:
-        """How both completions begin."""
-        pairs = zip(self.plain.completion, self.steered.completion, strict=False)
-        return "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    shared: str = ""
+    heads: tuple[HeadChange, ...] = ()
 
 
 def compare(
-    model: Module, tokenizer: Any, text: str, edits: Sequence[Edit], *, likeliest: int = 5, complete: int = 0
+    model: Module,
+    tokenizer: Any,
+    text: str,
+    edits: Sequence[Edit],
+    *,
+    likeliest: int = 5,
+    complete: int = 0,
+    heads: int | None = None,
+    chat: bool = False,
+    progress: Callable[[str, int], None] = lambda path, total: None,
 ) -> Comparison:
     """Read a text twice, plain and steered.
 
@@ -51,37 +66,64 @@ def compare(
         edits: in their order.
         likeliest: how many next tokens to compare.
         complete: how many tokens to write, greedily.
+        heads: how many heads to name; the model runs once for each that it has, on the text up to what differs. By default
+            5 where the text has at most 256 tokens, and else none.
+        chat: the text is a user's message, and is read in the tokenizer's chat template.
+        progress: called for each head that was tried, as by `regard.sweep`.
 
     Raises:
-        ValueError: an empty text; one longer than the model's positions; passages that do not occur once.
+        ValueError: an empty text; one longer than the model's positions; passages that do not occur once; ``chat`` with a
+            tokenizer that has no template.
 
     >>> import regard
     >>> model, tokenizer = regard.mini()
     >>> text = "The code of Ada is 48213. The code of Tom is 70455. The code of Ada is"
-    >>> found = compare(model, tokenizer, text, [regard.Block(keys=" 48213")], complete=6)
-    >>> found.plain.completion
-    ' 48213'
+    >>> edit = regard.Redistribute(source=" 48213", target=" 70455")
+    >>> found = compare(model, tokenizer, text, [edit], complete=6, heads=1)
+    >>> found.plain.completion, found.steered.completion, found.shared
+    (' 48213', ' 70455', ' ')
+    >>> found.heads[0].layer, found.heads[0].head
+    ('model.layers.3.self_attn', 5)
     """
-    located = tuple(locate(edit, text, tokenizer) for edit in edits)
-    inputs = encode(model, tokenizer, text, room=complete)[0].inputs
-    plain, steered = (_read(model, tokenizer, inputs, block, complete) for block in ((), located))
-    tokens = {int(token) for scores, _ in (plain, steered) for token in scores.topk(likeliest).indices}
-    order = sorted(tokens, key=lambda token: -float(plain[0][token]))
+    text = chat_text(tokenizer, text) if chat else text
+    (encoded,) = encode(model, tokenizer, text, room=complete, add_special_tokens=not chat)
+    tokens = tokenizer(text, add_special_tokens=not chat, verbose=False)
+    located = tuple(locate(edit, text, tokens) for edit in edits)
+    plain = write(model, tokenizer, encoded.inputs, max(complete, 1))
+    with steer(model, *located):
+        steered = write(model, tokenizer, encoded.inputs, max(complete, 1))
+    step = parting(plain.tokens, steered.tokens)
+    at = step or 0
+    shares = [written.logits[at].softmax(-1) for written in (plain, steered)]
+    top = {int(token) for of_run in shares for token in of_run.topk(likeliest).indices}
+    order = sorted(top, key=lambda token: -float(shares[0][token]))
     said = [
-        Said({tokenizer.decode([token]): float(scores[token]) for token in order}, completion)
-        for scores, completion in (plain, steered)
+        Said({tokenizer.decode([token]): float(of_run[token]) for token in order}, written.text if complete else "")
+        for of_run, written in zip(shares, (plain, steered), strict=True)
     ]
-    return Comparison(located, *said)
+    strongest: tuple[HeadChange, ...] = ()
+    heads = (5 if encoded.inputs["input_ids"].shape[1] <= _SHORT else 0) if heads is None else heads
+    if heads and step is not None:
+        strongest = _strongest(model, encoded.inputs, located, plain.tokens, steered.tokens, step, heads, progress)
+    return Comparison(located, said[0], said[1], tokenizer.decode(plain.tokens[:at]), strongest)
 
 
-def _read(
-    model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], edits: Sequence[Edit], complete: int
-) -> tuple[torch.Tensor, str]:
-    """The distribution of the next token, and what is written."""
-    block: Callable[[], Any] = (lambda: steer(model, *edits)) if edits else ExitStack
-    with torch.inference_mode(), block():
-        scores = model(**inputs).logits[0, -1].float().softmax(-1).cpu()
-    if not complete:
-        return scores, ""
-    with block():
-        return scores, write(model, tokenizer, inputs, complete)
+def _strongest(
+    model: Module,
+    inputs: Mapping[str, Tensor],
+    edits: Sequence[Edit],
+    plain: list[int],
+    steered: list[int],
+    step: int,
+    number: int,
+    progress: Callable[[str, int], None],
+) -> tuple[HeadChange, ...]:
+    """The heads that bring the steered token nearest, each patched alone from the steered run into the plain one."""
+    ids = inputs["input_ids"]
+    read = torch.cat([ids, ids.new_tensor([plain[:step]])], dim=1)
+    given = {"input_ids": read, "attention_mask": torch.ones_like(read), "use_cache": False}
+    with torch.inference_mode(), steer(model, *edits), capture(model, outputs=True) as source:
+        model(**given)
+    metric = logit_difference(steered[step], plain[step])
+    found = sweep(model, given, metric, kind="patch", source=source, progress=progress)
+    return tuple(found.strongest(number))

@@ -20,7 +20,7 @@ class Custom(Edit):
             ``dataclasses.replace(call, query=…)``, with further ``columns``, ``factors`` or a ``gate``.
 
     Raises:
-        TypeError: what the function returns is no `AttentionCall`.
+        TypeError: no function; or what it returns is no `AttentionCall`.
 
     >>> import dataclasses, torch, regard
     >>> from torch.nn.functional import scaled_dot_product_attention as attention
@@ -32,6 +32,11 @@ class Custom(Edit):
     """
 
     function: Callable[[AttentionCall, Tensor], AttentionCall]
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be called, as from a command line."""
+        if not callable(self.function):
+            raise TypeError(f"Custom needs a function, in Python, got {self.function!r}")
 
     def apply(self, call: AttentionCall, heads: Tensor) -> AttentionCall:
         """What the function says."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from regard.notation import differs
 from regard.runtime import AttentionCall, Column
 from regard.tokens import Heads, Layers, Passes, Where, resolve
 
@@ -44,7 +45,7 @@ class Edit(ABC):
         """The arguments that are not left at their default, by name; the edit's own first."""
         ordered = sorted(fields(self), key=lambda field: bool(field.kw_only))
         values = {f.name: getattr(self, f.name) for f in ordered}
-        return {f.name: values[f.name] for f in ordered if _differs(values[f.name], f.default)}
+        return {f.name: values[f.name] for f in ordered if differs(values[f.name], f.default)}
 
     def __repr__(self) -> str:
         """The edit as one would write it."""
@@ -54,12 +55,6 @@ class Edit(ABC):
         """The chosen positions, by the name of their argument."""
         named = {name: getattr(self, name, None) for name in self.places}
         return {name: where for name, where in named.items() if where is not None}
-
-
-def _differs(value: Any, default: Any) -> bool:
-    return value is not default and not (
-        isinstance(value, type(default)) and not isinstance(value, Tensor) and value == default
-    )
 
 
 def key_set(where: Where, call: AttentionCall) -> Tensor:

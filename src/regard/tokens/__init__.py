@@ -1,5 +1,6 @@
 """One grammar for places: positions of keys and queries, layers, heads and passes; passages, grids and image tokens."""
 
+from regard.tokens.chat import chat_text
 from regard.tokens.decoder import decoder_layers, decoder_of
 from regard.tokens.encoding import Encoded, encode, max_positions
 from regard.tokens.grid import Grid
@@ -7,6 +8,7 @@ from regard.tokens.images import AfterImage, ImageTokens, image_tokens
 from regard.tokens.passages import locate
 from regard.tokens.positions import Positions, Where, among, check, check_form, indices, plain, resolve
 from regard.tokens.selection import Heads, Layers, Passes, Selection, parse_layers
+from regard.tokens.spelling import Spelling, spelling_of
 
 __all__ = [
     "AfterImage",
@@ -18,8 +20,10 @@ __all__ = [
     "Passes",
     "Positions",
     "Selection",
+    "Spelling",
     "Where",
     "among",
+    "chat_text",
     "check",
     "check_form",
     "decoder_layers",
@@ -32,4 +36,5 @@ __all__ = [
     "parse_layers",
     "plain",
     "resolve",
+    "spelling_of",
 ]

@@ -29,6 +29,7 @@ def encode(
     max_tokens: int | None = None,
     window: bool = False,
     room: int = 0,
+    add_special_tokens: bool = True,
 ) -> list[Encoded]:
     """The tokens of a text, on the model's device, in windows that it can read; without ``window`` there is one.
 
@@ -39,6 +40,8 @@ def encode(
         max_tokens: read so many tokens, special ones included, and no more.
         window: cut a longer text into windows of the model's length.
         room: how many tokens are to be written after the text.
+        add_special_tokens: have the tokenizer put its special tokens around the text; not where it has them, as after
+            `chat_text`.
 
     Raises:
         ValueError: an empty text; one with half of a surrogate pair, which stands for no character; one longer than the
@@ -51,7 +54,7 @@ def encode(
     '<s>It rained'
     """
     _check_text(text)
-    whole = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    whole = tokenizer(text, return_special_tokens_mask=True, add_special_tokens=add_special_tokens, verbose=False)
     ids, special = whole["input_ids"], whole["special_tokens_mask"]
     inner = [number for number, mark in enumerate(special) if not mark]
     if not inner:

@@ -14,7 +14,7 @@ from regard.view.page import render
 from regard.view.shares import block_side, coarsen, shares
 from regard.view.statistics import STATISTICS
 from regard.view.windows import windows
-from regard.view.words import join
+from regard.view.words import pieces
 
 OVERVIEW = ("entropy", "sink", "previous", "own", "induction", "retrieval", "mean_distance")
 """The statistics that are drawn for all heads side by side."""
@@ -176,9 +176,7 @@ def _text(dataset: xr.Dataset) -> dict[str, object]:
 
 
 def _pieces(dataset: xr.Dataset, window: int) -> list[str]:
-    if "key_token" in dataset.coords:
-        return join([str(token) for token in dataset["key_token"].isel(batch=window).values])
-    return [f" {position}" for position in range(dataset.sizes["key"])]
+    return pieces(dataset, window) or [f" {position}" for position in range(dataset.sizes["key"])]
 
 
 def _pictures(dataset: xr.Dataset) -> dict[str, object]:

@@ -17,7 +17,7 @@ from regard.view.lengths import lengths
 from regard.view.shares import block_side, edges, shares
 from regard.view.statistics import STATISTICS
 from regard.view.windows import windows
-from regard.view.words import join
+from regard.view.words import pieces
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SCALE = ("#faf5ea", "#f2d59c", "#e39a49", "#bb582a", "#7a2a2b", "#36121f")
 """A sequential scale of falling lightness, which colour-blind eyes read as well as any."""
 FAINTEST = 1e-4
-"""Shares below this are drawn like this one."""
+"""Shares below this are drawn like this one, or not at all where they are bars."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Plot:
         values = chosen.mean(("layer", "head")).values
         present = np.isfinite(values)
         position = np.arange(len(values))[present]
-        token = [escape(piece.strip() or repr(piece), quote=False) for piece in self._pieces(batch)]
+        token = [escape(piece.strip() or repr(piece), quote=False) for piece in pieces(self._windows, batch)]
         token = [token[at] for at in position] if token else [f"token {at}" for at in position]
         bars = graph.Bar(
             x=position,
@@ -134,7 +134,10 @@ class Plot:
         )
         figure = figure_of(bars, escape(title, quote=False))
         figure.update_layout(bargap=0.1)
-        figure.update_yaxes(type="log", title="attention received", exponentformat="none")
+        most = np.log10(max(values[present].max(initial=1.0), 10 * FAINTEST))
+        figure.update_yaxes(
+            type="log", range=[np.log10(FAINTEST), most], dtick=1, title="attention received", exponentformat="none"
+        )
         figure.update_xaxes(title="position")
         if len(token) <= 60:
             figure.update_xaxes(tickvals=position, ticktext=token, title=None)
@@ -189,11 +192,6 @@ class Plot:
     def _batch(self, array: xr.DataArray, given: int) -> xr.DataArray:
         entries = [str(number) for number in range(array.sizes["batch"])]
         return array.isel(batch=choose.index(given, entries, "batch entry"))
-
-    def _pieces(self, batch: int) -> list[str]:
-        if "key_token" not in self._windows.coords:
-            return []
-        return join([str(token) for token in self._windows["key_token"].isel(batch=batch).values])
 
 
 def graph_objects() -> ModuleType:

@@ -4,18 +4,36 @@ import codecs
 import re
 from collections.abc import Sequence
 
+import xarray as xr
+
+from regard.tokens import Spelling
+
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _JOINING = "-/'\N{RIGHT SINGLE QUOTATION MARK}\N{EN DASH}\N{EM DASH}"
 _CLOSING = ".,;:!?)]}%\N{HORIZONTAL ELLIPSIS}\N{RIGHT DOUBLE QUOTATION MARK}"
 _OPENING = "([{$#\N{LEFT SINGLE QUOTATION MARK}\N{LEFT DOUBLE QUOTATION MARK}"
 
 
-def join(tokens: Sequence[str]) -> list[str]:
+def pieces(dataset: xr.Dataset, batch: int) -> list[str]:
+    """The text of each key of an entry of the batch, as its tokens read; none if the dataset has no tokens.
+
+    Example:
+        >>> tokens = xr.DataArray([["A", "Ġparrot"]], dims=("batch", "key"))
+        >>> pieces(xr.Dataset(coords={"key_token": tokens}), 0)
+        ['A', ' parrot']
+    """
+    if "key_token" not in dataset.coords:
+        return []
+    tokens = dataset["key_token"]
+    return join([str(token) for token in tokens.isel(batch=batch).values], tokens.attrs.get("spelling"))
+
+
+def join(tokens: Sequence[str], spelling: Spelling | None = None) -> list[str]:
     """Return one string for each token, with its leading space, that together read as the text.
 
     It knows the signs of byte-level BPE ("Ġthe", "Ċ"), SentencePiece ("▁the", "<0x0A>") and WordPiece
-    ("##ing"). Tokens with none of them are text already if any begins with a space, and words otherwise.
-    A character whose bytes are spread over several tokens is given to the last of them.
+    ("##ing"); by those that occur, where the spelling is not given. Tokens with none of them are text already if any begins
+    with a space, and words otherwise. A character whose bytes are spread over several tokens is given to the last of them.
 
     Example:
         >>> join(["the", "parrot", "##s", ",", "Mr", "."])
@@ -23,13 +41,30 @@ def join(tokens: Sequence[str]) -> list[str]:
         >>> join(["A", "Ġparrot", "Ċ"])
         ['A', ' parrot', '\\n']
     """
-    if any(token.startswith(("Ġ", "Ċ")) for token in tokens):
+    spelling = spelling or _guess(tokens)
+    if spelling == "byte-level":
         return _byte_level(tokens)
-    if any(token.startswith("▁") or _BYTE.fullmatch(token) for token in tokens):
+    if spelling == "SentencePiece":
         return _sentencepiece(tokens)
-    if any(token[:1].isspace() for token in tokens) or all(len(token) < 2 for token in tokens):
+    if spelling is None and (any(token[:1].isspace() for token in tokens) or all(len(token) < 2 for token in tokens)):
         return list(tokens)
     return _words(tokens)
+
+
+def _guess(tokens: Sequence[str]) -> Spelling | None:
+    """By the signs that occur. Of a language without spaces they are bytes if, read as such, they are UTF-8."""
+    if any(token.startswith(("Ġ", "Ċ")) for token in tokens):
+        return "byte-level"
+    if any(token.startswith("▁") or _BYTE.fullmatch(token) for token in tokens):
+        return "SentencePiece"
+    if all(token.isascii() for token in tokens):
+        return None
+    table = _byte_table()
+    try:
+        bytes(table[character] for token in tokens for character in token).decode("utf-8")
+    except (KeyError, UnicodeDecodeError):
+        return None
+    return "byte-level"
 
 
 def _byte_level(tokens: Sequence[str]) -> list[str]:

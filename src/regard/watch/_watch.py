@@ -40,6 +40,7 @@ class watch(Reentrant["_Entry"]):  # noqa: N801 - a context manager, named as wh
         passes: numbers of the model's passes in the block: of ``generate`` 0 is the prompt, in diffusion they are steps.
         token_mask: (batch, tokens), nonzero for real tokens, as a tokenizer's ``attention_mask``. Padded queries become
             NaN and count in no sum. Tokens that ``generate`` adds are real.
+        tokenizer: of a model of transformers; what is recorded is labelled with its tokens.
         keep_maps: keep each call's `AttentionMap` (and with it copies of its query and key) in ``seen.maps``.
         share: let the statistics of a float32 model ride in the model's own attention call, which is faster and changes
             its output by rounding (about 1e-6); False leaves each bit as it was. In half precision, or where gradients
@@ -78,6 +79,7 @@ class watch(Reentrant["_Entry"]):  # noqa: N801 - a context manager, named as wh
         heads: Heads | Mapping[Any, Heads] | None = None,
         passes: Passes | None = None,
         token_mask: Tensor | None = None,
+        tokenizer: Any = None,
         keep_maps: bool = False,
         share: bool = True,
     ) -> None:
@@ -90,9 +92,14 @@ class watch(Reentrant["_Entry"]):  # noqa: N801 - a context manager, named as wh
         self.model = watched
         self.statistics = statistics
         self.token_mask = None if token_mask is None else _check_mask(token_mask)
+        self.tokenizer = tokenizer
         self.keep_maps = keep_maps
         self.share = share
         self._selection = Selection(layers, heads, passes)
+
+    def __repr__(self) -> str:
+        model = [] if self.model is None else [type(self.model).__name__]
+        return f"watch({', '.join([*model, *map(repr, self.statistics)])})"
 
     def __enter__(self) -> Recording:
         return self._enter(_Entry(self, self._selection), self.model).recording
@@ -102,7 +109,7 @@ class _Entry(Entry):
     """One entry into a watch: has the calls of the model read, and puts together what is measured."""
 
     def __init__(self, options: watch, selection: Selection) -> None:
-        self.recording = Recording(options.statistics)
+        self.recording = Recording(options.statistics, options.tokenizer)
         self._options = options
         self._selection = selection
         self._tokens = 0  # of the longest text seen

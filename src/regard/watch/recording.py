@@ -17,6 +17,7 @@ import numpy
 from torch import Tensor
 
 from regard.maps import TokenMap
+from regard.tokens import Spelling, spelling_of
 from regard.watch._sequence import Sequence
 from regard.watch.statistic import Statistic
 
@@ -38,12 +39,17 @@ class Recording:
         token_ids: (batch, tokens) that the model was given and, in ``generate``, went on with; None if there were none.
     """
 
-    def __init__(self, statistics: Items[Statistic]) -> None:
+    def __init__(self, statistics: Items[Statistic], tokenizer: Any = None) -> None:
         self.layers: list[str] = []
         self.maps: dict[str, list[TokenMap]] = {}
         self.token_ids: Tensor | None = None
         self._statistics = statistics
+        self._tokenizer = tokenizer
         self._sequences: dict[str, list[Sequence]] = {}
+
+    def __repr__(self) -> str:
+        said = ", ".join(repr(statistic) for statistic in self._statistics) or "maps"
+        return f"Recording of {len(self.layers)} layers: {said}" if self.layers else f"Recording of nothing yet: {said}"
 
     def dataset(
         self, tokens: Items[str] | Items[Items[str]] | None = None, beam_indices: Tensor | None = None
@@ -57,7 +63,8 @@ class Recording:
 
         Args:
             tokens: the text's tokens, or one list for each batch row; they become the coordinates ``query_token`` and
-                ``key_token``.
+                ``key_token``. By default those of ``token_ids``, where the watch was given a tokenizer and its block held one
+                text that all layers saw from end to end.
             beam_indices: what ``generate`` returns of that name under beam search. Without it a batch row is a beam's
                 slot, which changes hands between steps; with it, one of the sequences returned.
         """
@@ -70,7 +77,19 @@ class Recording:
         dataset = xarray.merge(parts, join="outer", compat="no_conflicts") if parts else xarray.Dataset()
         if "pass" in dataset.dims and dataset.sizes["pass"] == 1:
             dataset = dataset.isel({"pass": 0}, drop=True)
-        return dataset if tokens is None else with_tokens(dataset, tokens)
+        if tokens is not None:
+            return with_tokens(dataset, tokens)
+        return dataset if beam_indices is not None else self._labelled(dataset)
+
+    def _labelled(self, dataset: xarray.Dataset) -> xarray.Dataset:
+        """The dataset with the tokens that were read, where they are known for every position."""
+        ids, sizes = self.token_ids, dataset.sizes
+        if self._tokenizer is None or ids is None or "pass" in sizes or sizes.get("batch") != len(ids):
+            return dataset
+        if any(sizes.get(dim, ids.shape[1]) != ids.shape[1] for dim in ("query", "key")):
+            return dataset
+        tokens = [self._tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
+        return with_tokens(dataset, tokens, spelling_of(self._tokenizer))
 
     def save(self, path: str | Path, tokens: Items[str] | Items[Items[str]] | None = None) -> None:
         """Write the dataset to one netCDF file, which ``regard.load`` and xarray read."""
@@ -90,11 +109,16 @@ def save(dataset: xarray.Dataset, path: str | Path) -> None:
     What stands at ``path`` is replaced once everything is written. Words that netCDF cannot hold, with NUL or half of a
     surrogate pair in them, are written as ``\\x00`` and ``\\ud800``, backslashes among them twice, and the variable says so
     by its attribute ``escaped``; `load` reads them back as they were.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
     """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     written = io.BytesIO()
     _changed(dataset, _escaped).to_netcdf(written, engine=_ENGINE)
     content = written.getvalue()
-    path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
@@ -252,8 +276,14 @@ def _rows(sequence: Sequence, name: str, beam_indices: Tensor | None, slots: int
     return rows
 
 
-def with_tokens(dataset: xarray.Dataset, tokens: Items[str] | Items[Items[str]]) -> xarray.Dataset:
-    """The dataset with the text's tokens, or one list for each batch row, as coordinates."""
+def with_tokens(
+    dataset: xarray.Dataset, tokens: Items[str] | Items[Items[str]], spelling: Spelling | None = None
+) -> xarray.Dataset:
+    """The dataset with the text's tokens, or one list for each batch row, as coordinates; they say how they are spelled.
+
+    Raises:
+        ValueError: other numbers of rows or tokens than the dataset has; only the shorter texts of a batch may have fewer.
+    """
     rows = [cast("list[str]", list(tokens))] if isinstance(tokens[0], str) else [list(row) for row in tokens]
     batch = dataset.sizes["batch"]
     if len(rows) not in (1, batch):
@@ -263,8 +293,13 @@ def with_tokens(dataset: xarray.Dataset, tokens: Items[str] | Items[Items[str]])
         if dim not in dataset.sizes:
             continue
         size = dataset.sizes[dim]
-        if longest > size:
-            raise ValueError(f"tokens has {longest} tokens, the dataset {size} positions along {dim!r}")
+        if longest != size:
+            raise ValueError(
+                f"tokens has {longest} tokens, the dataset {size} positions along {dim!r}; the token that "
+                "generate writes last is never read"
+            )
         padded = [[*row, *[""] * (size - len(row))] for row in rows] * (batch if len(rows) == 1 else 1)
-        dataset = dataset.assign_coords({f"{dim}_token": (("batch", dim), numpy.array(padded, dtype=object))})
+        attributes = {"spelling": spelling} if spelling else {}
+        labels = (("batch", dim), numpy.array(padded, dtype=object), attributes)
+        dataset = dataset.assign_coords({f"{dim}_token": labels})
     return dataset

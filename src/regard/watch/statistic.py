@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from regard.maps import TokenMap
+from regard.notation import written
 from regard.runtime import Call
 from regard.tokens import Where
 
@@ -51,6 +52,10 @@ class Statistic:
     units: ClassVar[str] = "share of attention"
     places: ClassVar[tuple[str, ...]] = ()
     """The arguments that are positions in the text, or name several."""
+
+    def __repr__(self) -> str:
+        """The statistic as one would write it, without arguments left at their default."""
+        return written(self)
 
     def named_positions(self) -> dict[str, Where]:
         """The chosen positions, by what errors call them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nan
 from torch.nn.functional import pad
@@ -10,6 +11,9 @@ from torch.nn.functional import pad
 from regard.maps import TokenMap
 from regard.runtime import Call
 from regard.watch.statistic import Statistic
+
+if TYPE_CHECKING:
+    import xarray
 
 
 class TopK(Statistic):
@@ -19,6 +23,9 @@ class TopK(Statistic):
 
     Args:
         k: how many, at least 1.
+
+    Raises:
+        IndexError: at the end, where no query saw as many keys as k.
 
     >>> import torch, regard
     >>> layer = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
@@ -51,6 +58,13 @@ class TopK(Statistic):
     def dimensions(self) -> Mapping[str, tuple[str, ...]]:
         """Both go by query and rank."""
         return {"topk_share": self.dims, "topk_key": self.dims}
+
+    def finish(self, variables: xarray.Dataset) -> xarray.Dataset:
+        """Refuse ranks that no query has: there is nothing in them."""
+        seen = int(variables["topk_key"].notnull().sum("rank").max())
+        if seen < self.k:
+            raise IndexError(f"TopK: k is {self.k}, but no query saw more than {seen} keys")
+        return variables
 
     def coordinates(self) -> Mapping[str, Sequence[object]]:
         """Ranks from 0."""

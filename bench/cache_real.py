@@ -174,7 +174,7 @@ def main() -> None:
         measured = found | {plan.shortest: found[plan.shortest] | beside}
         report.show(table_of(measured, plan), best_table(found, plan))
     if arguments.plot:
-        plot(found, plan).write_html(arguments.plot)
+        plot(found, plan).write_html(arguments.plot, config={"displayModeBar": False})
 
 
 def kvpress(arguments: Namespace, model: Any, tokenizer: Any, folder: str) -> OtherInterpreter:

@@ -36,7 +36,7 @@ def gradients_of(
     try:
         with torch.enable_grad():
             total = metric(run(model, inputs))
-            _check_total(total)
+            check_total(total)
             total = total.sum()
     finally:
         keeper.leave()
@@ -48,7 +48,12 @@ def gradients_of(
     }
 
 
-def _check_total(total: object) -> None:
+def check_total(total: object) -> None:
+    """Refuse what is no number of a text.
+
+    Raises:
+        ValueError: another shape than (batch,) or ().
+    """
     if not isinstance(total, Tensor) or total.ndim > 1:
         seen = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
         raise ValueError(f"metric must return a tensor with one number for each text, or one for all, got {seen}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from regard.explain._faithfulness import Faithfulness, faithfulness
+from regard.explain.attn_lrp import AttnLRP
 from regard.explain.captum import Captum
 from regard.explain.explanation import Explanation
 from regard.explain.flow import Flow
@@ -52,10 +53,10 @@ def every_explanation() -> list[Explanation]:
     """Each explanation with its own defaults, and of captum's two.
 
     >>> [str(method) for method in every_explanation()][:3]
-    ['GenericRelevance()', 'Rollout()', 'Flow()']
+    ['AttnLRP()', 'GenericRelevance()', 'Rollout()']
     """
     gradients = Captum(method="LayerGradientXActivation")
-    return [GenericRelevance(), Rollout(), Flow(), gradients, Captum(arguments={"n_steps": 20})]
+    return [AttnLRP(), GenericRelevance(), Rollout(), Flow(), gradients, Captum(arguments={"n_steps": 20})]
 
 
 def explain_text(

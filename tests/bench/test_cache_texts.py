@@ -65,4 +65,4 @@ def test_a_text_is_the_same_again() -> None:
 
 def test_too_short_books_are_refused() -> None:
     with pytest.raises(ValueError, match="no passage of"):
-        text([BOOKS[0][:1000]], encode, REPORT, 900, 0)
+        text([BOOKS[0][:1000]], encode, REPORT, 900, 0, 4)

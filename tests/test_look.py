@@ -8,15 +8,18 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from transformers import JambaConfig, JambaModel, Mamba2Config, Mamba2Model, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 import regard
 from regard import cli, demo
 from regard.__main__ import main as command
 from regard.look import look
+from regard.models import load
 from regard.view.heads import summarize
 from regard.view.words import pieces
 from regard.watch import save
+from tests.inputs.models import bert, image, llava, t5, vit
 
 runner = CliRunner()
 DOCS = Path(__file__).parent.parent / "docs"
@@ -201,3 +204,96 @@ def test_an_interrupt_ends_the_command_without_a_traceback(monkeypatch: pytest.M
     with pytest.raises(SystemExit, match="interrupted") as found:
         command()
     assert found.value.__suppress_context__
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models that read more than text, each in a folder with what prepares its inputs, and a picture."""
+    folder = tmp_path_factory.mktemp("models")
+    for build in (vit, t5, bert, llava):
+        for part in build():
+            part.save_pretrained(folder / build.__name__)
+    image().save(folder / "noise.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "said"),
+    [
+        ("vit", ["--image", "noise.png"], ["17 tokens, 2 layers of 4 heads"]),
+        ("t5", ["--prompt", "it rained", "--target", "he slept"], ["8 tokens, 6 layers of 4 heads"]),
+        ("t5", ["--prompt", "it rained"], ["no --target was given: the decoder reads what the model itself writes"]),
+        ("bert", ["--prompt", "it rained", "--pair", "he slept"], ["7 tokens, 2 layers of 4 heads"]),
+        ("llava", ["--prompt", "what is it ?", "--image", "noise.png"], ["the image stands before the prompt"]),
+    ],
+)
+def test_more_than_text_on_the_command_line(
+    model: str, arguments: list[str], said: list[str], folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folders)
+    out = tmp_path / "report.html"
+    result = runner.invoke(cli.app, ["look", "--model", f"./{model}", *arguments, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    for line in said:
+        assert line in result.output
+    page = out.read_text()
+    assert ('"source":"data:image/png;base64,' in page) == ("--image" in arguments)
+    assert ("Cross-attention" in page) == (model == "t5")
+
+
+@pytest.mark.parametrize(
+    ("command", "model", "arguments", "message"),
+    [
+        ("look", "vit", [], "ViTModel reads images alone: give --image"),
+        ("look", "bert", ["--image", "noise.png"], "BertModel reads texts: leave out --image"),
+        ("look", "bert", ["--prompt", "it", "--image", "noise.png"], "BertModel reads texts: leave out --image"),
+        ("look", "bert", ["--prompt", "it", "--target", "he"], "BertModel reads texts: leave out --target"),
+        ("steer", "bert", ["--prompt", "it", "--edit", "Gate(0)"], "bert reads both ways and fills in words"),
+        ("steer", "t5", ["--prompt", "it", "--edit", "Gate(0)"], "t5 makes one text of another: a causal"),
+        ("sweep", "vit", ["--prompt", "it"], "vit has no head that goes on with a text: a causal language model"),
+        ("cache", "llava", ["--prompt", "it"], "llava has no head that goes on with a text: a causal language model"),
+    ],
+)
+def test_what_a_model_is_not_made_for_is_one_line(
+    command: str, model: str, arguments: list[str], message: str, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folders)
+    result = runner.invoke(cli.app, [command, "--model", f"./{model}", *arguments])
+    assert result.exit_code == 1
+    errors = result.output.strip().partition("error: ")[2]
+    assert errors.startswith(message)
+    assert len(errors.splitlines()) == 1
+    assert not Path("report.html").exists()
+
+
+def test_a_model_without_attention_is_looked_at(tmp_path: Path, mini: tuple[Any, Any]) -> None:
+    tokenizer = mini[1]
+    config = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=len(tokenizer), state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    seen = look(*load(tmp_path), TEXT[:100])
+    assert seen.dataset.layer.values.tolist() == ["layers.0.mixer.mixer", "layers.1.mixer.mixer"]
+    np.testing.assert_allclose(seen.dataset.received.sum("key"), seen.facts.tokens, rtol=1e-4)
+    assert "layers without attention, 2 of them" in seen.notes[0]
+    assert seen.notes[0] in seen.html()
+
+
+def test_layers_that_cannot_be_seen_are_told(mini: tuple[Any, Any]) -> None:
+    tokenizer = mini[1]
+    config = JambaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=1,
+    )  # fmt: skip
+    seen = look(JambaModel(config).eval(), tokenizer, TEXT[:100])
+    assert seen.dataset.sizes["layer"] == 1
+    assert seen.notes[0].startswith("not shown: 1 of 2 layers, which have no attention")
+
+
+def test_a_model_whose_layers_are_all_unknown_is_refused(mini: tuple[Any, Any]) -> None:
+    config = Mamba2Config(
+        vocab_size=len(mini[1]), hidden_size=32, num_hidden_layers=1, state_size=4, num_heads=8, head_dim=8, n_groups=1
+    )
+    with pytest.raises(
+        RuntimeError, match="Mamba2Model has none, but Mamba2Block; of such layers those of Mamba, Qwen3"
+    ):
+        look(Mamba2Model(config).eval(), mini[1], TEXT[:100])

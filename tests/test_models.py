@@ -26,14 +26,52 @@ def test_weights_that_are_cut_off(tmp_path: Path, mini: tuple[Any, Any]) -> None
         load(tmp_path)
 
 
-def test_of_a_translator_the_encoder(tmp_path: Path, minilm: tuple[Any, Any]) -> None:
-    config = hf.T5Config(vocab_size=60, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4)
-    hf.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+T5 = {"vocab_size": 60, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 4}
+BART = {
+    "vocab_size": 60, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 64,
+}  # fmt: skip
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize("kind", [hf.BartForConditionalGeneration, hf.BartModel])
+def test_of_a_translator_what_writes_where_its_head_is_there(
+    kind: Any, tmp_path: Path, minilm: tuple[Any, Any]
+) -> None:
+    kind(hf.BartConfig(**BART, tie_word_embeddings=False)).save_pretrained(tmp_path)
     minilm[1].save_pretrained(tmp_path)
-    encoder, _ = load(tmp_path)
-    assert [name for name, _ in encoder.named_children() if "decoder" in name] == []
-    assert type(encoder).__name__ == "T5Stack"
-    assert not encoder.training
+    loaded, _ = load(tmp_path)
+    assert type(loaded) is kind
+    assert not loaded.training
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (hf.BertConfig(**SMALL, vocab_size=60), "bert reads both ways and fills in words: a causal language model"),
+        (hf.T5Config(**T5), "t5 makes one text of another: a causal language model is needed here, such as GPT-2"),
+        (hf.ViTConfig(**SMALL, image_size=16, patch_size=8), "vit has no head that goes on with a text"),
+    ],
+)
+def test_what_does_not_go_on_with_a_text_is_no_language_model(config: Any, message: str, tmp_path: Path) -> None:
+    hf.AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message) as raised:
+        load(tmp_path, language=True)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_head_without_weights_writes_nothing(tmp_path: Path, mini: tuple[Any, Any]) -> None:
+    config = hf.LlamaConfig(**SMALL, vocab_size=len(mini[1]), tie_word_embeddings=False)
+    hf.LlamaModel(config).save_pretrained(tmp_path)
+    mini[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no weights for lm_head.weight: llama would write at random"):
+        load(tmp_path, language=True)
+
+
+def test_an_encoder_that_was_made_a_decoder_goes_on(tmp_path: Path, minilm: tuple[Any, Any]) -> None:
+    hf.BertLMHeadModel(hf.BertConfig(**SMALL, vocab_size=60, is_decoder=True)).save_pretrained(tmp_path)
+    minilm[1].save_pretrained(tmp_path)
+    assert type(load(tmp_path, language=True)[0]).__name__ == "BertLMHeadModel"
 
 
 def test_nothing_to_write(mini: tuple[Any, Any]) -> None:

@@ -45,6 +45,7 @@ _PLACES = {
     "regard.watch": (
         "At",
         "Entropy",
+        "GridDistance",
         "Mass",
         "MeanDistance",
         "Pooled",

@@ -40,6 +40,7 @@ from regard.tokens import (
 from regard.watch import (
     At,
     Entropy,
+    GridDistance,
     Mass,
     MeanDistance,
     Pooled,
@@ -71,6 +72,7 @@ __all__ = [
     "Entropy",
     "Gate",
     "Grid",
+    "GridDistance",
     "Mass",
     "MeanDistance",
     "Mutual",

@@ -57,8 +57,19 @@ def look(
     model: Annotated[str | None, typer.Option(help="Folder or name of a model; by default the bundled one.")] = None,
     text: TextFile = None,
     prompt: Prompt = None,
+    pair: Annotated[str | None, typer.Option(help="A second text, for models that compare two.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What the decoder reads; by default what an encoder–decoder writes itself.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture, for ViT, DINO, CLIP, SigLIP and language models that see.")
+    ] = None,
+    audio: Annotated[Path | None, typer.Option(help="A .wav file, for Whisper and its like.")] = None,
     out: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("report.html"),
-    save: Annotated[Path | None, typer.Option(help="Also write the statistics, as netCDF.")] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Also write the statistics, as netCDF; a file for each part if there are several."),
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Numbers, ranges or globs on module paths, with commas.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -66,34 +77,39 @@ def look(
     window: Annotated[bool, typer.Option(help="Read a text longer than the model in windows.")] = False,
     open_it: Open = False,
 ) -> None:
-    """Report where a model looks when it reads a text: by default a chapter of a novel."""
+    """Report where a model looks when it reads a text, by default a chapter of a novel, a picture or a recording."""
     with _errors():
         from regard import mini
         from regard.look import look
         from regard.models import load
         from regard.tokens import parse_layers
-        from regard.watch import save as save_dataset
 
         _quiet()
-        content, text_name = _read(text, prompt)
+        files = [file.name for file in (image, audio) if file]
+        content, text_name = (None, "") if files and text is None and prompt is None else _read(text, prompt)
         with console.status(Text(f"loading {model or mini.name}")):
-            loaded, tokenizer = load(model or mini.path(), device, dtype)
+            loaded, processor = load(model or mini.path(), device, dtype)
         with _bar() as advance:
             seen = look(
                 loaded,
-                tokenizer,
+                processor,
                 content,
+                pair=pair,
+                target=target,
+                image=image,
+                audio=audio,
                 model_name=Path(model).name if model else mini.name,
-                text_name=text_name,
+                text_name=" and ".join(filter(None, [text_name, *files])),
                 layers=None if layers is None else parse_layers(layers),
                 max_tokens=max_tokens,
                 window=window,
                 progress=advance,
             )
         out.write_text(seen.html(), encoding="utf-8")
-        if save:
-            save_dataset(seen.dataset, save)
-            console.print(Text(f"statistics: {save.resolve()}"), soft_wrap=True)
+        for note in seen.notes:
+            console.print(Text(note), soft_wrap=True)
+        for file in seen.save(save) if save else []:
+            console.print(Text(f"statistics: {file.resolve()}"), soft_wrap=True)
         facts = seen.facts
         console.print(f"{facts.tokens:,} tokens, {facts.layers} layers of {facts.heads} heads, {facts.seconds:.1f} s")
         _show_report(out, open_it)

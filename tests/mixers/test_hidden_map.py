@@ -1,6 +1,6 @@
 """A map that is known by what it does to values, against the same one stored."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regard.maps import token_map
-from regard.mixers import HiddenMap, chunked_attention
+from regard.mixers import HiddenMap, SelectiveSSM, chunked_attention
 
 BATCH, HEADS, QUERIES, KEYS = 2, 3, 9, 11
 
@@ -163,3 +163,31 @@ def test_questions_without_an_answer() -> None:
         P.topk(12)
     with pytest.raises(ValueError, match=r"received\(\) needs weights"):
         P.received(torch.ones(QUERIES))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_heads_that_are_known_apart_are_asked_alone(stored: Tensor, padded: bool) -> None:
+    """As channels are: what is chosen of them is computed, also of what was chosen before, and of other orders."""
+    asked: list[list[int]] = []
+
+    def of_heads(index: Tensor) -> Callable[[Tensor], Tensor]:
+        asked.append(index.tolist())
+        return lambda values: stored[:, index] @ values
+
+    plain = hidden(stored)
+    apart = HiddenMap(lambda values: stored @ values, plain.shape, plain.values, of_heads)
+    if padded:
+        real = torch.tensor([[True] * 9, [False, True, True, False, True, True, True, True, False]])
+        order = (~real).long().argsort(dim=1, stable=True)
+        plain, apart = plain.rearranged(order, real), apart.rearranged(order, real)
+    some = apart.heads([2, 0]).heads([1])
+    torch.testing.assert_close(some.dense(), plain.heads([0]).dense())
+    torch.testing.assert_close(some.received(), plain.heads([0]).received())
+    assert torch.equal(some.values, plain.heads([0]).values)
+    assert asked == [[2, 0], [0]]
+
+
+def test_channels_of_a_selective_space_are_known_apart() -> None:
+    with torch.no_grad():
+        every = SelectiveSSM(8).map(torch.randn(2, 10, 8))
+        torch.testing.assert_close(every.heads([11, 2]).dense(), every.dense()[:, [11, 2]])

@@ -1,5 +1,6 @@
 """What a report holds, what it leaves out, and that nothing in it can break out of its place."""
 
+import base64
 import importlib
 import json
 import sys
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from regard.view import RunFacts, report
+from regard.inputs import Picture
+from regard.view import RunFacts, ShownPart, report
 
 FACTS = RunFacts("MiniLM", "The Awakening", 24, 2, 3, 1.25, 313_000_000, 1_300_000_000, "cpu", "float32", "1.0")
 
@@ -38,8 +40,12 @@ class Page(HTMLParser):
     def identifiers(self) -> set[str | None]:
         return {attributes.get("id") for _, attributes in self.elements}
 
+    def parts(self) -> list[dict[str, Any]]:
+        return list(json.loads(next(text for text in self.texts if text.startswith('{"parts"')))["parts"])
+
     def data(self) -> dict[str, Any]:
-        return dict(json.loads(next(text for text in self.texts if text.startswith('{"layers"'))))
+        (part,) = self.parts()
+        return part
 
 
 def test_a_full_report_has_all_sections_and_the_facts(small: xr.Dataset) -> None:
@@ -150,3 +156,37 @@ def test_without_its_libraries_the_error_says_how_to_get_them(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'pip install "regard\[report\]"'):
         report(small, FACTS)
+
+
+PICTURE = Picture(b"\x89PNG not really", 2, 3, (2, 3, 4, 7, 8, 9))
+
+
+def test_parts_have_pages_of_their_own_and_what_is_said_of_the_run(small: xr.Dataset) -> None:
+    names = {"key_token": (("batch", "key"), [[f"key {n}" for n in range(12)]] * 2)}
+    cross = small[["entropy", "received", "pooled"]].assign_coords(
+        query_token=(("batch", "query"), [[f"query {n}" for n in range(12)]] * 2), **names
+    )
+    notes = ["the target was written by <the model>"]
+    page = Page(report([ShownPart("Encoder", small), ShownPart("Cross-attention", cross)], FACTS, notes))
+    encoder, other = page.parts()
+    assert [statistic["name"] for statistic in other["statistics"]] == ["entropy"]
+    assert {statistic["name"] for statistic in encoder["statistics"]} > {"entropy", "previous", "sink"}
+    assert other["text"]["queries"][0][1].strip() == "query 1"
+    assert other["text"]["windows"][0][1].strip() == "key 1"
+    assert {"Encoder", "Cross-attention", notes[0]} <= {text.strip() for text in page.texts}
+
+
+def test_patches_stand_on_the_picture(small: xr.Dataset) -> None:
+    text = Page(report([ShownPart("Image", small, PICTURE)], FACTS)).data()["text"]
+    source = text["picture"].pop("source")
+    assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == PICTURE.png
+    assert text["picture"] == {"rows": 2, "columns": 3, "positions": [2, 3, 4, 7, 8, 9]}
+
+
+def test_what_goes_between_segments_is_shown_for_every_head(small: xr.Dataset) -> None:
+    segments = (("batch", "query"), [["sink"] + ["rest"] * 11] * 2)
+    data = Page(report(small.assign_coords(query_segment=segments), FACTS)).data()
+    shown = {statistic["title"]: statistic for statistic in data["statistics"]}
+    share = small.mass.sel(segment="rest")[:, :, :, 0].mean("batch")  # of the first query, which is the sink's own
+    np.testing.assert_allclose(shown["Sink → rest"]["values"][0], share[0], rtol=1e-3)
+    assert shown["Sink → rest"]["values"][1][2] is None

@@ -157,6 +157,23 @@ def test_pooled_and_rows(tensors: tuple[Tensor, ...]) -> None:
     np.testing.assert_allclose(data.rows[0], matrix[:, :, [0, 7]], atol=1e-6)
 
 
+def test_blocks_may_have_another_side_in_keys(tensors: tuple[Tensor, ...]) -> None:
+    pooled = seen(tensors, regard.Pooled(4, columns=5)).dataset().pooled[0]
+    expected = np.add.reduceat(np.add.reduceat(matrix_of(tensors), [0, 4, 8], axis=-2), [0, 5, 10], axis=-1)
+    np.testing.assert_allclose(pooled, expected, atol=1e-5)
+    assert (pooled.attrs["size"], pooled.attrs["columns"]) == (4, 5)
+
+
+def test_grid_distance(tensors: tuple[Tensor, ...]) -> None:
+    patches = torch.full((TOKENS, 2), torch.nan)  # a token first that is no patch, then two rows of five
+    patches[1:] = torch.cartesian_prod(torch.arange(2.0), torch.arange(5.0))
+    found = seen(tensors, regard.GridDistance(patches), causal=False).dataset().grid_distance[0]
+    matrix, places = matrix_of(tensors, causal=False)[..., 1:, 1:], patches[1:].numpy()
+    squares = ((places[:, None] - places[None]) ** 2).sum(-1)
+    np.testing.assert_allclose(found[..., 1:], np.sqrt((matrix * squares).sum(-1) / matrix.sum(-1)), atol=1e-4)
+    assert np.isnan(found[..., 0]).all()
+
+
 def test_rows_are_chosen_by_slices_and_masks_too(tensors: tuple[Tensor, ...]) -> None:
     chosen = torch.arange(TOKENS) % 4 == 1
     data = [seen(tensors, regard.Rows(where)).dataset().rows[0] for where in (slice(2, 5), chosen)]
@@ -305,6 +322,12 @@ def test_arguments_that_make_no_sense() -> None:
         (ValueError, "threshold between 0 and 1, got 2", lambda: regard.Sinks(threshold=2)),
         (ValueError, "k of at least 1, got 0", lambda: regard.TopK(0)),
         (ValueError, "at least 1 token, got 0", lambda: regard.Pooled(0)),
+        (ValueError, r"at least 1 token, got \(4, 0\)", lambda: regard.Pooled(4, columns=0)),
+        (
+            ValueError,
+            r"GridDistance needs patches of shape \(tokens, 2\), got \(5,\)",
+            lambda: regard.GridDistance(torch.ones(5)),
+        ),
         (ValueError, r"positions that can be counted", lambda: regard.Rows(slice(3, None))),
         (
             ValueError,

@@ -25,6 +25,7 @@ class HiddenMap(TokenMap):
         apply: from values (B, H, M, W) to outputs (B, H, N, W), linear and differentiable.
         shape: (B, H, N, M).
         values: V, (B, H, M, D), which the mixer mixes. Statistics come in its precision, float32 at least.
+        of_heads: from the numbers of some heads to what ``apply`` is of these alone, where that costs less than all.
 
     Raises:
         ValueError: values of another shape.
@@ -38,7 +39,13 @@ class HiddenMap(TokenMap):
     True
     """
 
-    def __init__(self, apply: Apply, shape: tuple[int, int, int, int], values: Tensor) -> None:
+    def __init__(
+        self,
+        apply: Apply,
+        shape: tuple[int, int, int, int],
+        values: Tensor,
+        of_heads: Callable[[Tensor], Apply] | None = None,
+    ) -> None:
         batch, heads, _, keys = shape
         if values.ndim != 4 or values.shape[:3] != (batch, heads, keys):
             raise ValueError(
@@ -46,6 +53,7 @@ class HiddenMap(TokenMap):
                 f"got {tuple(values.shape)}"
             )
         self._apply = apply
+        self._apply_of = of_heads
         self._shape = shape
         self._of_every_head = math.prod(shape[:3])  # numbers that `apply` gives for one column
         self.values = values
@@ -69,7 +77,7 @@ class HiddenMap(TokenMap):
         return f"HiddenMap(shape={self.shape}, dtype={self.dtype})"
 
     def heads(self, index: list[int]) -> HiddenMap:
-        """The map of these heads alone; it costs what that of all costs.
+        """The map of these heads alone; it costs what that of all costs, but for channels as of Mamba's.
 
         >>> import torch
         >>> from regard.mixers import DeltaRule
@@ -81,11 +89,16 @@ class HiddenMap(TokenMap):
         if len(chosen.unique()) < len(chosen):
             raise ValueError(f"the heads of a hidden map are chosen once each, got {index}")
 
+        of_heads = self._apply_of
+        shape = batch, len(chosen), queries, keys
+        if of_heads is not None:
+            return HiddenMap(of_heads(chosen), shape, self.values[:, chosen], lambda some: of_heads(chosen[some]))
+
         def apply(values: Tensor) -> Tensor:
             every = values.new_zeros(batch, heads, keys, values.shape[3]).index_copy(1, chosen, values)
             return self._apply(every)[:, chosen]
 
-        view = HiddenMap(apply, (batch, len(chosen), queries, keys), self.values[:, chosen])
+        view = HiddenMap(apply, shape, self.values[:, chosen])
         view._of_every_head = self._of_every_head
         return view
 
@@ -109,7 +122,11 @@ class HiddenMap(TokenMap):
             values = values.masked_fill(~columns, 0.0)
             return moved(self._apply(values.gather(2, every.expand_as(values))), own).masked_fill(~rows, 0.0)
 
-        return HiddenMap(apply, self.shape, moved(self.values, every).masked_fill(~columns, 0.0))
+        def of_heads(some: Tensor) -> Apply:
+            return self.heads(some.tolist()).rearranged(order, real)._apply
+
+        values = moved(self.values, every).masked_fill(~columns, 0.0)
+        return HiddenMap(apply, self.shape, values, None if self._apply_of is None else of_heads)
 
     # --- products -----------------------------------------------------------------------------------------------------
 

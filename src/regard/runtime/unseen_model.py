@@ -18,6 +18,7 @@ IN_PARTS = "some of its keys at a time"
 """Said of a softmax over keys that enters no one product with values."""
 
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
+_WITHOUT = re.compile("mamba|ssm|rwkv|recurrent|retention", re.IGNORECASE)
 
 
 def explain(model: Module | None, softmaxes: Mapping[str, str] | None = None) -> str:
@@ -33,6 +34,12 @@ def explain(model: Module | None, softmaxes: Mapping[str, str] | None = None) ->
             f"no attention call was seen: {name} was not run inside the block, or runs attn_implementation="
             f"{implementation!r}, which does not call {_SEEN}{found}. Before the block, call: "
             f'model.set_attn_implementation("{_better(model)}")'
+        )
+    kinds = {type(module).__name__ for module in model.modules()}
+    if (linear := sorted(filter(_WITHOUT.search, kinds))) and not any(map(_ATTENTION.search, kinds)):
+        return (
+            f"no attention call was seen: {name} has none, but {linear[0]}; of such layers those of Mamba, Qwen3-Next and "
+            "Qwen3.5 can be seen, once regard.mixers.replace_linear_layers has made mixers of them"
         )
     return (
         f"no attention call was seen in {name}: it was not run inside the block, or its attention is its own code, not "

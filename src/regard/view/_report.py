@@ -1,22 +1,31 @@
 """One self-contained HTML page about what the heads of a model did on a text."""
 
+import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from regard.inputs import Picture
 from regard.view import choose
 from regard.view.heads import KINDS, statistics
 from regard.view.lengths import lengths
 from regard.view.pack import pack
 from regard.view.page import render
-from regard.view.shares import block_side, coarsen, shares
+from regard.view.patches import PATCH_KINDS
+from regard.view.segments import between
+from regard.view.shares import block_sides, coarsen, shares
 from regard.view.statistics import STATISTICS
 from regard.view.windows import windows
 from regard.view.words import pieces
 
-OVERVIEW = ("entropy", "sink", "previous", "own", "induction", "retrieval", "mean_distance")
+OVERVIEW = (
+    "entropy", "sink", "class_token", "previous", "own", "induction", "retrieval", "mean_distance", "own_patch",
+    "neighbour", "surroundings", "grid_distance",
+)  # fmt: skip
 """The statistics that are drawn for all heads side by side."""
 BUDGET = 1 << 22
 """The text, and the pictures, may take this many numbers each; a number takes 4/3 bytes in the page."""
@@ -37,7 +46,7 @@ class RunFacts:
         text: the name of the text.
         tokens: how many tokens were read.
         layers: how many layers were watched.
-        heads: how many heads a layer has.
+        heads: how many heads a layer has, at most.
         seconds: how long the run took.
         peak_memory: the most memory in use, in bytes.
         stored_memory: what the attention matrices would have taken if they had been stored, in bytes.
@@ -64,17 +73,39 @@ class RunFacts:
     version: str
 
 
-def report(dataset: xr.Dataset, facts: RunFacts) -> str:
+@dataclass(frozen=True)
+class ShownPart:
+    """A recording of one part of a model's attention, such as an encoder's.
+
+    Args:
+        name: what it is, such as "Cross-attention".
+        dataset: as `regard.watch` makes it.
+        picture: the image that its keys are patches of, if they are.
+
+    Example:
+        >>> ShownPart("Text", xr.Dataset()).picture is None
+        True
+    """
+
+    name: str
+    dataset: xr.Dataset
+    picture: Picture | None = None
+
+
+def report(recorded: xr.Dataset | Sequence[ShownPart], facts: RunFacts, notes: Sequence[str] = ()) -> str:
     """Write a recording as one HTML page that needs no network.
 
     The page shows each head's statistics, its kind, what each token of the text receives, and the pooled
     picture of the head. What was not recorded is left out. Numbers about tokens and blocks are kept in one
     byte each, so the page of a thousand heads on two thousand tokens is about 13 MB, of which plotly is 5.
     The text and the pictures of a larger recording are cut to its first windows and tokens, and say so.
+    Tokens that are patches of an image stand on it.
 
     Args:
-        dataset: a recording, as `regard.watch` makes them.
+        recorded: a recording, as `regard.watch` makes them, or one for each part of the model's attention, of which the
+            page shows one at a time.
         facts: what to say about the run.
+        notes: what one should know of what was read, a line each.
 
     Returns:
         The text of an HTML file.
@@ -90,24 +121,31 @@ def report(dataset: xr.Dataset, facts: RunFacts) -> str:
         >>> report(dataset, facts).startswith("<!doctype html>")
         True
     """
-    dataset = windows(dataset)
-    summary = statistics(dataset)
-    page = _page(dataset, summary)
+    parts = [ShownPart("", recorded)] if isinstance(recorded, xr.Dataset) else recorded
+    pages = [_page(part) for part in parts]
+    page: dict[str, object] = {"parts": pages}
+    titles = {one["name"]: one for own in pages for one in own["statistics"]}
     return render(
         "report.html",
         "report.js",
         page,
-        page=page,
+        statistics=list(titles.values()),
+        has={what: any(own[what] is not None for own in pages) for what in ("kinds", "text", "pictures")},
+        names=[part.name for part in parts],
+        notes=list(notes),
+        windows=max(own["windows"] for own in pages),
         facts=facts,
         model=facts.model,
         version=facts.version,
-        fact_list=_fact_list(facts),
-        kinds=KINDS,
+        fact_list=_fact_list(facts, sum(len(own["layers"]) * len(own["heads"]) for own in pages)),
+        kinds=KINDS | PATCH_KINDS,
     )
 
 
-def _page(dataset: xr.Dataset, summary: xr.Dataset) -> dict[str, object]:
-    """Collect what the script of the page needs, as plain values."""
+def _page(part: ShownPart) -> dict[str, Any]:
+    """Collect what the script of the page needs of one part, as plain values."""
+    dataset = windows(part.dataset)
+    summary = statistics(dataset)
     if not summary.data_vars and "received" not in dataset and "pooled" not in dataset:
         there = ", ".join(str(name) for name in dataset.data_vars) or "no variables"
         raise ValueError(
@@ -119,9 +157,9 @@ def _page(dataset: xr.Dataset, summary: xr.Dataset) -> dict[str, object]:
         "heads": choose.heads(dataset),
         "windows": dataset.sizes.get("batch", 1),
         "present": _present(dataset).tolist(),
-        "statistics": _overview(summary),
+        "statistics": _overview(summary) + _between(dataset),
         "kinds": _kinds(summary),
-        "text": _text(dataset) if "received" in dataset else None,
+        "text": _text(dataset, part.picture) if "received" in dataset else None,
         "pictures": _pictures(dataset) if "pooled" in dataset else None,
     }
 
@@ -150,6 +188,19 @@ def _overview(summary: xr.Dataset) -> list[dict[str, object]]:
     ]
 
 
+def _between(dataset: xr.Dataset) -> list[dict[str, object]]:
+    return [
+        {
+            "name": name,
+            "title": name[0].upper() + name[1:],
+            "unit": "share of attention",
+            "sentence": f"The stronger the colour, the more attention goes from {name.replace(' → ', ' to ')}.",
+            "values": _numbers(share.values),
+        }
+        for name, share in between(dataset).items()
+    ]
+
+
 def _kinds(summary: xr.Dataset) -> dict[str, object] | None:
     if "kind" not in summary:
         return None
@@ -158,10 +209,11 @@ def _kinds(summary: xr.Dataset) -> dict[str, object] | None:
         "kind": summary["kind"].values.tolist(),
         "score": _numbers(summary["score"].values),
         "offset": _numbers(offset),
+        "direction": summary["direction"].values.tolist() if "direction" in summary else None,
     }
 
 
-def _text(dataset: xr.Dataset) -> dict[str, object]:
+def _text(dataset: xr.Dataset, picture: Picture | None) -> dict[str, object]:
     received = dataset["received"].transpose("batch", "layer", "head", "key")
     count, layers, heads, keys = received.shape
     rows = max(layers * heads, 1)
@@ -169,14 +221,35 @@ def _text(dataset: xr.Dataset) -> dict[str, object]:
     windows_shown = min(count, max(BUDGET // (rows * keys_shown), 1))
     values = received.values[:windows_shown, :, :, :keys_shown]
     return {
-        "windows": [_pieces(dataset, window)[:keys_shown] for window in range(windows_shown)],
+        "windows": [_pieces(dataset, "key", window)[:keys_shown] for window in range(windows_shown)],
+        "queries": [_pieces(dataset, "query", window)[:READABLE] for window in range(windows_shown)],
+        "segments": [_segments(dataset, window)[:keys_shown] for window in range(windows_shown)],
+        "picture": _on_the_page(picture),
         "tokens_left_out": int(lengths(dataset, "key").max()) - keys_shown if keys_shown < keys else 0,
         "received": pack(values.reshape(-1, keys_shown)),
     }
 
 
-def _pieces(dataset: xr.Dataset, window: int) -> list[str]:
-    return pieces(dataset, window) or [f" {position}" for position in range(dataset.sizes["key"])]
+def _pieces(dataset: xr.Dataset, dim: Literal["query", "key"], window: int) -> list[str]:
+    return pieces(dataset, window, dim) or [f" {position}" for position in range(dataset.sizes.get(dim, 0))]
+
+
+def _segments(dataset: xr.Dataset, window: int) -> list[str]:
+    """Which named stretch each key is of; nothing where there are none."""
+    if "key_segment" not in dataset.coords:
+        return []
+    return [str(name) for name in dataset["key_segment"].isel(batch=window).values]
+
+
+def _on_the_page(picture: Picture | None) -> dict[str, object] | None:
+    if picture is None:
+        return None
+    return {
+        "source": f"data:image/png;base64,{base64.b64encode(picture.png).decode('ascii')}",
+        "rows": picture.height,
+        "columns": picture.width,
+        "positions": list(picture.positions),
+    }
 
 
 def _pictures(dataset: xr.Dataset) -> dict[str, object]:
@@ -193,7 +266,7 @@ def _pictures(dataset: xr.Dataset) -> dict[str, object]:
         "blocks": [rows, columns],
         "merged": factor,
         "shown": list(share.shape[-2:]),
-        "side": block_side(pooled),
+        "sides": block_sides(pooled),
         "queries": lengths(dataset, "query").values.tolist(),
         "keys": lengths(dataset, "key").values.tolist(),
         "share": pack(share.reshape(-1, share.shape[-2] * share.shape[-1])),
@@ -204,12 +277,13 @@ def _numbers(values: NDArray[np.floating]) -> list[list[float | None]]:
     return [[float(f"{number:.4g}") if np.isfinite(number) else None for number in row] for row in values]
 
 
-def _fact_list(facts: RunFacts) -> list[tuple[str, str, str]]:
+def _fact_list(facts: RunFacts, heads: int) -> list[tuple[str, str, str]]:
     """Name each fact, its value, and a remark on it."""
     ratio = facts.stored_memory / facts.peak_memory if facts.peak_memory else 0
+    alike = heads == facts.layers * facts.heads
     return [
         ("Tokens", f"{facts.tokens:,}", ""),
-        ("Heads", f"{facts.layers * facts.heads:,}", f"{facts.layers} layers of {facts.heads}"),
+        ("Heads", f"{heads:,}", f"{facts.layers} layers of {facts.heads if alike else f'up to {facts.heads}'}"),
         ("Time", seconds(facts.seconds), f"on {facts.device}, {facts.dtype}"),
         ("Peak memory", _bytes(facts.peak_memory), "for the whole run"),
         ("Stored attention", _bytes(facts.stored_memory), _times(ratio)),

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from regard.view.lengths import lengths
+from regard.view.patches import is_of_patches, patch_statistics
 
 NEAR = 8
 """Attention to a token at most this far away is local."""
@@ -75,6 +76,8 @@ def summarize(dataset: xr.Dataset) -> xr.Dataset:
     4. "sink" if `sink` is at least 0.3.
     5. "mixed" otherwise; the score is then how near the head comes to any of these, from 0 to 1.
 
+    Of patches that look at patches the entries and kinds are those of `regard.view.patches`.
+
     A variable that was not recorded only takes its own entries away. Heads that a layer does not have are
     NaN, with the kind "".
 
@@ -115,6 +118,8 @@ def statistics(dataset: xr.Dataset) -> xr.Dataset:
         >>> len(statistics(xr.Dataset()))
         0
     """
+    if is_of_patches(dataset):
+        return patch_statistics(dataset)
     found: dict[str, xr.DataArray] = {}
     if "entropy" in dataset:
         found["entropy"] = _mean(dataset["entropy"])

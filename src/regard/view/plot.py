@@ -14,7 +14,7 @@ import xarray as xr
 from regard.view import choose
 from regard.view.heads import summarize
 from regard.view.lengths import lengths
-from regard.view.shares import block_side, edges, shares
+from regard.view.shares import block_sides, edges, shares
 from regard.view.statistics import STATISTICS
 from regard.view.windows import windows
 from regard.view.words import pieces
@@ -170,11 +170,11 @@ class Plot:
         chosen = self._batch(pooled, batch).isel(layer=number, head=choose.head(self.dataset, head))
         share = shares(chosen).transpose("row", "column").values
         queries, keys = (int(lengths(self._windows, axis)[number, batch]) for axis in ("query", "key"))
-        side = block_side(pooled)
+        rows, columns = block_sides(pooled)
         ticks = np.arange(np.log10(FAINTEST), 1)
         picture = graph.Heatmap(
-            x=edges(share.shape[1], keys or share.shape[1], side),
-            y=edges(share.shape[0], queries or share.shape[0], side),
+            x=edges(share.shape[1], keys or share.shape[1], columns),
+            y=edges(share.shape[0], queries or share.shape[0], rows),
             z=np.log10(np.maximum(np.where(share > 0, share, np.nan), FAINTEST)),
             customdata=share,
             hovertemplate="query %{y}<br>key %{x}<br>share %{customdata:.2%}<extra></extra>",

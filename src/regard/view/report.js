@@ -1,6 +1,7 @@
-// The page knows one thing: which layer, head and window are chosen. Everything else is drawn from that.
+// The page knows one thing: which part, layer, head and window are chosen. Everything else is drawn from that.
 
-const page = JSON.parse(document.getElementById("page").textContent);
+const { parts } = JSON.parse(document.getElementById("page").textContent);
+let page = parts[0]; // the part that is shown
 const chosen = { layer: null, head: null, window: 0 }; // null stands for all of them
 const find = (selector, root = document) => root.querySelector(selector);
 const findAll = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -83,15 +84,35 @@ function option(value, label) {
   return make("option", label, { value });
 }
 
-function fillSelects() {
-  find("#layer").replaceChildren(option("", "all"), ...page.layers.map((path, layer) => option(layer, `${layer} · ${path}`)));
-  find("#window").replaceChildren(...Array.from({ length: page.windows }, (_, at) => option(at, `${at + 1} of ${page.windows}`)));
+// Another part has layers, heads and tokens of its own.
+function showPart(number) {
+  page = parts[number];
+  received = page.text && unpack(page.text.received);
+  pictures = page.pictures && unpack(page.pictures.share);
+  reading.window = null;
+  for (const [name, there] of Object.entries({ kinds: page.kinds, text: page.text, map: page.pictures })) {
+    const section = find(`#${name}-section`);
+    if (section) section.hidden = !there;
+  }
+  fillSelects();
+  setUpTable();
+  drawHeads();
+  choose({ layer: null, head: null, window: 0 });
+}
+
+function listenToSelects() {
+  find("#part").addEventListener("change", (event) => showPart(Number(event.target.value)));
   for (const name of ["layer", "head", "window"]) {
     find("#" + name).addEventListener("change", (event) => {
       choose({ [name]: event.target.value === "" ? null : Number(event.target.value) });
     });
   }
   find(".chosen").addEventListener("submit", (event) => event.preventDefault());
+}
+
+function fillSelects() {
+  find("#layer").replaceChildren(option("", "all"), ...page.layers.map((path, layer) => option(layer, `${layer} · ${path}`)));
+  find("#window").replaceChildren(...Array.from({ length: page.windows }, (_, at) => option(at, `${at + 1} of ${page.windows}`)));
 }
 
 function showChosen() {
@@ -109,6 +130,7 @@ function showChosen() {
 
 function kindOf(layer, head) {
   const kind = page.kinds.kind[layer][head];
+  if (kind === "neighbour") return `${kind}, ${page.kinds.direction[layer][head]}`;
   const offset = page.kinds.offset[layer][head];
   return kind === "positional" ? `${kind} ${offset > 0 ? "+" : "−"}${Math.abs(offset)}` : kind;
 }
@@ -164,7 +186,10 @@ function drawHeads() {
 }
 
 function drawStatistic(place) {
-  const { name, unit, values } = page.statistics.find((statistic) => statistic.name === place.dataset.statistic);
+  const statistic = page.statistics.find(({ name }) => name === place.dataset.statistic);
+  place.closest("figure").hidden = !statistic;
+  if (!statistic) return;
+  const { name, unit, values } = statistic;
   const known = values.flat().filter((value) => value !== null);
   const shares = unit === "share of attention";
   // A picture of shares that are all next to nothing should look like next to nothing.
@@ -210,7 +235,9 @@ function markHeads() {
   // Two lines, since one colour alone would be lost on some of the cells.
   const lines = [{ color: colour("paper"), width: 5 }, { color: colour("accent"), width: 2 }];
   const shapes = layer === null ? [] : lines.map((line) => ({ ...outline, line }));
-  for (const place of findAll("[data-statistic]")) Plotly.relayout(place, { shapes });
+  for (const place of findAll("[data-statistic]")) {
+    if (!place.closest("figure").hidden) Plotly.relayout(place, { shapes });
+  }
 }
 
 // ---- What each head does ----
@@ -225,17 +252,23 @@ function headsWithKind() {
   return heads;
 }
 
+function listenToTable() {
+  for (const button of findAll("#filters button")) {
+    button.addEventListener("click", () => { order.kind = button.dataset.kind; fillTable(); });
+  }
+  for (const button of findAll("#table thead button")) {
+    button.addEventListener("click", () => sortBy(button.dataset.sort));
+  }
+}
+
 function setUpTable() {
   if (!page.kinds) return;
+  order.kind = "";
   for (const button of findAll("#filters button")) {
     const { kind } = button.dataset;
     const count = headsWithKind().filter((head) => !kind || head.kind === kind).length;
     find(".count", button).textContent = count;
     button.parentElement.hidden = count === 0;
-    button.addEventListener("click", () => { order.kind = kind; fillTable(); });
-  }
-  for (const button of findAll("#table thead button")) {
-    button.addEventListener("click", () => sortBy(button.dataset.sort));
   }
   fillTable();
 }
@@ -291,11 +324,11 @@ function scrollInto(box, element) {
 
 // ---- The text ----
 
-const received = page.text && unpack(page.text.received);
+let received = null; // what each token of the part that is shown receives
 const reading = { window: null, spans: [], values: [], current: null };
 
-function setUpText() {
-  if (!page.text) return;
+function listenToText() {
+  if (!find("#text")) return;
   const box = find("#text");
   const point = (event) => showToken(event.target.dataset.at === undefined ? null : Number(event.target.dataset.at));
   box.addEventListener("pointerover", point);
@@ -320,17 +353,28 @@ function nextToken(step) {
   return reading.spans[at] ? at : null;
 }
 
+// A token is a word of the text, or a patch of the picture, which stands where the first of its patches does.
 function writeText() {
   const box = find("#text");
+  const { picture } = page.text;
+  const patches = new Map(picture && chosen.window === 0 ? picture.positions.map((at, number) => [at, number]) : []);
+  const segments = page.text.segments[chosen.window];
   const nodes = [];
+  let grid = null;
+  let segment = "";
   reading.spans = page.text.windows[chosen.window].map((piece, at) => {
+    if (segments[at] && segments[at] !== segment) nodes.push(make("i", (segment = segments[at]), { className: "segment" }));
+    if (patches.has(at)) {
+      if (!grid) nodes.push((grid = pictureOf(picture)));
+      return patchOf(piece, at, patches.get(at), picture, grid);
+    }
     const [, before, word, after] = piece.match(/^(\s*)([^]*?)(\s*)$/);
     // A token that is white space alone must still be there to be pointed at.
     const shown = word || (piece.includes("\n") ? "↵" : piece);
     if (!shown) return null;
     const span = make("span", shown);
     span.dataset.at = at;
-    if (/^(\[[A-Z]+\]|<\|?[\w｜▁ -]+\|?>)$/.test(word)) span.className = "special";
+    if (/^(\[[A-Za-z]+\d*\]|<\|?[\w｜▁ -]+\|?>)$/.test(word)) span.className = "special";
     if (!word && shown === "↵") span.className = "newline";
     nodes.push(word ? before : "", span, word ? after : piece.replace(/[^\n]/g, ""));
     return span;
@@ -338,6 +382,25 @@ function writeText() {
   box.replaceChildren(...nodes);
   box.scrollTop = 0;
   reading.window = chosen.window;
+}
+
+function pictureOf({ source, rows, columns }) {
+  const grid = make("div", "", { className: "patches" });
+  grid.style.gridTemplate = `repeat(${rows}, 1fr) / repeat(${columns}, 1fr)`;
+  grid.append(make("img", "", { src: source, alt: "the picture as the model saw it, shaded by patch" }));
+  return grid;
+}
+
+function patchOf(name, at, number, { columns }, grid) {
+  const patch = make("span");
+  Object.assign(patch.dataset, { at, name: name.trim() });
+  patch.style.gridArea = `${Math.floor(number / columns) + 1} / ${(number % columns) + 1}`;
+  grid.append(patch);
+  return patch;
+}
+
+function nameOf(pieces, at) {
+  return (pieces?.[at] ?? "").trim() || "white space";
 }
 
 function drawText() {
@@ -373,7 +436,7 @@ function showMost() {
     .filter((at) => reading.spans[at] && reading.values[at] > 0)
     .sort((a, b) => reading.values[b] - reading.values[a])
     .slice(0, 8);
-  const parts = most.flatMap((at, rank) => [rank ? " · " : "", make("b", reading.spans[at].textContent), ` ${short(reading.values[at])}`]);
+  const parts = most.flatMap((at, rank) => [rank ? " · " : "", make("b", nameOf(page.text.windows[chosen.window], at)), ` ${short(reading.values[at])}`]);
   find("#text-most").replaceChildren("Most looked at: ", ...parts);
 }
 
@@ -386,7 +449,7 @@ function showToken(at) {
   const span = reading.spans[at];
   span.classList.add("current");
   const value = reading.values[at];
-  tip.textContent = `token ${at} receives ${Number.isNaN(value) ? "no number" : short(value)}`;
+  tip.textContent = `${reading.spans[at].dataset.name || `token ${at}`} receives ${Number.isNaN(value) ? "no number" : short(value)}`;
   const frame = find(".reading").getBoundingClientRect();
   const token = span.getClientRects()[0];
   const left = token.left - frame.left;
@@ -406,11 +469,11 @@ function sayCut(selector, there, windows, tokens = 0) {
 
 // ---- The picture ----
 
-const pictures = page.pictures && unpack(page.pictures.share);
+let pictures = null; // of the part that is shown
 
 // Where each block of a text begins, and where the last one ends.
-function edges(shown, blocks, size) {
-  const { merged, side } = page.pictures;
+function edges(shown, blocks, size, side) {
+  const { merged } = page.pictures;
   const edge = (block) => (side ? Math.min(block * side, size) : Math.floor((block * size) / blocks));
   return Array.from({ length: shown + 1 }, (_, at) => edge(Math.min(at * merged, blocks)));
 }
@@ -428,14 +491,14 @@ function drawMap() {
   if (!there) return;
   const [rows, columns] = page.pictures.shown;
   const share = meanOfRows(pictures, chosenRows());
-  const queries = edges(rows, page.pictures.blocks[0], longest(page.pictures.queries) || rows);
-  const keys = edges(columns, page.pictures.blocks[1], longest(page.pictures.keys) || columns);
+  const queries = edges(rows, page.pictures.blocks[0], longest(page.pictures.queries) || rows, page.pictures.sides[0]);
+  const keys = edges(columns, page.pictures.blocks[1], longest(page.pictures.keys) || columns, page.pictures.sides[1]);
   const [low, high] = range(share);
   const grid = (of) => Array.from({ length: rows }, (_, row) => Array.from({ length: columns }, (_, column) => of(row, column)));
   const at = (row, column) => share[row * columns + column];
-  const span = (from, to) => (to - from > 1 ? `${from}–${to - 1}` : `${from}`);
   const label = (row, column) =>
-    `queries ${span(queries[row], queries[row + 1])}<br>keys ${span(keys[column], keys[column + 1])}<br>${percent(at(row, column))}`;
+    `${sayTokens("quer", "y", "ies", page.text?.queries, queries[row], queries[row + 1])}<br>` +
+    `${sayTokens("key", "", "s", page.text?.windows, keys[column], keys[column + 1])}<br>${percent(at(row, column))}`;
   const trace = {
     type: "heatmap",
     x: keys,
@@ -462,6 +525,13 @@ function drawMap() {
   legend(find("#map-legend"), percent(low), percent(high));
 }
 
+// Several tokens by their positions, one by its name too.
+function sayTokens(what, one, several, windows, from, to) {
+  if (to - from > 1) return `${what}${several} ${from}–${to - 1}`;
+  const pieces = windows?.[chosen.window];
+  return `${what}${one} ${from}${pieces ? ": " + plain(nameOf(pieces, from)) : ""}`;
+}
+
 function range(share) {
   const positive = share.filter((value) => value > 0).sort();
   if (!positive.length) return [0.001, 1];
@@ -485,8 +555,7 @@ window.addEventListener("resize", () => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 
-fillSelects();
-setUpTable();
-setUpText();
-drawHeads();
-choose({});
+listenToSelects();
+listenToTable();
+listenToText();
+showPart(0);

@@ -22,21 +22,23 @@ def shares(pooled: xr.DataArray) -> xr.DataArray:
     return pooled / totals.where(totals > 0)
 
 
-def block_side(pooled: xr.DataArray) -> int | None:
-    """Return how many tokens a block has on a side, where all blocks but the last have the same.
+def block_sides(pooled: xr.DataArray) -> tuple[int | None, int | None]:
+    """Return how many queries and how many keys a block has, where all blocks but the last have the same.
 
-    That is the attribute "size", or what the sums of the rows tell: a row of blocks sums to the number of its
-    queries. None if the text was cut into a given number of nearly equal blocks, of which the first is a smaller one.
+    Those are the attributes "size" and "columns", or both what the sums of the rows tell: a row of blocks sums to the number
+    of its queries. None if the text was cut into a given number of nearly equal blocks, of which the first is a smaller one.
 
     Example:
-        >>> block_side(xr.DataArray([[3.0, 1.0], [1.0, 1.0]], dims=("row", "column")))
-        4
+        >>> block_sides(xr.DataArray([[3.0, 1.0], [1.0, 1.0]], dims=("row", "column")))
+        (4, 4)
     """
     if "size" in pooled.attrs:
-        return int(pooled.attrs["size"])
+        size = int(pooled.attrs["size"])
+        return size, int(pooled.attrs.get("columns", size))
     totals = pooled.sum("column")
     largest = round(float(totals.max()))
-    return largest if largest and largest == round(float(totals.isel(row=0).max())) else None
+    side = largest if largest and largest == round(float(totals.isel(row=0).max())) else None
+    return side, side
 
 
 def edges(blocks: int, size: int, side: int | None = None) -> NDArray[np.int64]:

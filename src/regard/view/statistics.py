@@ -48,6 +48,31 @@ STATISTICS = {
         "tokens",
         "The stronger the colour, the farther away the tokens that a head looks at.",
     ),
+    "class_token": Statistic(
+        "Class token",
+        "share of attention",
+        "The stronger the colour, the more attention a head parks on the class token and on registers.",
+    ),
+    "own_patch": Statistic(
+        "Own patch",
+        "share of attention",
+        "The stronger the colour, the more a patch looks at itself.",
+    ),
+    "neighbour": Statistic(
+        "Neighbour",
+        "share of attention",
+        "The stronger the colour, the more a patch looks at one of the eight beside it, always the same.",
+    ),
+    "surroundings": Statistic(
+        "Surroundings",
+        "share of attention",
+        "The stronger the colour, the more attention stays on the patch and the eight around it.",
+    ),
+    "grid_distance": Statistic(
+        "Distance",
+        "patches",
+        "The stronger the colour, the farther away on the image a head looks: the root of the mean square.",
+    ),
     "local": Statistic(
         "Local",
         "share of attention",

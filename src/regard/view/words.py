@@ -3,6 +3,7 @@
 import codecs
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import xarray as xr
 
@@ -14,17 +15,17 @@ _CLOSING = ".,;:!?)]}%\N{HORIZONTAL ELLIPSIS}\N{RIGHT DOUBLE QUOTATION MARK}"
 _OPENING = "([{$#\N{LEFT SINGLE QUOTATION MARK}\N{LEFT DOUBLE QUOTATION MARK}"
 
 
-def pieces(dataset: xr.Dataset, batch: int) -> list[str]:
-    """The text of each key of an entry of the batch, as its tokens read; none if the dataset has no tokens.
+def pieces(dataset: xr.Dataset, batch: int, dim: Literal["query", "key"] = "key") -> list[str]:
+    """The text of each key, or query, of an entry of the batch, as its tokens read; none if the dataset has no tokens.
 
     Example:
         >>> tokens = xr.DataArray([["A", "Ġparrot"]], dims=("batch", "key"))
         >>> pieces(xr.Dataset(coords={"key_token": tokens}), 0)
         ['A', ' parrot']
     """
-    if "key_token" not in dataset.coords:
+    if f"{dim}_token" not in dataset.coords:
         return []
-    tokens = dataset["key_token"]
+    tokens = dataset[f"{dim}_token"]
     return join([str(token) for token in tokens.isel(batch=batch).values], tokens.attrs.get("spelling"))
 
 

@@ -4,6 +4,7 @@ from regard._callable import make_callable
 from regard.watch._watch import watch
 from regard.watch.at import At
 from regard.watch.entropy import Entropy
+from regard.watch.grid_distance import GridDistance
 from regard.watch.mass import Mass
 from regard.watch.mean_distance import MeanDistance
 from regard.watch.pooled import Pooled
@@ -18,6 +19,7 @@ from regard.watch.value_norm import ValueNorm
 __all__ = [
     "At",
     "Entropy",
+    "GridDistance",
     "Mass",
     "MeanDistance",
     "Pooled",

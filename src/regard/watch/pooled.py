@@ -13,13 +13,17 @@ from regard.watch.statistic import Statistic
 
 
 class Pooled(Statistic):
-    """The map summed over square blocks of tokens: ``pooled(layer, batch, head, row, column)``.
+    """The map summed over blocks of tokens: ``pooled(layer, batch, head, row, column)``.
 
     Block r holds the tokens r·size … (r+1)·size − 1, and a row of blocks sums to the number of its queries. Queries that
     ``token_mask`` calls padding do not count. In ``generate`` the picture grows at its lower edge.
 
     Args:
         size: the side of a block, in tokens.
+        columns: the other side of it, in keys, where one sequence looks at another of another length; by default as ``size``.
+
+    Raises:
+        ValueError: blocks of less than one token.
 
     >>> import torch, regard
     >>> layer = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
@@ -33,14 +37,17 @@ class Pooled(Statistic):
     name = "pooled"
     dims = ("row", "column")
 
-    def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ValueError(f"Pooled needs blocks of at least 1 token, got {size}")
+    def __init__(self, size: int, columns: int | None = None) -> None:
+        if min(size, 1 if columns is None else columns) < 1:
+            raise ValueError(
+                f"Pooled needs blocks of at least 1 token, got {size if columns is None else (size, columns)}"
+            )
         self.size = size
+        self.columns = size if columns is None else columns
 
     def ask(self, attention: TokenMap, call: Call) -> Callable[[], Tensor]:
         """Have the columns' sums computed in the shared pass."""
-        blocks = self._blocks(call.place.key_start, attention.shape[3], attention)
+        blocks = self._blocks(call.place.key_start, attention.shape[3], self.columns, attention)
         columns = one_hot(blocks, int(blocks[-1]) + 1, attention.dtype)
         attention.expect("product", columns)
         return lambda: self._sum_rows(attention @ columns, attention, call)
@@ -49,12 +56,13 @@ class Pooled(Statistic):
         """(B, H, rows, columns), from the blocks of the text's first token on."""
         if call.place.token_mask is not None:
             product = product * call.place.token_mask.to(product.device)[:, None, :, None]
-        blocks = self._blocks(call.place.query_start, attention.shape[2], attention)
+        blocks = self._blocks(call.place.query_start, attention.shape[2], self.size, attention)
         return sum_rows(product, blocks, int(blocks[-1]) + 1)
 
     def attributes(self) -> Mapping[str, object]:
-        """The units, and the side of a block."""
-        return {"units": "sum of attention", "size": self.size}
+        """The units, and the sides of a block."""
+        return {"units": "sum of attention", "size": self.size, "columns": self.columns}
 
-    def _blocks(self, start: int, tokens: int, attention: TokenMap) -> Tensor:
-        return torch.arange(start, start + tokens, device=attention.device) // self.size
+    @staticmethod
+    def _blocks(start: int, tokens: int, size: int, attention: TokenMap) -> Tensor:
+        return torch.arange(start, start + tokens, device=attention.device) // size

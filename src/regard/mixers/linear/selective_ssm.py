@@ -13,7 +13,7 @@ from torch.nn import Linear, Parameter, functional
 
 from regard.mixers.dynamical_system import DynamicalSystem
 from regard.mixers.forms import Form, check_form, softplus
-from regard.mixers.hidden_map import HiddenMap
+from regard.mixers.hidden_map import Apply, HiddenMap
 from regard.mixers.layout import PLAIN, Layout
 from regard.mixers.linear._linear_attention import linear_attention
 from regard.mixers.linear.short_convolution import ShortConvolution
@@ -285,10 +285,11 @@ class SelectiveSSM(ValueMixer):
         query, key, decay = self._channels(projected)
         batch, width, tokens, _ = query.shape
 
-        def apply(values: Tensor) -> Tensor:
-            return linear_attention(query, key, values, decay)[0]
+        def of_channels(some: Tensor | slice) -> Apply:
+            own = query[:, some], key[:, some], decay[:, some]
+            return lambda values: linear_attention(own[0], own[1], values, own[2])[0]
 
-        return HiddenMap(apply, (batch, width, tokens, tokens), projected.value)
+        return HiddenMap(of_channels(slice(None)), (batch, width, tokens, tokens), projected.value, of_channels)
 
     def system(self, x: Tensor) -> DynamicalSystem:
         """``Λ = exp(−Δ a), b = Δ b(x), c = c(x)``, channels as heads."""

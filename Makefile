@@ -44,6 +44,8 @@ test-oldest: $(OLDEST)/.dev
 real: $(VENV)/.dev
 	$(BIN)/python -m bench.real_model
 	$(BIN)/python -m pytest -m real tests/real
+	$(BIN)/python -m bench.steering_real --quick
+	$(BIN)/python -m bench.cache_real --quick
 
 clean:
 	rm -rf $(VENV) $(OLDEST) report.html htmlcov .coverage*

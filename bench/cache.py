@@ -12,9 +12,7 @@ intervals, and draws it (--plot FILE).
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -36,8 +34,9 @@ from transformers import DynamicCache
 import regard
 from bench.held_out import held_out_books
 from bench.measuring import Run, allocated
+from bench.other_interpreter import OtherInterpreter
 from bench.presses import Cost, cost, llama, tokens
-from bench.results import ROOT, Report, command_line
+from bench.results import Report, command_line
 from regard.cache import (
     TOVA,
     Adaptive,
@@ -64,36 +63,6 @@ BUDGETS = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 QUESTION = 16  # last tokens of a text, the question among them
 LENGTH, DISTRACTORS, BATCH, SEED = 512, 4, 8, 11
-
-
-class Presses:
-    """kvpress in a process of its own, which measures what it is asked for, and waits in between.
-
-    Args:
-        python: an interpreter that has kvpress.
-
-    Raises:
-        RuntimeError: that interpreter could not import what it needs.
-    """
-
-    def __init__(self, python: str) -> None:
-        command = [python, "-m", "bench.presses", str(regard.mini.path()), str(torch.get_num_threads())]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        self.versions = ", ".join(f"{name} {version}" for name, version in self._line().items())
-
-    def cost(self, name: str, length: int) -> Cost:
-        """Of the press that stands beside a policy of this name."""
-        assert self._process.stdin is not None
-        print(json.dumps({"name": name, "length": length}), file=self._process.stdin, flush=True)
-        return Cost(**self._line())
-
-    def _line(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"kvpress ended with {self._process.wait()}; see above")
-        found: dict[str, Any] = json.loads(line)
-        return found
 
 
 def timed_policies(tokenizer: Any) -> dict[str, Policy]:
@@ -150,7 +119,7 @@ def _tensors(layer: Any) -> list[Tensor]:
     return tensors + [group.narrow for group in groups if isinstance(group, NarrowGroup)]
 
 
-def time_table(lengths: Sequence[int], device: str, rounds: int, presses: Presses | None) -> Table:
+def time_table(lengths: Sequence[int], device: str, rounds: int, presses: OtherInterpreter | None) -> Table:
     """Reading and decoding with each policy, as ratios to the model alone in the same process and round."""
     _, tokenizer = regard.mini()
     tokenizer.model_max_length = 32768  # as the model's
@@ -166,7 +135,7 @@ def time_table(lengths: Sequence[int], device: str, rounds: int, presses: Presse
             for name, policy in ({"": None} | policies).items():
                 of = {"": own_cost(model, policy, length, device)}
                 if presses is not None and name in ["", *theirs]:
-                    of[", kvpress"] = presses.cost(name, length)
+                    of[", kvpress"] = Cost(**presses.ask(name=name, length=length))
                 for side, one in of.items():
                     found.setdefault((name, side), []).extend([one] if round_ else [])
         for name, policy in ({"": None} | policies).items():
@@ -352,7 +321,10 @@ def main() -> None:
         if arguments.plot:
             facts_plot(found, samples).write_html(arguments.plot)
         return
-    presses = None if arguments.kvpress is None else Presses(arguments.kvpress)
+    presses = None
+    if arguments.kvpress is not None:
+        threads = str(torch.get_num_threads())
+        presses = OtherInterpreter(arguments.kvpress, "bench.presses", str(regard.mini.path()), threads)
     with Report("cache", arguments.save, width=150) as report:
         if presses is None:
             report.console.print("kvpress is left out: --kvpress PYTHON names an interpreter that has it")

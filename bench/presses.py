@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,33 +79,32 @@ def plain_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
-def presses() -> dict[str, Callable[[], Any]]:
-    """Of a quarter of the entries, by the names that `bench.cache` has for the policies of regard."""
+def presses() -> dict[str, Callable[[float], Any]]:
+    """Of what share to drop, by the names that `bench.cache` has for the policies of regard."""
     import kvpress
 
+    snap = partial(kvpress.SnapKVPress, window_size=32, kernel_size=5)
     return {
-        "Knorm": lambda: kvpress.KnormPress(0.75),
-        "SnapKV": lambda: kvpress.SnapKVPress(0.75, window_size=32, kernel_size=5),
-        "SnapKV, by head": lambda: kvpress.AdaKVPress(kvpress.SnapKVPress(0.75, window_size=32, kernel_size=5)),
-        "ExpectedAttention": lambda: kvpress.ExpectedAttentionPress(0.75),
-        "KVzip": lambda: kvpress.KVzipPress(0.75),
-        "TOVA": lambda: kvpress.TOVAPress(0.75),
-        "StreamingLLM": lambda: kvpress.StreamingLLMPress(0.75, n_sink=4),
-        "observed attention": lambda: kvpress.ObservedAttentionPress(0.75),
-        "SnapKV, ThinK": lambda: kvpress.ComposedPress(
-            [kvpress.SnapKVPress(0.75, window_size=32, kernel_size=5), kvpress.ThinKPress(0.5)]
-        ),
+        "Knorm": kvpress.KnormPress,
+        "SnapKV": snap,
+        "SnapKV, by head": lambda gone: kvpress.AdaKVPress(snap(gone)),
+        "ExpectedAttention": kvpress.ExpectedAttentionPress,
+        "KVzip": kvpress.KVzipPress,
+        "TOVA": kvpress.TOVAPress,
+        "StreamingLLM": partial(kvpress.StreamingLLMPress, n_sink=4),
+        "observed attention": kvpress.ObservedAttentionPress,
+        "SnapKV, ThinK": lambda gone: kvpress.ComposedPress([snap(gone), kvpress.ThinKPress(0.5)]),
     }
 
 
-def answer(model: Any, made: dict[str, Callable[[], Any]], name: str, length: int, device: str) -> Cost:
+def answer(model: Any, made: dict[str, Callable[[float], Any]], name: str, length: int, device: str) -> Cost:
     """What a press costs, or with no name the model alone."""
     for layer in model.model.layers:
         layer.self_attn.masked_key_indices = None  # of the text before
     if name and name not in made:
         raise ValueError(f"kvpress has no press for {name!r}")
     model.set_attn_implementation("eager" if name == "observed attention" else "sdpa")
-    press = made[name]() if name else None
+    press = made[name](0.75) if name else None
     block: Block = nullcontext if press is None else lambda: press(model)
     return cost(model, tokens(length, device), device, block, plain_bytes, steps_inside=False)
 

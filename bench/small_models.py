@@ -120,6 +120,12 @@ class Results:
                 pool.shutdown(cancel_futures=True)
         return {key: self.found[key] for key in runs}
 
+    def one(self, key: str, run: Callable[[], Any]) -> Any:
+        """One result, kept or new, run in this process."""
+        if key not in self.found:
+            self._keep(key, run())
+        return self.found[key]
+
     def _keep(self, key: str, result: Any) -> None:
         self.found[key] = result
         self.path.parent.mkdir(parents=True, exist_ok=True)

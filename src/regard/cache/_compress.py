@@ -9,12 +9,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
 from regard.cache.kept_call import KeptCall
-from regard.cache.module_call import ModuleCall
 from regard.cache.open_block import OpenBlock
 from regard.cache.policy import Policy
 from regard.cache.report import Report, report
@@ -202,23 +200,10 @@ class compress:  # noqa: N801 - a context manager, named as what one writes
             self._drop_now(kept, None if real is None else real[:, : layer.seen])
 
     def _drop_now(self, kept: KeptCall, real: Tensor | None) -> None:
-        layer, policy, cache = kept.layer, self.policy, kept.call.place.cache
-        kept.read_window()
+        cache = kept.call.place.cache
         first = self._ids.get(cache)
-        made_by = ModuleCall(
-            kept.call, layer.seen, real, layer.is_latent, layer.removed, layer.window, policy.reads.queries
-        )
-        entries = layer.entries(
-            real, self._memories.setdefault(cache, {}), kept.expanded, new=kept.left,
-            token_ids=None if first is None else first.token_ids, beside=self._beside,
-            made_by=made_by,
-        )  # fmt: skip
-        scores = policy.score(entries).masked_fill(~entries.real, -torch.inf)
-        counts = policy.counts(entries, scores).minimum(entries.real.sum(dim=-1))
-        layer.whole = policy.keeps_whole(entries)
-        if not policy.reads.accumulates:
-            layer.forget()
-        policy.rest.apply(layer, entries, scores, counts, policy.pools)
+        ids = None if first is None else first.token_ids
+        kept.drop(real, memory=self._memories.setdefault(cache, {}), token_ids=ids, beside=self._beside)
 
 
 def _overlap(one: Module, other: Module) -> bool:

@@ -6,12 +6,13 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from regard.cache.head_group import HeadGroup, ReadPart
+from regard.cache.module_call import ModuleCall
 from regard.cache.narrow_group import NarrowGroup
 from regard.cache.policy import Reads
 from regard.cache.window import joined, last_queries
@@ -244,6 +245,26 @@ class KeptCall:
         with torch.no_grad():
             for group in map(HeadGroup.held, self.layer.groups):
                 group.receive(window._received(window._call_on(group).map(), weights))
+
+    def drop(self, real: Tensor | None, memory: dict[Any, Any], **further: Any) -> None:
+        """Have the policy choose what stays of the layer.
+
+        ``real`` (B, tokens so far) tells tokens from padding, None if there is none; ``memory`` and the others are fields of
+        `Entries`.
+        """
+        assert self.policy is not None
+        policy, layer = self.policy, self.layer
+        self.read_window()
+        made_by = ModuleCall(
+            self.call, layer.seen, real, layer.is_latent, layer.removed, layer.window, policy.reads.queries
+        )
+        entries = layer.entries(real, memory, self.expanded, new=self.left, made_by=made_by, **further)
+        scores = policy.score(entries).masked_fill(~entries.real, -math.inf)
+        counts = policy.counts(entries, scores).minimum(entries.real.sum(dim=-1))
+        layer.whole = policy.keeps_whole(entries)
+        if not policy.reads.accumulates:
+            layer.forget()
+        policy.rest.apply(layer, entries, scores, counts, policy.pools)
 
     def _step(self, group: HeadGroup, query: Tensor, mask: Tensor | None) -> Tensor:
         """One query, whose small matrix is at hand."""

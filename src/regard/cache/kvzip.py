@@ -108,11 +108,18 @@ class KVzip(Policy):
         return entries.real.sum(dim=-1)
 
     def _compress(self, model: Module, cache: Any) -> None:
-        layers = kept_layers(cache)
-        for layer in layers:
+        for layer in kept_layers(cache):
             layer.settle()
-        repeating = Reconstruction(self.tokenizer, self.chunk, self.sinks, self.normalized)
-        scores = repeating.scores(model, cache)
+        self.keep(cache, self.reconstruction.scores(model, cache))
+
+    @property
+    def reconstruction(self) -> Reconstruction:
+        """How a text is repeated."""
+        return Reconstruction(self.tokenizer, self.chunk, self.sinks, self.normalized)
+
+    def keep(self, cache: Any, scores: list[Tensor]) -> None:
+        """Drop the entries of a cache that have the lowest scores (batch, key heads, tokens), a tensor for each layer."""
+        layers = kept_layers(cache)
         sure = scores[0].isinf().sum(dim=2)
         if self._number(layers[0].seen) < int(sure.max()):
             for layer in layers:

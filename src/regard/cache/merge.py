@@ -29,7 +29,9 @@ class Merge(Rest):
         prompt: whether what goes after a prompt is merged too, which the paper drops.
         seed: of b.
 
-    The authors' code draws b for the token after the one that goes; here it is the one that goes.
+    After a prompt few entries take up the values of many, and what looks elsewhere than the last queries finds these in them:
+    a language model writes worse for it, the worse the less stays (`bench.cache_real`). The authors drop then,
+    ``prompt=False``. Their code draws b for the token after the one that goes; here it is the one that goes.
 
     Y. Zhang et al. (2024), CaM: Cache Merging for Memory-efficient LLMs Inference.
 

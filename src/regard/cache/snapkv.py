@@ -25,6 +25,9 @@ class SnapKV(BudgetPolicy):
         kernel: the width of the pooling, odd; 1 for none.
         pooling: "mean" or "max", of each query head.
 
+    The defaults are the authors'. A cluster narrower than a fact loses the rest of it, such as the later digits of a number
+    that is written a token each: where facts are to be found again, a ``kernel`` as wide as they are (`bench.cache_real`).
+
     Y. Li et al. (2024), SnapKV: LLM Knows What You are Looking for Before Generation.
 
     >>> import regard

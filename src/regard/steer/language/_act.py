@@ -173,9 +173,11 @@ def find_act_heads(
     >>> set(found) <= {(0, 0), (0, 1), (1, 0), (1, 1)}
     True
     """
-    plain = mean_measure(model, examples, measure, lambda example: ())
+    plain = mean_measure(model, examples, measure, lambda batch: ())
     tried = _between(every_head(model, examples[0].token_ids)) if heads is None else heads
-    scores = score_each(model, examples, measure, lambda head, example: act([head], by, threshold), tried, progress)
+    scores = score_each(
+        model, examples, measure, lambda head: lambda batch: act([head], by, threshold), tried, progress
+    )
     better = [head for head, score in scores.items() if score > plain]
     return sorted(better, key=scores.__getitem__, reverse=True)
 

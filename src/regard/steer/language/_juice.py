@@ -36,7 +36,16 @@ from regard.steer import steer
 from regard.steer.add import with_added
 from regard.steer.edit import Edit, check_number
 from regard.steer.gate import Gate
-from regard.steer.language.example import Example, Progress, accuracy, answer_probability, mean_measure
+from regard.steer.language.example import (
+    Example,
+    Progress,
+    accuracy,
+    answer_probability,
+    batches,
+    last_only,
+    mean_measure,
+    token_batch,
+)
 from regard.steer.language.heads import Head, every_head, only
 
 _ENLARGE = (1.0, 3.0, 5.0, 10.0, 30.0)
@@ -244,20 +253,19 @@ def _gain(model: Module, examples: Sequence[Example], head: Head, factors: Seque
     return math.fsum(probabilities) / len(probabilities)
 
 
-def _scaled(head: Head, by: float, example: Example) -> tuple[Gate]:
+def _scaled(head: Head, by: float, batch: Sequence[Example]) -> tuple[Gate]:
     return (Gate(1 + by, layers=head[0], heads=head[1]),)
 
 
 def _score_twice(model: Module, edits: Sequence[Edit], examples: Sequence[Example]) -> tuple[float, float]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     right: list[float] = []
     probability: list[float] = []
-    for example in examples:
-        ids = torch.as_tensor(example.token_ids, device=device)[None]
+    for batch in batches(examples):
+        ids = token_batch(model, [example.token_ids for example in batch])
         with torch.no_grad():
-            logits = run_twice(model, edits, input_ids=ids)[0, -1].float()
-        right.append(accuracy(logits, example))
-        probability.append(answer_probability(logits, example))
+            logits = run_twice(model, edits, input_ids=ids, **last_only(model))[:, -1].float()
+        right.extend(map(accuracy, logits, batch))
+        probability.extend(map(answer_probability, logits, batch))
     return math.fsum(right) / len(examples), math.fsum(probability) / len(examples)
 
 
@@ -270,5 +278,5 @@ def _follow_second_half(input_ids: Tensor, scores: Tensor) -> Tensor:
     return scores.chunk(2)[1].repeat(2, 1)
 
 
-def _nothing(example: Example) -> tuple[Edit, ...]:
+def _nothing(batch: Sequence[Example]) -> tuple[Edit, ...]:
     return ()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -81,17 +82,23 @@ def score_pasta_heads(
         model,
         examples,
         measure,
-        lambda head, example: (pasta(highlighted(example), len(example), alpha, [head]),),
+        lambda head: lambda batch: (pasta(_highlighted(batch), len(batch[0]), alpha, [head]),),
         heads,
         progress,
     )
 
 
+def _highlighted(batch: Sequence[Example]) -> Tensor:
+    """(batch, tokens) boolean."""
+    return torch.cat([resolve(highlighted(example), 0, len(example)) for example in batch])
+
+
 def _rest_of_prompt(spans: Positions, tokens: int) -> Tensor:
     chosen = resolve(spans, 0, tokens)
     chosen = chosen if len(chosen) > 1 else chosen[0]
-    if not bool(chosen.any()) or bool(chosen.all()):
-        which = "all" if bool(chosen.all()) else "none"
+    every = chosen.all(-1)
+    if bool((every | ~chosen.any(-1)).any()):
+        which = "all" if bool(every.any()) else "none"
         raise ValueError(
             f"pasta needs spans that hold a part of the prompt; {spans!r} hold {which} of its {tokens} tokens"
         )

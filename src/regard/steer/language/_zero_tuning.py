@@ -120,7 +120,7 @@ def profile_zero_tuning(
     up: list[Head] = []
     down: list[Head] = []
     groups = [[head] for head in heads] if each_layer else _by_number(heads)
-    plain = mean_measure(model, examples, measure, lambda example: ())
+    plain = mean_measure(model, examples, measure, lambda batch: ())
     for number, group in enumerate(groups):
         score = _score(model, examples, measure, probe, group)
         if score != plain:
@@ -168,7 +168,7 @@ def calibrate_zero_tuning(
             f"no head makes a difference to the measure on {len(examples)} examples; pass more of them, or a finer measure "
             "such as answer_probability"
         )
-    plain = mean_measure(model, examples, measure, lambda example: ())
+    plain = mean_measure(model, examples, measure, lambda batch: ())
     tried = [by for by in factors if (by > 1 if group is profile.up else by < 1)]
     scores = {1.0: plain} | {by: _score(model, examples, measure, by, group) for by in tried}
     best = max(scores, key=scores.__getitem__)
@@ -176,7 +176,7 @@ def calibrate_zero_tuning(
 
 
 def _score(model: Module, examples: Sequence[Example], measure: Measure, by: float, heads: Sequence[Head]) -> float:
-    return mean_measure(model, examples, measure, lambda example: (zero_tuning(by, heads),))
+    return mean_measure(model, examples, measure, lambda batch: (zero_tuning(by, heads),))
 
 
 def _by_number(heads: Sequence[Head]) -> list[list[Head]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -41,7 +42,11 @@ class Example:
         return len(self.token_ids)
 
 
+_AT_ONCE = 2048  # tokens of a batch
+
 Measure = Callable[[Tensor, Example], float]
+Edits = Callable[[Sequence[Example]], Sequence[Edit]]
+"""The edits for a batch of examples of one length."""
 Progress = Callable[[int, int], None]
 
 
@@ -81,22 +86,53 @@ def answer_log_probability(logits: Tensor, example: Example) -> Tensor:
 
 def next_logits(model: Module, token_ids: Sequence[int] | Tensor) -> Tensor:
     """(vocabulary,): what a model says to come next."""
+    return batch_logits(model, [token_ids])[0]
+
+
+def batch_logits(model: Module, texts: Sequence[Sequence[int] | Tensor]) -> Tensor:
+    """(batch, vocabulary): what a model says to come next after each of several texts of one length."""
+    logits: Tensor = model(input_ids=token_batch(model, texts), **last_only(model)).logits[:, -1]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def token_batch(model: Module, texts: Sequence[Sequence[int] | Tensor]) -> Tensor:
+    """(batch, tokens): texts of one length, where the model is."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    ids = torch.as_tensor(token_ids, device=device)
-    if ids.ndim != 1 or ids.is_floating_point() or not len(ids):
-        raise ValueError(f"an example's token_ids must be ids of shape (tokens,), got {ids.dtype} {tuple(ids.shape)}")
-    logits: Tensor = model(input_ids=ids[None]).logits
-    return logits[0, -1].to(torch.promote_types(logits.dtype, torch.float32))
+    rows = [torch.as_tensor(ids, device=device) for ids in texts]
+    for ids in rows:
+        if ids.ndim != 1 or ids.is_floating_point() or not len(ids):
+            raise ValueError(
+                f"an example's token_ids must be ids of shape (tokens,), got {ids.dtype} {tuple(ids.shape)}"
+            )
+    return torch.stack(rows)
 
 
-def mean_measure(
-    model: Module, examples: Sequence[Example], measure: Measure, edits: Callable[[Example], Sequence[Edit]]
-) -> float:
-    """The measure's mean over examples, each steered by its own edits."""
+def last_only(model: Module) -> dict[str, int]:
+    """What spares a model the logits of all tokens but the last, where it knows how to."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def mean_measure(model: Module, examples: Sequence[Example], measure: Measure, edits: Edits) -> float:
+    """The measure's mean over examples, each steered by the edits of its batch."""
     if not examples:
         raise ValueError("no examples were given")
-    with torch.no_grad():
-        return math.fsum(_measured(model, example, measure, edits(example)) for example in examples) / len(examples)
+    total: list[float] = []
+    for batch in batches(examples):
+        made = edits(batch)
+        with torch.no_grad(), steer(model, *made) if made else nullcontext():
+            logits = batch_logits(model, [example.token_ids for example in batch])
+        total.extend(map(measure, logits, batch))
+    return math.fsum(total) / len(examples)
+
+
+def batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """Examples of one length together, so many that a batch stays small."""
+    by_length: dict[int, list[Example]] = {}
+    for example in examples:
+        by_length.setdefault(len(example), []).append(example)
+    for length, alike in by_length.items():
+        size = max(_AT_ONCE // max(length, 1), 1)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 def highlighted(example: Example) -> Positions:
@@ -106,11 +142,6 @@ def highlighted(example: Example) -> Positions:
             f"this search needs examples with highlighted positions; one of {len(example)} tokens has none"
         )
     return example.highlighted
-
-
-def _measured(model: Module, example: Example, measure: Measure, edits: Sequence[Edit]) -> float:
-    with steer(model, *edits) if edits else nullcontext():
-        return measure(next_logits(model, example.token_ids), example)
 
 
 def _log_probabilities(logits: Tensor, example: Example) -> Tensor:

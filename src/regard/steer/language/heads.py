@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from torch.nn import Module
 from regard.runtime import AttentionCall
 from regard.steer import steer
 from regard.steer.custom import Custom
-from regard.steer.edit import Edit
-from regard.steer.language.example import Example, Measure, Progress, mean_measure, next_logits
+from regard.steer.language.example import Edits, Example, Measure, Progress, mean_measure, next_logits
 
 Head = tuple[int, int]
 
@@ -67,14 +65,14 @@ def score_each(
     model: Module,
     examples: Sequence[Example],
     measure: Measure,
-    edits: Callable[[Head, Example], Sequence[Edit]],
+    edits: Callable[[Head], Edits],
     heads: Sequence[Head],
     progress: Progress | None = None,
 ) -> dict[Head, float]:
     """The measure's mean with the edits of each head alone."""
     scores: dict[Head, float] = {}
     for number, head in enumerate(heads):
-        scores[head] = mean_measure(model, examples, measure, partial(edits, head))
+        scores[head] = mean_measure(model, examples, measure, edits(head))
         if progress is not None:
             progress(number + 1, len(heads))
     return scores

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from regard.steer import SweepResult
     from regard.steer.compare import Comparison
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: one progress bar is enough, ours
 console = Console(stderr=True)
 TextFile = Annotated[str | None, typer.Option(metavar="FILE", help="A text file, or - for the standard input.")]
 Prompt = Annotated[str | None, typer.Option(help="The text itself, in place of a file.")]
@@ -585,7 +586,7 @@ def _share_bar() -> Iterator[tuple[Callable[[object], None], Callable[[str, floa
 def _bar() -> Iterator[Callable[[str, int | None], None]]:
     """A bar that one call for each layer moves on."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("reading", total=None)
         yield lambda path, total: progress.update(task, description=path, total=total, advance=1)
 

@@ -102,7 +102,10 @@ def test_an_interrupt_in_the_midst_of_a_call() -> None:
     assert seen.layers == ["first", "second"]
 
 
-def interrupted_at(line: int, work: Callable[[], None]) -> bool:
+IN_BLOCKS = ("regard/runtime", "regard/watch", "contextlib.py")
+
+
+def interrupted_at(line: int, work: Callable[[], None], files: tuple[str, ...] = IN_BLOCKS) -> bool:
     """Run it, with an interrupt at the so many-th line of what runs a block; whether there are so many."""
     lines = itertools.count(1)
 
@@ -114,7 +117,7 @@ def interrupted_at(line: int, work: Callable[[], None]) -> bool:
 
     def at_call(frame: Any, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
-        return at_line if any(part in name for part in ("regard/runtime", "regard/watch", "contextlib.py")) else None
+        return at_line if any(part in name for part in files) else None
 
     before = sys.gettrace()
     try:
@@ -151,3 +154,31 @@ def test_an_interrupt_at_any_line() -> None:
         assert seen.layers == ["first", "second"], line
         assert "pass" not in seen.dataset().dims, line
     assert interrupted > 10
+
+
+def test_an_interrupt_keeps_no_lock() -> None:
+    """At every line of what arranges blocks: another thread enters one of its own all the same."""
+    before, q, entered = in_place(), torch.randn(1, 1, 2, 8), []
+
+    def work() -> None:
+        with pytest.raises(RuntimeError, match="no attention call"), regard.steer(None, regard.Gate(2.0)):
+            pass
+
+    def other() -> None:
+        with regard.steer(None, regard.Gate(0)):
+            entered.append(bool(functional.scaled_dot_product_attention(q, q, q).any()))
+
+    lines = 0
+    for line in itertools.count(1):
+        if not interrupted_at(line, work, ("runtime/seams.py",)):
+            break
+        lines += 1
+        thread = threading.Thread(target=other, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive(), line
+        gc.collect()
+        functional.scaled_dot_product_attention(q, q, q)
+        assert in_place() == before, line
+    assert lines > 10
+    assert entered == [False] * lines

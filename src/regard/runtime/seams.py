@@ -13,7 +13,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +50,10 @@ def entered(interceptor: Interceptor, model: Module | None) -> Iterator[Block]:
             _surely(block.close)
         finally:
             softmax.release()
-            _surely(_arrange)
+            try:
+                _surely(_arrange)
+            finally:
+                _surely(_let_go)
 
 
 def _surely(step: Callable[[], None]) -> None:
@@ -60,6 +63,13 @@ def _surely(step: Callable[[], None]) -> None:
     except BaseException:
         step()
         raise
+
+
+def _let_go() -> None:
+    """Give the lock back as often as this thread has it: an interrupt may have come just before it was to be released."""
+    with suppress(RuntimeError):  # which tells that this thread has it no more
+        while True:
+            _lock.release()
 
 
 def _arrange() -> None:
@@ -125,8 +135,14 @@ def _lead_back() -> None:
 
 
 def _run_uncompiled() -> None:
-    stance = torch.compiler.set_stance("force_eager")
-    _put_back.append(functools.partial(stance.__exit__, None, None, None))
+    stances: list[Any] = []
+
+    def put_back() -> None:
+        for stance in stances:
+            stance.__exit__(None, None, None)
+
+    _put_back.append(put_back)  # before there is anything to put back, so that no interrupt comes in between
+    stances.append(torch.compiler.set_stance("force_eager"))
 
 
 def _compile(*args: Any, **kwargs: Any) -> Any:

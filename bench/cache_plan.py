@@ -40,5 +40,5 @@ class Plan:
         return max(self.lengths)
 
 
-LONG = Plan({2048: 3, 4096: 1, 7500: 1}, calibrated=3)
+LONG = Plan({2048: 9, 4096: 3, 7500: 1}, calibrated=3)
 QUICK = Plan({512: 1}, calibrated=0, budgets=(1 / 4,), facts=4, asked_before=1, pressed=1, sample=256)

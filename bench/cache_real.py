@@ -1,6 +1,6 @@
 """What compressing the cache of a pretrained language model gains and loses: every policy that chooses among text.
 
-    python -m bench.cache_real --books FOLDER [--kvpress PYTHON] [--plot FILE] [--save]    40 minutes on one core
+    python -m bench.cache_real --books FOLDER [--kvpress PYTHON] [--plot FILE] [--save]    2 hours on one core
     python -m bench.cache_real --quick                                                     shows that it runs
 
 In passages of books facts are hidden: one needle, and several of one kind. Each text is read once, and every policy

@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +30,6 @@ from regard.maps._strip_pass import Gradients, Rows, softmax
 _STRIP = {"cpu": 2**19, "cuda": 2**26}
 # Rows of all groups in a strip: with fewer a product is slow, with more a triangle's upper half is wasted on.
 _ROWS_AT_LEAST, _ROWS_AT_MOST = 64, 128
-# Keys up to this width ride beside the values for the entropy, where logits are so small that their differences are exact
-# to some 1e-5: that is a wider product instead of a second strip in the cache.
-_NARROW, _EXACT = 32, 64.0
 # Pieces that workers take one after another: as many as leave no core idle for long at the end.
 _PIECES = 16
 
@@ -237,26 +234,9 @@ def evaluate(scores: Scores, request: Request) -> Answer:
     return _strip_pass.evaluate(
         scores,
         request,
-        lambda request: _answer(scores, request),
+        lambda request: _Forward(scores, request).run(),
         lambda ctx, gradients: _Backward(scores, ctx, gradients).run(),
     )
-
-
-def _answer(scores: Scores, request: Request) -> Answer:
-    """The answer, its entropy as ``L_i − scale · q_i · (P K)_i`` where narrow keys beside the values cost less than a sum."""
-    keys_alone = scores.softcap is None and scores.sinks is None and not scores.is_biased
-    if not (request.entropy and keys_alone and scores.key.shape[3] <= _NARROW and scores.limit <= _EXACT):
-        return _Forward(scores, request).run()
-    values, keys = request.values, scores.key.to(request.dtype)
-    if values is not None:
-        keys = torch.cat([values, keys.repeat_interleave(values.shape[1] // keys.shape[1], dim=1)], dim=-1)
-    answer = _Forward(scores, replace(request, entropy=False, values=keys)).run()
-    product = cast(Tensor, answer.forward)
-    mean_key = product[..., keys.shape[-1] - scores.key.shape[3] :]
-    expected = scores.scale * torch.linalg.vecdot(scores.query.to(request.dtype), mean_key)
-    entropy = (answer.logsumexp - expected).clamp_(min=0)  # a row that sees nothing has −inf − 0, and so 0
-    forward = None if values is None else product[..., : values.shape[-1]]
-    return replace(answer, forward=forward, entropy=entropy)
 
 
 class _Forward:
